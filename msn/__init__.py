@@ -1,0 +1,1 @@
+"""Masked Siamese Networks (arXiv 2204.07141)."""

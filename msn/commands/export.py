@@ -1,0 +1,73 @@
+"""`python -m msn export checkpoint=PATH format=... out=DIR`: a backbone for another library."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from msn.errors import UserError
+from msn.weights.classifier import read_classifier
+from msn.weights.export import export
+from msn.weights.formats import FORMATS
+from msn.weights.reading import read_weights
+
+
+def run(config: dict[str, Any]) -> None:
+    """Export, print what was proven, and say where it is.
+
+    Args:
+        config: `checkpoint`, `format`, `out`; `image_size`, `head` and `model.num_heads` or None;
+            `overwrite`.
+
+    Raises:
+        UserError: see `msn.weights.export.export`.
+    """
+    if config["format"] not in FORMATS:
+        raise UserError(f"format must be one of {', '.join(FORMATS)}, got {config['format']!r}")
+    checkpoint, out = Path(config["checkpoint"]), Path(config["out"])
+    weights = read_weights(checkpoint, num_heads=config["model"]["num_heads"])
+    run_dir = _run_directory(checkpoint)
+    weights.meta.setdefault("config_digest", _digest(run_dir))
+    head = config["head"]
+    report = export(
+        weights,
+        format=config["format"],
+        out=out,
+        image_size=config["image_size"],
+        head=None if head is None else read_classifier(head, int(weights.model["embed_dim"])),
+        overwrite=config["overwrite"],
+        lowshot=_lowshot(run_dir),
+    )
+    if weights.heads_assumed:
+        heads = weights.model["num_heads"]
+        print(f"attention heads: {heads} assumed (width // 64); model.num_heads overrides")
+    print(
+        f"{report['compared']} equal to {report['checked_with']}: max difference "
+        f"{report['max_abs_difference']:.1e} (allowed {report['tolerance']:.0e})"
+    )
+    print(f"exported to: {out}")
+
+
+def _run_directory(checkpoint: Path) -> Path | None:
+    """The run that a checkpoint belongs to, None if it is no part of one."""
+    places = [checkpoint] if checkpoint.is_dir() else [checkpoint.parent]
+    if places[0].name == "checkpoints":
+        places.append(places[0].parent)
+    return next((place for place in places if (place / "config.yaml").is_file()), None)
+
+
+def _digest(run_dir: Path | None) -> str | None:
+    if run_dir is None:
+        return None
+    return hashlib.sha256((run_dir / "config.yaml").read_bytes()).hexdigest()[:16]
+
+
+def _lowshot(run_dir: Path | None) -> list[dict[str, Any]] | None:
+    path = None if run_dir is None else run_dir / "lowshot.json"
+    if path is None or not path.is_file():
+        return None
+    try:
+        rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error!r})") from error
+    return rows

@@ -1,0 +1,102 @@
+"""One directory a run: which one, whether it may be used, and what it says of itself."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from msn.errors import UserError
+from msn.training.checkpointing import newest_checkpoint, write_durably
+
+STATUS_FILE = "run.json"
+# Processes that the trainer starts itself inherit the directory that the first one chose.
+ENVIRONMENT = "MSN_RUN_DIRECTORY"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Where a run writes; nothing exists before `create`."""
+
+    path: Path
+    resume_from: Path | None
+    """Checkpoint of an unfinished run that stands there."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """Directory of checkpoints."""
+        return self.path / "checkpoints"
+
+    def create(self, config: DictConfig) -> None:
+        """Make the directory and save the resolved configuration.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        text = OmegaConf.to_yaml(config, resolve=True)
+        write_durably(self.path / "config.yaml", lambda file: file.write(text.encode()))
+        self.write_status("unfinished")
+
+    def write_status(self, status: str, **more: Any) -> None:
+        """Keep "unfinished" or "finished" and further facts of the run in run.json."""
+        facts = {**read_status(self.path), "status": status, **more}
+        text = json.dumps(facts, indent=1)
+        write_durably(self.path / STATUS_FILE, lambda file: file.write(text.encode()))
+
+
+def choose_run_directory(config: DictConfig) -> RunDirectory:
+    """The directory of a run: `run.dir`, else `run.root/experiment/run.name`, else a new number.
+
+    Raises:
+        UserError: if a finished run or something else stands there, or `resume` is not allowed.
+    """
+    if config.resume not in ("auto", "never"):
+        raise UserError(f"resume must be auto or never, got {config.resume}")
+    inherited = os.environ.get(ENVIRONMENT)
+    if inherited:
+        return RunDirectory(Path(inherited), newest_checkpoint(Path(inherited) / "checkpoints"))
+    parent = Path(config.run.root) / config.run.experiment
+    if config.run.dir is None and config.run.name is None:
+        path = _new_number(parent)
+    else:
+        path = Path(config.run.dir) if config.run.dir is not None else parent / config.run.name
+    run = _existing(path, str(config.resume)) or RunDirectory(path, None)
+    _check_writable(run.path)
+    os.environ[ENVIRONMENT] = str(run.path.absolute())
+    return run
+
+
+def read_status(path: Path) -> dict[str, Any]:
+    """What run.json of a run directory says, empty where there is none."""
+    file = path / STATUS_FILE
+    return json.loads(file.read_text()) if file.is_file() else {}  # type: ignore[no-any-return]
+
+
+def _existing(path: Path, resume: str) -> RunDirectory | None:
+    if not path.exists():
+        return None
+    if not path.is_dir():
+        raise UserError(f"run directory {path} is a file")
+    status = read_status(path).get("status")
+    if status is None and any(path.iterdir()):
+        raise UserError(f"{path} is not empty and holds no run: choose another run.dir")
+    if status == "finished":
+        raise UserError(f"{path} holds a finished run: choose another run.name or run.dir")
+    if status == "unfinished" and resume == "never":
+        raise UserError(f"{path} holds an unfinished run and resume=never")
+    return RunDirectory(path, newest_checkpoint(path / "checkpoints"))
+
+
+def _new_number(parent: Path) -> Path:
+    taken = [int(p.name) for p in parent.iterdir() if p.name.isdigit()] if parent.is_dir() else []
+    return parent / str(max(taken, default=-1) + 1)
+
+
+def _check_writable(path: Path) -> None:
+    """The nearest existing parent must be a directory that takes new entries."""
+    parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"run directory {path} cannot be written: {parent} is not a writable directory")

@@ -1,0 +1,252 @@
+"""The data module: one object from settings to batches of views, on whatever device trains."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from msn.data.bad_images import BadImageLedger
+from msn.data.collate import ImageBatch
+from msn.data.dataset import LabelledImages, Subset, TrainingSet
+from msn.data.device_views import make_batched_views
+from msn.data.pools import Pools, build_pools
+from msn.data.reference_views import make_reference_views
+from msn.data.sampler import EpochSampler
+from msn.data.sources import ArraySource
+from msn.data.views import Views, ViewSettings
+from msn.errors import UserError
+
+log = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "batched", "reference")
+_MOST_WORKERS = 16  # a process; more rarely helps and each holds batches in memory
+
+
+class MSNDataModule(LightningDataModule):
+    """Images in, views out.
+
+    Args:
+        source: `digits`, `folder`, `imagenet`, `cifar10`, `cifar100`, `stl10`, `list` or `shards`.
+        root: where the source's files are; None for digits.
+        val_root: where held-out images are; None looks for `val` beside `train` below the root,
+            else holds out a share of every class.
+        hold_out: that share, in (0, 1).
+        split_seed: of the choice of held-out images; independent of the run's seed, so that
+            every run and every evaluation leaves the same images out.
+        use_labels: False ignores folder names and label columns.
+        download: whether torchvision may fetch cifar10, cifar100 or stl10.
+        image_size: side of the upsampled digits in px.
+        global_batch_size: images a step over all processes.
+        num_workers: worker processes per training process; None takes 0 for images in memory and
+            one for each core that this process may use otherwise.
+        prefetch_batches: batches that each worker prepares ahead, >= 1.
+        seed: of order and views.
+        max_bad_fraction: share of the training images that may be unreadable.
+        strict: whether one unreadable image ends the run.
+        backend: `batched`, `reference` or `auto`, which takes `batched`.
+        views: settings of the views, see `ViewSettings`.
+
+    Attributes:
+        run_dir: where `bad_images.csv` is written; None writes none.
+        force_resume: whether a checkpoint of other data is accepted.
+
+    Raises:
+        UserError: a setting is wrong, or there are no images.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: str,
+        root: str | None,
+        val_root: str | None,
+        hold_out: float,
+        split_seed: int,
+        use_labels: bool,
+        download: bool,
+        image_size: int,
+        global_batch_size: int,
+        num_workers: int | None,
+        prefetch_batches: int,
+        seed: int,
+        max_bad_fraction: float,
+        strict: bool,
+        backend: str,
+        views: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        if backend not in BACKENDS:
+            raise UserError(f"data.backend={backend}: must be one of {', '.join(BACKENDS)}")
+        self.settings = ViewSettings(**views)
+        self.use_reference = backend == "reference"
+        self.pools: Pools = build_pools(
+            source=source,
+            root=root,
+            val_root=val_root,
+            hold_out=hold_out,
+            split_seed=split_seed,
+            use_labels=use_labels,
+            download=download,
+            image_size=image_size,
+        )
+        self.global_batch_size, self.seed = global_batch_size, seed
+        self.num_workers = resolve_workers(num_workers, in_memory=self._in_memory)
+        self.prefetch_batches = prefetch_batches
+        self.ledger = BadImageLedger(
+            num_images=len(self.pools.train), max_fraction=max_bad_fraction, strict=strict
+        )
+        self.run_dir: Path | None = None
+        self.force_resume = False
+        self._sampler: EpochSampler | None = None
+        self._position = (0, 0)
+        # Fail on a batch that cannot be cut before anything else is built.
+        self.sampler(rank=0, world_size=1)
+
+    @property
+    def _in_memory(self) -> bool:
+        return isinstance(self.pools.train.source, ArraySource)
+
+    def labelled_sets(self) -> tuple[LabelledImages, LabelledImages] | None:
+        """Labelled images to fit classifiers on and held-out ones to test them; None without labels."""
+        if self.pools.labelled is None or self.pools.held_out is None:
+            return None
+        return (
+            LabelledImages(self.pools.labelled, "training"),
+            LabelledImages(self.pools.held_out, "held-out"),
+        )
+
+    def sampler(self, *, rank: int, world_size: int) -> EpochSampler:
+        """The order of the training images for one of several processes."""
+        return EpochSampler(
+            num_images=len(self.pools.train),
+            global_batch_size=self.global_batch_size,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        """Loader of decoded batches; with it comes the position that a checkpoint stored."""
+        trainer = self.trainer
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        self._sampler = self.sampler(rank=rank, world_size=world)
+        epoch, batch = self._position
+        self._sampler.load_state_dict({"epoch": epoch, "batch": batch})
+        return self.loader(self._sampler)
+
+    def loader(self, sampler: EpochSampler) -> DataLoader:
+        """A loader over the keys of a sampler; a batch is made whole by one worker."""
+        images = TrainingSet(
+            self.pools.train, self.settings, seed=self.seed, reduce=not self.use_reference
+        )
+        several = self.num_workers > 0
+        return DataLoader(
+            images,
+            sampler=sampler,
+            batch_size=None,
+            num_workers=self.num_workers,
+            collate_fn=_as_it_is,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=several,
+            prefetch_factor=self.prefetch_batches if several else None,
+        )
+
+    def transfer_batch_to_device(
+        self, batch: ImageBatch, device: torch.device, dataloader_idx: int
+    ) -> ImageBatch:
+        """Bring the pixels to the device; the small tables stay where the host can read them."""
+        return batch._replace(pixels=batch.pixels.to(device, non_blocking=True))
+
+    def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> Views:
+        """Make the views on the device that holds the pixels, and keep book of the batch."""
+        self._keep_book(batch)
+        return self.make_views(batch)
+
+    def make_views(self, batch: ImageBatch, dtype: torch.dtype = torch.float32) -> Views:
+        """Make the views of a batch by the chosen back end."""
+        device = batch.pixels.device
+        if self.use_reference:
+            host = batch._replace(pixels=batch.pixels.cpu())
+            return make_reference_views(host, self.settings, device=device, dtype=dtype)
+        return make_batched_views(batch, self.settings, dtype=dtype)
+
+    def _keep_book(self, batch: ImageBatch) -> None:
+        self._position = (batch.epoch, batch.batch + 1)
+        if batch.bad:
+            if self.run_dir is not None:
+                self.ledger.file = Path(self.run_dir) / "bad_images.csv"
+            self.ledger.add(batch.bad)
+            self.ledger.write()
+            self.ledger.check()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to see the batches that the first would have seen."""
+        train = self.pools.train
+        digest = hashlib.sha256()
+        step = max(1, len(train) // 1000)
+        for i in range(0, len(train), step):
+            digest.update(os.fsencode(train.name(i)) + b"\0")
+        return {
+            "num_images": len(train),
+            "names": digest.hexdigest()[:16],
+            "global_batch_size": self.global_batch_size,
+            "seed": self.seed,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the data and what the data were; plain values."""
+        epoch, batch = self._position
+        batches = len(self.sampler(rank=0, world_size=1))
+        if self.trainer is not None and self.trainer.num_training_batches < batches:
+            batches = int(self.trainer.num_training_batches)
+        if batch >= batches:
+            epoch, batch = epoch + 1, 0
+        return {"epoch": epoch, "batch": batch, "fingerprint": self.fingerprint()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a stored position.
+
+        Raises:
+            UserError: the checkpoint was trained on other data, and `force_resume` is not set.
+        """
+        now = self.fingerprint()
+        for key, before in state_dict["fingerprint"].items():
+            if now[key] != before and not self.force_resume:
+                raise UserError(
+                    f"the checkpoint's data differ in {key}: {before} then, {now[key]} now; "
+                    "resume.force=true resumes all the same"
+                )
+        self._position = (int(state_dict["epoch"]), int(state_dict["batch"]))
+
+
+def resolve_workers(num_workers: int | None, *, in_memory: bool) -> int:
+    """The number of worker processes per training process.
+
+    Args:
+        num_workers: as set; None chooses.
+        in_memory: whether the images are decoded already.
+
+    Raises:
+        UserError: a negative number.
+    """
+    if num_workers is None:
+        if in_memory:
+            return 0
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return max(1, min(_MOST_WORKERS, (cores or 1) // processes))
+    if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
+        raise UserError(f"data.num_workers={num_workers}: must be a whole number >= 0, or null")
+    return num_workers
+
+
+def _as_it_is(batch: ImageBatch) -> ImageBatch:
+    return batch

@@ -1,0 +1,239 @@
+"""The training set as workers see it, and labelled images as evaluation sees them."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from msn.data.collate import BadImage, ImageBatch, pack
+from msn.data.decode import BadImageError, DecodedImage
+from msn.data.randomness import counter_hash
+from msn.data.sampler import BatchKey
+from msn.data.sources import ArraySource, Source
+from msn.data.views import ViewParameters, ViewSettings, draw_parameters
+from msn.errors import UserError
+
+log = logging.getLogger(__name__)
+
+REPLACEMENT_TRIES = 20
+REDUCING_GAP = 2.0  # a crop keeps at least this many times its final size after reduction
+_REPLACE = 3  # keeps these draws apart from those of order, split and views
+
+
+class Subset:
+    """Some images of a source, renumbered from 0.
+
+    Args:
+        source: where the images are.
+        positions: which ones, int64 [n]; None takes all.
+    """
+
+    def __init__(self, source: Source, positions: np.ndarray | None = None) -> None:
+        self.source = source
+        self.positions = np.arange(len(source)) if positions is None else positions
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.positions)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Class numbers, int64 [n], or None."""
+        labels = self.source.labels
+        return None if labels is None else labels[self.positions]
+
+    def name(self, i: int) -> str:
+        """Name of image i."""
+        return self.source.name(int(self.positions[i]))
+
+
+class TrainingSet(Dataset[ImageBatch]):
+    """Turns the key of a batch into decoded images with the parameters of their views.
+
+    It holds no state that a batch changes, so any worker of any process gives the same answer.
+
+    Args:
+        images: what to train on.
+        settings: of the views.
+        seed: of the run.
+        reduce: whether images are decoded no larger than their crops need; False keeps every pixel.
+    """
+
+    def __init__(self, images: Subset, settings: ViewSettings, *, seed: int, reduce: bool) -> None:
+        self.images, self.settings, self.seed, self.reduce = images, settings, seed, reduce
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.images)
+
+    def __getitem__(self, key: BatchKey) -> ImageBatch:
+        """Read, decode and pack one batch."""
+        source = self.images.source
+        if isinstance(source, ArraySource):
+            return self._from_memory(source, key)
+        decoded, bad = [], []
+        for index in key.indices:
+            image, found = self._decode_or_replace(int(index), key.epoch)
+            decoded.append(image)
+            bad += found
+        heights, widths, reductions = (
+            np.array([getattr(image, name) for image in decoded])
+            for name in ("height", "width", "reduction")
+        )
+        parameters = self._draw(key.epoch, key.indices, heights, widths)
+        pixels, starts, sizes = pack([image.pixels for image in decoded])
+        _reduce_boxes(parameters, reductions, sizes.numpy())
+        return _batch(key, pixels, starts, sizes, parameters, bad)
+
+    def _from_memory(self, source: ArraySource, key: BatchKey) -> ImageBatch:
+        positions = self.images.positions[key.indices]
+        pixels = torch.from_numpy(source.pixels[positions])
+        count, height, width, _ = pixels.shape
+        sizes = torch.tensor([[height, width]]).expand(count, 2).contiguous()
+        starts = torch.arange(count) * (height * width)
+        parameters = self._draw(key.epoch, key.indices, sizes[:, 0].numpy(), sizes[:, 1].numpy())
+        return _batch(key, pixels.view(-1, 3), starts, sizes, parameters, [])
+
+    def _draw(
+        self, epoch: int, indices: np.ndarray, heights: np.ndarray, widths: np.ndarray
+    ) -> ViewParameters:
+        return draw_parameters(
+            self.settings,
+            seed=self.seed,
+            epoch=epoch,
+            indices=indices,
+            heights=heights,
+            widths=widths,
+        )
+
+    def _allowed_reduction(self, index: int, epoch: int, height: int, width: int) -> int:
+        """How far an image may be scaled down so that all its crops stay large enough."""
+        settings = self.settings
+        if not self.reduce or not _may_reduce(settings, height * width):
+            return 1
+        parameters = self._draw(epoch, np.array([index]), np.array([height]), np.array([width]))
+        sides = np.minimum(parameters.height, parameters.width)[:, 0]
+        wanted = [settings.size_of(view) for view in range(settings.num_views)]
+        return max(1, int((sides / wanted).min() / REDUCING_GAP))
+
+    def _decode_or_replace(self, index: int, epoch: int) -> tuple[DecodedImage, list[BadImage]]:
+        """Decode an image; where that fails, another one that depends on the first alone."""
+        bad: list[BadImage] = []
+        candidate = index
+        for attempt in range(REPLACEMENT_TRIES):
+            try:
+                image = self.images.source.decode(
+                    int(self.images.positions[candidate]),
+                    lambda height, width: self._allowed_reduction(index, epoch, height, width),
+                )
+            except BadImageError as error:
+                bad.append(BadImage(candidate, self.images.name(candidate), str(error)))
+                drawn = counter_hash(self.seed, _REPLACE, index, attempt)[0]
+                candidate = int(drawn % np.uint64(len(self)))
+            else:
+                return image, bad
+        # The data are gone altogether; the main process sees what is bad and ends the run.
+        return DecodedImage(np.zeros((1, 1, 3), np.uint8), 1, 1, 1), bad
+
+
+def _may_reduce(settings: ViewSettings, area: int) -> bool:
+    """Whether any draw could allow a reduction: a quick look before drawing."""
+    kinds = [(settings.rand_size, settings.rand_scale)]
+    if settings.focal_views:
+        kinds.append((settings.focal_size, settings.focal_scale))
+    return all(math.sqrt(scale[1] * area) >= 2 * REDUCING_GAP * size for size, scale in kinds)
+
+
+def _reduce_boxes(parameters: ViewParameters, reductions: np.ndarray, sizes: np.ndarray) -> None:
+    """Move crop boxes from full to decoded pixels, to the nearest whole ones."""
+    table = parameters.table
+    for near, far, side in ((0, 2, 0), (1, 3, 1)):
+        begin = np.rint(table[..., near] / reductions)
+        end = np.rint((table[..., near] + table[..., far]) / reductions)
+        end = np.minimum(np.maximum(end, begin + 1), sizes[:, side])
+        table[..., near] = np.minimum(begin, end - 1)
+        table[..., far] = end - table[..., near]
+
+
+def _batch(
+    key: BatchKey,
+    pixels: Tensor,
+    starts: Tensor,
+    sizes: Tensor,
+    parameters: ViewParameters,
+    bad: list[BadImage],
+) -> ImageBatch:
+    table, indices = torch.from_numpy(parameters.table), torch.from_numpy(key.indices)
+    return ImageBatch(pixels, starts, sizes, table, key.epoch, key.batch, indices, bad)
+
+
+class LabelledImages(Dataset[Image.Image]):
+    """Labelled images for evaluation; item i is image i at its full size, RGB.
+
+    An image that cannot be read is replaced by the next readable one of its class and logged.
+
+    Args:
+        images: images of a source with labels.
+        what: how messages call them.
+
+    Attributes:
+        labels: class numbers, LongTensor [n].
+        names: names of the images.
+        classes: names of the classes.
+    """
+
+    def __init__(self, images: Subset, what: str) -> None:
+        labels = images.labels
+        if labels is None:
+            raise UserError(f"{images.source.where}: has no labels")
+        self.images, self.what = images, what
+        self.labels = torch.from_numpy(labels)
+        self.classes = images.source.classes
+        self._reported: set[int] = set()
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the images, in order."""
+        return [self.images.name(i) for i in range(len(self))]
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> Image.Image:
+        """Image i, or the next readable one of its class.
+
+        Raises:
+            UserError: neither it nor twenty others of its class can be read.
+        """
+        try:
+            return self._rgb(i)
+        except BadImageError as error:
+            self._report(i, error)
+        alike = torch.nonzero(self.labels == self.labels[i])[:, 0].tolist()
+        at = alike.index(i)
+        for other in (alike[at + 1 :] + alike[:at])[:REPLACEMENT_TRIES]:
+            try:
+                return self._rgb(other)
+            except BadImageError as error:
+                self._report(other, error)
+        name = self.classes[int(self.labels[i])]
+        raise UserError(f"{self.images.source.where}: no image of class {name} can be read")
+
+    def _rgb(self, i: int) -> Image.Image:
+        return self.images.source.rgb(int(self.images.positions[i]))
+
+    def _report(self, i: int, error: BadImageError) -> None:
+        if i not in self._reported:
+            self._reported.add(i)
+            log.warning("replaced an unreadable %s image: %s (%s)", self.what, self.name(i), error)
+
+    def name(self, i: int) -> str:
+        """Name of image i."""
+        return self.images.name(i)

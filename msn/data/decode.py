@@ -1,0 +1,142 @@
+"""From the bytes of any image file to RGB pixels, once, no larger than the views need."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from io import BytesIO
+from typing import NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+# Pillow warns above 89 megapixels and refuses above 179; only what it refuses is a bomb here.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+_STRIP_PIXELS = 1 << 22  # converted at a time, so that a large image is never held twice
+_ORIENTATIONS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: a.transpose(1, 0, 2)[:, ::-1],
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: a.transpose(1, 0, 2)[::-1],
+}
+
+
+class BadImageError(Exception):
+    """An image that cannot be read; the message is the reason, without the path."""
+
+
+class DecodedImage(NamedTuple):
+    """Upright RGB pixels and what was done to get them.
+
+    Attributes:
+        pixels: uint8 [h, w, 3]; h and w are the full sizes divided by `reduction`, rounded up.
+        height: full height of the upright image in px.
+        width: full width of the upright image in px.
+        reduction: whole number >= 1 by which both sides were divided.
+    """
+
+    pixels: np.ndarray
+    height: int
+    width: int
+    reduction: int
+
+
+def full_size(height: int, width: int) -> int:
+    """Allow no reduction: the `allowed_reduction` of whoever wants every pixel."""
+    return 1
+
+
+def decode(data: bytes, allowed_reduction: Callable[[int, int], int]) -> DecodedImage:
+    """Decode an image file into upright RGB, scaled down while decoding where that is allowed.
+
+    Gray, palette, CMYK, 16-bit and alpha images become 8-bit RGB (alpha is dropped, as Pillow's
+    `convert("RGB")` does); EXIF rotation is applied.
+
+    Args:
+        data: the bytes of the file.
+        allowed_reduction: from upright height and width in px to the greatest whole number by which
+            both may be divided.
+
+    Returns:
+        The pixels with their full size.
+
+    Raises:
+        BadImageError: the bytes are empty, truncated, not an image, or a decompression bomb.
+    """
+    if not data:
+        raise BadImageError("empty file")
+    try:
+        image = Image.open(BytesIO(data), formats=FORMATS)
+        orientation = _orientation(image)
+        width, height = image.size
+        if orientation >= 5:
+            width, height = height, width
+        reduction = _attainable(image, max(1, allowed_reduction(height, width)))
+        pixels = _load(image, reduction)
+    except Image.UnidentifiedImageError:
+        raise BadImageError(f"not an image of a kind we read ({', '.join(FORMATS)})") from None
+    except Exception as error:  # noqa: BLE001 - decoders raise anything on damaged files
+        raise BadImageError(f"{type(error).__name__}: {error}") from error
+    if orientation > 1:
+        pixels = np.ascontiguousarray(_ORIENTATIONS[orientation](pixels))
+    return DecodedImage(pixels, height, width, reduction)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation that is still to be applied, 1 to 8."""
+    if image.format == "TIFF" or (image.format == "JPEG" and "exif" not in image.info):
+        return 1  # Pillow turns TIFF while loading; asking a JPEG without EXIF costs time
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return orientation if orientation in _ORIENTATIONS else 1
+
+
+def _draft_scale(reduction: int) -> int:
+    """By how much the JPEG decoder itself scales down: 1, 2, 4 or 8."""
+    return next(scale for scale in (8, 4, 2, 1) if scale <= reduction)
+
+
+def _attainable(image: Image.Image, allowed: int) -> int:
+    """The reduction to use: for a JPEG a multiple of what its decoder does for nothing."""
+    if image.format != "JPEG":
+        return allowed
+    return allowed // _draft_scale(allowed) * _draft_scale(allowed)
+
+
+def _load(image: Image.Image, reduction: int) -> np.ndarray:
+    """Decode to uint8 [ceil(H / reduction), ceil(W / reduction), 3]."""
+    remaining = reduction
+    if image.format == "JPEG" and reduction > 1:
+        width, height = image.size
+        scale = _draft_scale(reduction)
+        image.draft(None, (width // scale, height // scale))
+        remaining = reduction // scale
+    image.load()
+    width, height = image.size
+    if width * height <= _STRIP_PIXELS:
+        return np.asarray(_to_rgb(image, remaining))
+    rows = max(1, _STRIP_PIXELS // (width * remaining)) * remaining
+    pixels = np.empty((-(-height // remaining), -(-width // remaining), 3), np.uint8)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(top + rows, height)))
+        converted = np.asarray(_to_rgb(strip, remaining))
+        pixels[top // remaining :][: len(converted)] = converted
+    return pixels
+
+
+def _to_rgb(image: Image.Image, reduction: int) -> Image.Image:
+    if image.mode in ("I;16", "I;16L", "I;16B", "I"):
+        # Pillow's own conversion clips 16-bit values at 255 instead of scaling them.
+        gray = np.clip(np.asarray(image).astype(np.int32) >> 8, 0, 255).astype(np.uint8)
+        image = Image.fromarray(gray)
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range; store 8 or 16 bits")
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    return image if reduction == 1 else image.reduce(reduction)

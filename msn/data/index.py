@@ -1,0 +1,223 @@
+"""An index of image files: built in parallel, kept in a cache, mapped into memory by every process.
+
+Paths lie end to end in one block of bytes with an array of offsets, so a million of them load in
+milliseconds and all workers and processes share the same pages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from msn.data.decode import SUFFIXES
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1
+_THREADS = 16
+_CACHE_FROM = 10_000  # images; smaller folders are read again faster than a cache is worth
+_SETTLED_NS = 2_000_000_000  # a directory changed this shortly before a scan may change unseen
+
+
+class StringTable(Sequence[str]):
+    """Strings end to end in one uint8 array; `table[i]` is decoded when asked for."""
+
+    def __init__(self, data: np.ndarray, offsets: np.ndarray) -> None:
+        self.data, self.offsets = data, offsets
+
+    @classmethod
+    def from_strings(cls, strings: Iterable[str]) -> StringTable:
+        """Pack strings; file names that are not UTF-8 survive the round trip."""
+        encoded = [os.fsencode(string) for string in strings]
+        offsets = np.zeros(len(encoded) + 1, np.int64)
+        np.cumsum([len(e) for e in encoded], out=offsets[1:])
+        return cls(np.frombuffer(b"".join(encoded), np.uint8), offsets)
+
+    def __len__(self) -> int:
+        """Number of strings."""
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> str:  # type: ignore[override]
+        """String number i; a slice is not supported."""
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return os.fsdecode(self.data[self.offsets[i] : self.offsets[i + 1]].tobytes())
+
+
+def scan_folder(root: str, cache_from: int = _CACHE_FROM) -> StringTable:
+    """Find every image file below a folder, in the order of their relative paths.
+
+    Hidden files and folders are passed over, links to folders are followed. The result for a large
+    folder is kept in the user's cache and used again while no folder in it has changed.
+
+    Args:
+        root: an existing folder.
+        cache_from: number of images from which on the result is kept.
+
+    Returns:
+        Paths relative to `root` with `/` between their parts, sorted.
+    """
+    root = os.path.realpath(root)
+    cached = _load_cached(root)
+    if cached is not None:
+        return cached
+    started = time.time_ns()
+    paths, folders = _walk(root)
+    table = StringTable.from_strings(sorted(paths))
+    if len(table) >= cache_from:
+        settled = all(stamp < started - _SETTLED_NS for stamp in folders.values())
+        if settled:
+            _store_cached(root, table, folders)
+        log.info("found %d images below %s in %.1f s", len(table), root, _since(started))
+    return table
+
+
+def _since(started: int) -> float:
+    return (time.time_ns() - started) / 1e9
+
+
+def _walk(root: str) -> tuple[list[str], dict[str, int]]:
+    """Read the tree with many threads: relative image paths, and folders with change times in ns."""
+    paths: list[str] = []
+    folders: dict[str, int] = {}
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    progress = Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty())
+    with progress, ThreadPoolExecutor(_THREADS) as pool:
+        task = progress.add_task("looking for images")
+        pending = {pool.submit(_list_folder, root, "", frozenset())}
+        while pending:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for future in done:
+                folder, stamp, files, inner, seen = future.result()
+                folders[folder] = stamp
+                paths += files
+                pending |= {pool.submit(_list_folder, root, name, seen) for name in inner}
+            text = f"looking for images: {len(paths)} in {len(folders)} folders"
+            progress.update(task, description=text)
+    return paths, folders
+
+
+def _list_folder(
+    root: str, folder: str, above: frozenset[tuple[int, int]]
+) -> tuple[str, int, list[str], list[str], frozenset[tuple[int, int]]]:
+    """List one folder: itself, its change time, its images, its folders, and the folders above."""
+    absolute = os.path.join(root, folder)
+    status = os.stat(absolute)
+    identity = (status.st_dev, status.st_ino)
+    files: list[str] = []
+    inner: list[str] = []
+    if identity not in above:  # a link back up the tree would otherwise never end
+        prefix = f"{folder}/" if folder else ""
+        with os.scandir(absolute) as entries:
+            for entry in entries:
+                name = entry.name
+                if name.startswith(".") or name == "__MACOSX":
+                    continue
+                if name.lower().endswith(SUFFIXES) and not entry.is_dir():
+                    files.append(prefix + name)
+                elif entry.is_dir():
+                    inner.append(prefix + name)
+    return folder, status.st_mtime_ns, files, inner, above | {identity}
+
+
+def cache_folder() -> Path:
+    """Where indexes are kept: $MSN_CACHE_DIR, else `msn` in the user's cache folder."""
+    given = os.environ.get("MSN_CACHE_DIR")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "msn"
+
+
+def cache_file(key: str) -> Path:
+    """The cache file for whatever the key describes."""
+    digest = hashlib.sha256(os.fsencode(key)).hexdigest()[:32]
+    return cache_folder() / f"index-{digest}.bin"
+
+
+def store_arrays(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """Write a JSON header and arrays so that they can be mapped; all or nothing.
+
+    A cache that cannot be written is a cache not used: the error is logged, not raised.
+    """
+    at, layout = 0, {}
+    for name, array in arrays.items():
+        layout[name] = [array.dtype.str, at, len(array)]
+        at += -(-array.nbytes // 64) * 64
+    text = json.dumps({"format": _FORMAT, "arrays": layout, **header}).encode()
+    text += b" " * (-(len(text) + 8) % 64)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for array in arrays.values():
+                file.write(array.tobytes() + bytes(-array.nbytes % 64))
+        os.replace(file.name, path)
+    except OSError as error:
+        log.info("the index of the images is not kept: %s", error)
+
+
+def load_arrays(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+    """Map a file of `store_arrays`; None if there is none of this format or it is damaged."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length < size else {}
+    except (OSError, ValueError):
+        return None
+    if header.get("format") != _FORMAT:
+        return None
+    arrays = {}
+    for name, (dtype, at, count) in header["arrays"].items():
+        if 8 + length + at + count * np.dtype(dtype).itemsize > size:
+            return None
+        if count == 0:
+            arrays[name] = np.empty(0, dtype)
+        else:
+            arrays[name] = np.memmap(path, dtype, "r", 8 + length + at, (count,))
+    return header, arrays
+
+
+def _store_cached(root: str, table: StringTable, folders: dict[str, int]) -> None:
+    names = StringTable.from_strings(folders)
+    arrays = {
+        "data": table.data,
+        "offsets": table.offsets,
+        "folder_data": names.data,
+        "folder_offsets": names.offsets,
+        "folder_stamps": np.fromiter(folders.values(), np.int64),
+    }
+    store_arrays(cache_file(root), {"root": root}, arrays)
+
+
+def _load_cached(root: str) -> StringTable | None:
+    """The stored table, unless a folder was added, removed or changed since.
+
+    Adding, removing or renaming a file changes its folder's time, so only folders are looked at.
+    """
+    loaded = load_arrays(cache_file(root))
+    if loaded is None or loaded[0]["root"] != root:
+        return None
+    arrays = loaded[1]
+    folders = StringTable(arrays["folder_data"], arrays["folder_offsets"])
+    try:
+        for folder, stamp in zip(folders, arrays["folder_stamps"], strict=True):
+            if os.stat(os.path.join(root, folder)).st_mtime_ns != stamp:
+                return None
+    except OSError:
+        return None
+    return StringTable(arrays["data"], arrays["offsets"])

@@ -1,0 +1,187 @@
+"""Where images come from: files below folders or in lists, and arrays in memory.
+
+A source is a numbered collection of images with names, and labels where it has any. It decodes an
+image or says why it cannot; what happens then is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from PIL import Image
+
+from msn.data.decode import BadImageError, DecodedImage, decode, full_size
+from msn.data.index import StringTable, scan_folder
+from msn.errors import UserError
+
+
+class Source(ABC):
+    """A numbered collection of images.
+
+    Attributes:
+        where: what a message calls it, for instance the folder.
+        labels: class numbers, int64 [n], or None.
+        classes: names of the classes, empty without labels.
+    """
+
+    where: str
+    labels: np.ndarray | None
+    classes: list[str]
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def name(self, i: int) -> str:
+        """Name of image i, for instance its path relative to the root."""
+
+    @abstractmethod
+    def decode(self, i: int, allowed_reduction: Callable[[int, int], int]) -> DecodedImage:
+        """Decode image i.
+
+        Raises:
+            BadImageError: it cannot be read.
+        """
+
+    def rgb(self, i: int) -> Image.Image:
+        """Image i at its full size."""
+        return Image.fromarray(self.decode(i, full_size).pixels)
+
+
+class FileSource(Source):
+    """Image files, by paths relative to a root."""
+
+    def __init__(
+        self, *, where: str, root: str, paths: StringTable, labels: np.ndarray | None, classes: list[str]
+    ) -> None:
+        self.where, self.root, self.paths = where, root, paths
+        self.labels, self.classes = labels, classes
+
+    def __len__(self) -> int:
+        """Number of files."""
+        return len(self.paths)
+
+    def name(self, i: int) -> str:
+        """Path of image i relative to the root."""
+        return self.paths[i]
+
+    def decode(self, i: int, allowed_reduction: Callable[[int, int], int]) -> DecodedImage:
+        """Read and decode file i."""
+        try:
+            with open(os.path.join(self.root, self.paths[i]), "rb") as file:
+                data = file.read()
+        except OSError as error:
+            raise BadImageError(error.strerror or type(error).__name__) from error
+        return decode(data, allowed_reduction)
+
+
+class ArraySource(Source):
+    """Images of one size in memory, uint8 [n, H, W, 3]."""
+
+    def __init__(
+        self, *, where: str, pixels: np.ndarray, labels: np.ndarray | None, classes: list[str]
+    ) -> None:
+        self.where, self.pixels, self.labels, self.classes = where, pixels, labels, classes
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.pixels)
+
+    def name(self, i: int) -> str:
+        """Where the image is, with its number."""
+        return f"{self.where}[{i}]"
+
+    def decode(self, i: int, allowed_reduction: Callable[[int, int], int]) -> DecodedImage:
+        """Look image i up; nothing is left to decode."""
+        pixels = self.pixels[i]
+        return DecodedImage(pixels, pixels.shape[0], pixels.shape[1], 1)
+
+
+def folder_source(root: str, *, key: str, use_labels: bool) -> FileSource:
+    """Index a folder of images, nested or flat.
+
+    Images get labels when each lies in a subfolder and there are at least two of these: the first
+    part of the relative path is the class.
+
+    Args:
+        root: the folder.
+        key: the setting it came from, for messages.
+        use_labels: False leaves the images without labels whatever their folders are called.
+
+    Raises:
+        UserError: the folder is missing, not a folder, unreadable, or holds no image.
+    """
+    check_folder(root, key=key)
+    try:
+        paths = scan_folder(root)
+    except OSError as error:
+        raise UserError(f"{key}={root}: cannot be read ({error.strerror})") from error
+    if not len(paths):
+        empty = not any(os.scandir(root))
+        what = "is an empty folder" if empty else "holds no image (JPEG, PNG, WebP, BMP or TIFF)"
+        raise UserError(f"{key}={root}: {what}")
+    labels, classes = labels_from_folders(paths) if use_labels else (None, [])
+    return FileSource(where=root, root=root, paths=paths, labels=labels, classes=classes)
+
+
+def check_folder(root: str, *, key: str) -> None:
+    """Raise a UserError unless `root` is an existing folder."""
+    if not os.path.exists(root):
+        raise UserError(f"{key}={root}: there is no such folder")
+    if not os.path.isdir(root):
+        raise UserError(f"{key}={root}: is a file, must be a folder")
+
+
+def labels_from_folders(paths: Sequence[str]) -> tuple[np.ndarray | None, list[str]]:
+    """Read labels off sorted relative paths: the first folder of each is its class.
+
+    Returns:
+        Labels int64 [n] and class names; None and [] if an image lies outside any folder, or all in one.
+    """
+    classes: dict[str, int] = {}
+    labels = np.empty(len(paths), np.int64)
+    for i, path in enumerate(paths):
+        folder, slash, _ = path.partition("/")
+        if not slash:
+            return None, []
+        labels[i] = classes.setdefault(folder, len(classes))
+    return (labels, list(classes)) if len(classes) > 1 else (None, [])
+
+
+def list_source(file: str, *, key: str, root: str | None) -> FileSource:
+    """Read a list of image paths: a text file with a path a line, or CSV `path[,label]`.
+
+    Args:
+        file: the list. A CSV's first row is passed over if its first cell is `path`.
+        key: the setting it came from, for messages.
+        root: what relative paths start from; None takes the list's own folder.
+
+    Raises:
+        UserError: the list is missing, empty, or has labels for some images only.
+    """
+    if not os.path.isfile(file):
+        raise UserError(f"{key}={file}: there is no such file; must be a list of image paths")
+    with open(file, newline="", encoding="utf-8", errors="surrogateescape") as opened:
+        if file.lower().endswith(".csv"):
+            rows = [[cell.strip() for cell in row] for row in csv.reader(opened) if any(row)]
+            rows = rows[1:] if rows and rows[0][0].lower() == "path" else rows
+        else:
+            rows = [[line.strip()] for line in opened if line.strip()]
+    if not rows:
+        raise UserError(f"{key}={file}: lists no image")
+    names = [row[1] if len(row) > 1 else "" for row in rows]
+    if any(names) and not all(names):
+        line = names.index("")
+        raise UserError(f"{key}={file}: {rows[line][0]} has no label, others have one")
+    classes = sorted(set(names)) if all(names) else []
+    number = {name: i for i, name in enumerate(classes)}
+    labels = np.array([number[name] for name in names], np.int64) if len(classes) > 1 else None
+    base = root if root is not None else os.path.dirname(os.path.abspath(file))
+    paths = StringTable.from_strings(row[0] for row in rows)
+    return FileSource(
+        where=file, root=base, paths=paths, labels=labels, classes=classes if labels is not None else []
+    )

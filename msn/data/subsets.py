@@ -1,0 +1,177 @@
+"""Which images are labelled: k per class, a share of each class, or a list of names.
+
+Everything here is a pure function of labels and names; lists are text files with one name a line, the
+form of the published ImageNet lists.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+import torch
+from torch import Tensor
+
+from msn.data.randomness import permutation
+from msn.errors import UserError
+
+_SUBSET = 4  # keeps these draws apart from those of order, views and the held-out split
+_NAMED = 5  # how many missing names a message lists
+
+
+def k_shot(
+    labels: Tensor, shots: Sequence[int], *, seed: int, classes: Sequence[str]
+) -> dict[int, Tensor]:
+    """Draw nested label sets with k images of every class: 1 is part of 2 is part of 5.
+
+    Args:
+        labels: class numbers, [n].
+        shots: numbers of images a class, each >= 1.
+        seed: of the draw.
+        classes: names of all classes; each needs max(shots) images.
+
+    Returns:
+        For each k its sorted positions in `labels`, [k * classes].
+
+    Raises:
+        UserError: a class has too few images, there is a single class, or k < 1.
+    """
+    for k in shots:
+        if k < 1:
+            raise UserError(f"shots must be >= 1, got {k}")
+    order = _order_in_classes(labels, seed, classes)
+    for name, members in zip(classes, order, strict=True):
+        if len(members) < max(shots):
+            raise UserError(
+                f"shots={max(shots)}: class {name} has only {len(members)} images to label"
+            )
+    return {k: torch.cat([members[:k] for members in order]).sort().values for k in shots}
+
+
+def fraction_of_each_class(
+    labels: Tensor, fraction: float, *, seed: int, classes: Sequence[str]
+) -> Tensor:
+    """Draw a share of every class, at least one image of each; smaller shares are nested in larger.
+
+    Args:
+        labels: class numbers, [n].
+        fraction: in (0, 1].
+        seed: of the draw.
+        classes: names of all classes.
+
+    Returns:
+        Sorted positions in `labels`.
+
+    Raises:
+        UserError: the fraction is out of range, a class has no image, or there is a single class.
+    """
+    if not 0 < fraction <= 1:
+        raise UserError(f"fraction must be in (0, 1], got {fraction}")
+    chosen = []
+    for name, members in zip(classes, _order_in_classes(labels, seed, classes), strict=True):
+        if len(members) == 0:
+            raise UserError(f"fraction={fraction}: class {name} has no image to label")
+        chosen.append(members[: max(1, round(fraction * len(members)))])
+    return torch.cat(chosen).sort().values
+
+
+def read_names(path: Path) -> list[str]:
+    """Read a list of image names, one a line; blank lines are passed over.
+
+    Raises:
+        UserError: the file is missing, unreadable or empty, or names an image twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read this list ({error.strerror or error})") from error
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    if not names:
+        raise UserError(f"{path}: lists no image")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"{path}: names an image twice: {_some(twice)}")
+    return names
+
+
+def write_names(path: Path, names: Sequence[str]) -> None:
+    """Write a list that `read_names` reads, all or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(
+        "".join(f"{name}\n" for name in names), encoding="utf-8", errors="surrogateescape"
+    )
+    partial.replace(path)
+
+
+def positions_of(
+    listed: Sequence[str], names: Sequence[str], *, classes: Sequence[str], where: str
+) -> Tensor:
+    """Find listed images in a data set, by full name or by file name alone.
+
+    Args:
+        listed: names of a list, e.g. `n01440764_10026.JPEG` or `train/cat/3.jpg`.
+        names: names of the data set's images.
+        classes: of the data set; tell a missing class from a missing file.
+        where: the list, for messages.
+
+    Returns:
+        Sorted positions in `names`, [len(listed)].
+
+    Raises:
+        UserError: images or classes are not there (the first five are named), or a bare file name
+            fits several images.
+    """
+    table = _by_name(names)
+    missing = [name for name in listed if name not in table]
+    if missing:
+        gone = _missing_classes(missing, classes)
+        if gone:
+            raise UserError(
+                f"{where}: {len(gone)} listed classes are not in the data: {_some(gone)}"
+            )
+        raise UserError(
+            f"{where}: {len(missing)} of {len(listed)} listed images are not in the data: "
+            f"{_some(missing)}"
+        )
+    ambiguous = [name for name in listed if table[name] < 0]
+    if ambiguous:
+        raise UserError(f"{where}: several images bear a listed name: {_some(ambiguous)}")
+    positions = torch.tensor([table[name] for name in listed]).sort().values
+    if (positions.diff() == 0).any():
+        raise UserError(f"{where}: names an image twice, by different names")
+    return positions
+
+
+def _order_in_classes(labels: Tensor, seed: int, classes: Sequence[str]) -> list[Tensor]:
+    """Positions of every class in the order in which a seed labels them."""
+    if len(classes) < 2:
+        found = ", ".join(classes) if classes else "none"
+        raise UserError(f"labels: at least two classes are needed, found {found}")
+    order = []
+    for label in range(len(classes)):
+        members = torch.nonzero(labels == label)[:, 0]
+        order.append(members[torch.from_numpy(permutation(len(members), seed, _SUBSET, label))])
+    return order
+
+
+def _by_name(names: Sequence[str]) -> dict[str, int]:
+    """Positions by full name and by file name; -1 where a file name fits several images."""
+    table: dict[str, int] = {}
+    for position, name in enumerate(names):
+        bare = PurePosixPath(name).name
+        table[bare] = -1 if bare in table else position
+    table.update({name: position for position, name in enumerate(names)})
+    return table
+
+
+def _missing_classes(missing: Sequence[str], classes: Sequence[str]) -> list[str]:
+    """Classes that missing names speak of (folder, or WordNet id before `_`) and nobody knows."""
+    known = set(classes)
+    spoken = {PurePosixPath(name).parent.name or name.partition("_")[0] for name in missing}
+    wordnet = {name for name in spoken if name[:1] == "n" and name[1:].isdigit()}
+    folders = {PurePosixPath(name).parent.name for name in missing} - {""}
+    return sorted((wordnet | folders) - known)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")

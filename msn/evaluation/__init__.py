@@ -1,0 +1,1 @@
+"""Low-shot evaluation: frozen features, honest classifiers, tables that can be published."""

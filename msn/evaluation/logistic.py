@@ -1,0 +1,289 @@
+"""L2-regularised multinomial logistic regression, solved to a certified optimum.
+
+Legend: n labelled rows, D feature width, C classes, R = min(n, D) rank, S label sets of one size,
+L regularisation strengths.
+
+    objective(W) = 1/n sum_i [logsumexp(W x_i) - w_{y_i} . x_i] + lambda/2 ||W||^2
+
+It is lambda-strongly convex, so a gradient g proves objective - optimum <= ||g||^2 / (2 lambda).
+That bound, relative to the objective, is the convergence test; nothing stops early by default.
+
+Weights lie in the span of the rows, so the work is done in the R coordinates of their principal
+axes. With few labels that is tiny; and there the Hessian is close to a diagonal (variance of the axis
+times the class's mean p (1 - p), plus lambda), which preconditions L-BFGS.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from msn.errors import UserError
+from msn.evaluation.lbfgs import Minimum, minimise
+
+log = logging.getLogger(__name__)
+
+# Below this many multiplications in a product, double precision costs nothing worth saving.
+_SMALL = 2**27
+# Logits that problems solved side by side may hold together.
+_SIDE_BY_SIDE = 2**23
+# Logits of a block of rows: it stays in the processor's cache while it is worked on.
+_BLOCK = {"cpu": 2**20, "cuda": 2**27, "mps": 2**27}
+_MEMORY = 10
+
+
+class LogisticFit(NamedTuple):
+    """Classifiers and the proof that they are optimal."""
+
+    weight: Tensor
+    """[S, L, C, D], in the dtype of the rows."""
+    objective: Tensor
+    """float64 [S, L]."""
+    gradient_norm: Tensor
+    """Euclidean norm of the objective's gradient at `weight`, float64 [S, L]."""
+    evaluations: Tensor
+    """Passes over the rows, [S, L]."""
+    converged: Tensor
+    """Whether the certified relative gap is within the tolerance, bool [S, L]."""
+
+
+def centre_and_normalise(rows: Tensor) -> Tensor:
+    """Subtract each row's own mean and divide by its length (paper A.2), [..., D] -> [..., D].
+
+    Rows that are constant become zero.
+    """
+    return F.normalize(rows - rows.mean(dim=-1, keepdim=True), dim=-1)
+
+
+def fit_logistic(
+    rows: Tensor,
+    labels: Tensor,
+    *,
+    num_classes: int,
+    lambdas: Sequence[float],
+    tolerance: float,
+    max_evaluations: int,
+    dtype: torch.dtype | None = None,
+) -> LogisticFit:
+    """Fit a classifier for every label set and every lambda.
+
+    Args:
+        rows: features of S label sets of one size, [S, n, D]; centred and normalised by the caller.
+        labels: in [0, C), [S, n].
+        num_classes: C >= 2; classes without a row are allowed.
+        lambdas: regularisation of the mean loss, each > 0. The paper's `lambd` is lambda * n.
+        tolerance: certified (objective - optimum) / objective, > 0.
+        max_evaluations: passes over the rows; a warning says when they did not suffice.
+        dtype: of the work; None takes float64 for small problems, and for large ones float32
+            followed by float64 where rounding stops it first.
+
+    Raises:
+        UserError: numbers out of range, a single class, or rows that are not finite.
+    """
+    _check(rows, labels, num_classes, lambdas, tolerance)
+    count = rows.shape[1]
+    solver = _Solver(num_classes, tolerance, max_evaluations, dtype)
+    together = _SIDE_BY_SIDE // (count * num_classes * len(lambdas))
+    with _exact_matmul():
+        if together >= 1:
+            chunks = zip(rows.split(together), labels.split(together), strict=True)
+            fits = [solver.side_by_side(x, y, lambdas) for x, y in chunks]
+        else:
+            fits = [solver.in_turn(x, y, lambdas) for x, y in zip(rows, labels, strict=True)]
+    fit = LogisticFit(*(torch.cat(parts) for parts in zip(*fits, strict=True)))
+    _warn_unless_converged(fit, max_evaluations)
+    return fit
+
+
+def principal_coordinates(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Coordinates of rows on their (uncentred) principal axes, exact for classifiers in their span.
+
+    Args:
+        rows: [S, n, D].
+
+    Returns:
+        Coordinates [S, n, R] in the dtype of the rows, R = min(n, D), and the map back [S, R, D],
+        both so that coordinates @ map = rows and weights map like rows.
+    """
+    count, width = rows.shape[-2:]
+    double = rows.to(torch.float64)
+    if width <= count:
+        axes = torch.linalg.eigh(double.mT @ double).eigenvectors  # [S, D, R]
+        return rows @ axes.to(rows.dtype), axes.mT.to(rows.dtype)
+    squares, left = torch.linalg.eigh(double @ double.mT)
+    lengths = squares.clamp_min(0).sqrt().unsqueeze(-2)  # [S, 1, n]
+    # Axes of no length carry no weight: their inverse is zero, not infinite.
+    floor = lengths.amax(dim=-1, keepdim=True) * torch.finfo(torch.float64).eps ** 0.5
+    inverse = torch.where(lengths > floor, 1 / lengths, 0)
+    back = (left * inverse).mT @ double
+    return (left * lengths).to(rows.dtype), back.to(rows.dtype)
+
+
+class _Solver:
+    """Settings of a fit, and the two ways to run it."""
+
+    def __init__(
+        self, num_classes: int, tolerance: float, max_evaluations: int, dtype: torch.dtype | None
+    ) -> None:
+        self.num_classes, self.tolerance = num_classes, tolerance
+        self.max_evaluations, self.dtype = max_evaluations, dtype
+
+    def side_by_side(self, rows: Tensor, labels: Tensor, lambdas: Sequence[float]) -> LogisticFit:
+        """All sets and lambdas as one batch: [S, n, D] -> fits [S, L]."""
+        coordinates, back = principal_coordinates(rows.to(torch.float64))
+        copies = len(lambdas)
+        strengths = torch.tensor(lambdas, dtype=torch.float64, device=rows.device)
+        found = self._minimise(
+            coordinates.repeat_interleave(copies, dim=0),
+            labels.repeat_interleave(copies, dim=0),
+            strengths.repeat(len(rows)),
+            None,
+        )
+        points = found.points.view(len(rows), copies, self.num_classes, -1)
+        weight = points.to(back.dtype) @ back.unsqueeze(1)
+        shape = (len(rows), copies)
+        return LogisticFit(weight.to(rows.dtype), *(part.view(shape) for part in found[1:]))
+
+    def in_turn(self, rows: Tensor, labels: Tensor, lambdas: Sequence[float]) -> LogisticFit:
+        """One set, lambdas from strong to weak, each started from the one before: -> fits [1, L]."""
+        coordinates, back = principal_coordinates(rows.unsqueeze(0))
+        fits: dict[float, Minimum] = {}
+        start: Tensor | None = None
+        for strength in sorted(set(lambdas), reverse=True):
+            strengths = torch.tensor([strength], dtype=torch.float64, device=rows.device)
+            fits[strength] = self._minimise(coordinates, labels.unsqueeze(0), strengths, start)
+            start = fits[strength].points
+        found = Minimum(*(torch.cat(parts) for parts in zip(*(fits[v] for v in lambdas), strict=True)))
+        points = found.points.view(1, len(lambdas), self.num_classes, -1)
+        weight = points.to(back.dtype) @ back.unsqueeze(1)
+        return LogisticFit(weight.to(rows.dtype), *(part.unsqueeze(0) for part in found[1:]))
+
+    def _minimise(
+        self, rows: Tensor, labels: Tensor, strengths: Tensor, start: Tensor | None
+    ) -> Minimum:
+        """P problems: rows [P, n, R], labels [P, n], strengths [P], start [P, C * R] or zero."""
+        if start is None:
+            start = rows.new_zeros(len(rows), self.num_classes * rows.shape[-1])
+        spent = 0
+        for dtype, _ in groupby(self._precisions(rows)):
+            objective = _Softmax.of(
+                rows.to(dtype), labels, strengths, num_classes=self.num_classes, tolerance=self.tolerance
+            )
+            left = self.max_evaluations - spent
+            found = minimise(objective, start.to(dtype), memory=_MEMORY, max_evaluations=left)
+            found = found._replace(evaluations=found.evaluations + spent)
+            start, spent = found.points, int(found.evaluations.max())
+            if bool(found.solved.all()) or spent >= self.max_evaluations:
+                break
+        return found
+
+    def _precisions(self, rows: Tensor) -> tuple[torch.dtype, ...]:
+        if self.dtype is not None:
+            return (self.dtype,)
+        small = rows.numel() * self.num_classes <= _SMALL
+        if small and rows.device.type != "mps":
+            return (torch.float64,)
+        return (rows.dtype,) if rows.device.type == "mps" else (rows.dtype, torch.float64)
+
+
+class _Softmax(NamedTuple):
+    """The objectives of P problems over R coordinates, for `minimise`."""
+
+    rows: Tensor  # [P, n, R]
+    labels: Tensor  # [P, n]
+    strengths: Tensor  # lambda, float64 [P]
+    variances: Tensor  # mean squares of coordinates, [P, 1, R]
+    label_sums: Tensor  # mean of rows of each class, over n, [P, C, R]
+    tolerance: float
+
+    @classmethod
+    def of(
+        cls, rows: Tensor, labels: Tensor, strengths: Tensor, *, num_classes: int, tolerance: float
+    ) -> "_Softmax":
+        problems, count, rank = rows.shape
+        sums = rows.new_zeros(problems, num_classes, rank)
+        sums.scatter_add_(1, labels.unsqueeze(-1).expand(-1, -1, rank), rows)
+        variances = rows.square().mean(dim=1, keepdim=True)
+        return cls(rows, labels, strengths, variances, sums / count, tolerance)
+
+    def keep(self, problems: Tensor) -> "_Softmax":
+        parts = (part[problems] for part in self[:-1])
+        return _Softmax(*parts, self.tolerance)
+
+    def solved(self, values: Tensor, gradients: Tensor) -> Tensor:
+        squares = gradients.square().sum(dim=1, dtype=torch.float64)
+        return squares <= 2 * self.strengths * self.tolerance * values
+
+    def evaluate(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        problems, count, _ = self.rows.shape
+        weight = points.view_as(self.label_sums)
+        loss = torch.zeros_like(self.strengths)
+        gradient = torch.zeros_like(weight)
+        mean, square = weight.new_zeros(2, problems, weight.shape[1])
+        step = max(1, _BLOCK[points.device.type] // (problems * weight.shape[1]))
+        for rows, labels in zip(
+            self.rows.split(step, dim=1), self.labels.split(step, dim=1), strict=True
+        ):
+            logits = rows @ weight.mT  # [P, n, C]
+            top = logits.amax(dim=-1, keepdim=True)
+            loss -= logits.gather(-1, labels.unsqueeze(-1)).sum(dim=(1, 2), dtype=torch.float64)
+            probs = logits.sub_(top).exp_()
+            total = probs.sum(dim=-1, keepdim=True)
+            loss += (total.log() + top).sum(dim=(1, 2), dtype=torch.float64)
+            probs /= total
+            mean += probs.sum(dim=1)
+            square += probs.square().sum(dim=1)
+            gradient += probs.mT @ rows
+        strengths = self.strengths.to(points.dtype)[:, None, None]
+        gradient = gradient / count - self.label_sums + strengths * weight
+        values = loss / count + self.strengths / 2 * points.square().sum(dim=1, dtype=torch.float64)
+        spread = ((mean - square) / count).unsqueeze(-1)  # mean p (1 - p), [P, C, 1]
+        return values, gradient.flatten(1), (spread * self.variances + strengths).flatten(1)
+
+
+@contextmanager
+def _exact_matmul() -> Iterator[None]:
+    """Products in full precision whatever the trainer chose (TF32 keeps 10 bits)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _warn_unless_converged(fit: LogisticFit, max_evaluations: int) -> None:
+    left = ~fit.converged
+    if bool(left.any()):
+        log.warning(
+            "logistic regression: %d of %d fits did not converge in %d evaluations "
+            "(largest gradient norm %.1e)",
+            int(left.sum()),
+            left.numel(),
+            max_evaluations,
+            float(fit.gradient_norm[left].max()),
+        )
+
+
+def _check(
+    rows: Tensor, labels: Tensor, num_classes: int, lambdas: Sequence[float], tolerance: float
+) -> None:
+    if num_classes < 2:
+        raise UserError(f"logistic regression needs at least 2 classes, got {num_classes}")
+    if not lambdas or any(not strength > 0 for strength in lambdas):
+        raise UserError(f"lambda must be > 0, got {list(lambdas)}")
+    if not tolerance > 0:
+        raise UserError(f"tolerance must be > 0, got {tolerance}")
+    if rows.shape[1] == 0:
+        raise UserError("logistic regression needs at least one labelled image, got none")
+    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
+        raise UserError(
+            f"labels must be in [0, {num_classes}), got {int(labels.min())} to {int(labels.max())}"
+        )
+    if not bool(torch.isfinite(rows).all()):
+        raise UserError("features hold NaN or infinite values")

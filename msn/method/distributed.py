@@ -1,0 +1,91 @@
+"""Collectives of the method: every process sees the whole batch; on one process all are the identity.
+
+All of them are differentiable with the gradient that is right when the trainer averages parameter
+gradients over processes (DDP), i.e. that of the mean of the processes' losses.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def num_processes() -> int:
+    """World size of the default process group, 1 where there is none."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_index() -> int:
+    """Rank in the default process group, 0 where there is none."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def all_reduce_mean(x: Tensor) -> Tensor:
+    """Mean of a tensor over processes, same shape; differentiable."""
+    return _AllReduceMean.apply(x) if num_processes() > 1 else x  # type: ignore[no-any-return]
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sum of a tensor over processes, same shape; for statistics, without gradient."""
+    if num_processes() == 1:
+        return x
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def all_reduce_logsumexp(x: Tensor) -> Tensor:
+    """log(sum(exp(x))) over processes, element by element, same shape; without gradient."""
+    if num_processes() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(num_processes())]
+    dist.all_gather(parts, x.detach().contiguous())
+    return torch.logsumexp(torch.stack(parts), dim=0)
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """BatchNorm1d whose batch statistics cover all processes, on CPU as well as CUDA.
+
+    torch's SyncBatchNorm refuses CPU tensors. Every process must bring the same number of rows.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        if not self.training or num_processes() == 1:
+            return super().forward(x)
+        # Two passes (mean, then spread around it) stay exact where E[x^2] - E[x]^2 cancels.
+        rows = x.to(torch.promote_types(x.dtype, torch.float32))  # [rows, features]
+        mean = all_reduce_mean(rows.mean(dim=0))
+        variance = all_reduce_mean((rows - mean).square().mean(dim=0))
+        self._update_running_statistics(mean, variance, rows.shape[0] * num_processes())
+        normed = (rows - mean) * torch.rsqrt(variance + self.eps)
+        return (normed * self.weight + self.bias).to(x.dtype)
+
+    @torch.no_grad()
+    def _update_running_statistics(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        self.num_batches_tracked.add_(1)
+        unbiased = variance * (count / (count - 1))
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+
+
+class _AllReduceMean(torch.autograd.Function):
+    """Mean over processes; its adjoint is again the mean over processes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
+        return _mean(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]  # noqa: ARG004
+        return _mean(grad)
+
+
+def _mean(x: Tensor) -> Tensor:
+    total = x.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total / num_processes()

@@ -1,0 +1,97 @@
+"""Geometry of frozen features: nearest neighbours by cosine, their votes, and effective rank.
+
+Legend: n reference rows, m query rows, D feature width, C classes, k neighbours.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from msn.errors import UserError
+
+# Similarities held at once; bounds memory at about 256 MiB of float32.
+_MAX_SIMILARITIES = 2**26
+
+
+def nearest(references: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Find the k references of largest cosine to each query.
+
+    Args:
+        references: [n, D], any scale; zero rows have cosine 0 to everything.
+        queries: [m, D].
+        k: in [1, n].
+
+    Returns:
+        Cosines, descending, [m, k], and rows of `references`, [m, k].
+
+    Raises:
+        UserError: if k is outside [1, n].
+    """
+    if not 1 <= k <= len(references):
+        raise UserError(f"k={k} neighbours: must be in [1, {len(references)}] (labelled images)")
+    references, queries = F.normalize(references, dim=1), F.normalize(queries, dim=1)
+    rows = max(1, _MAX_SIMILARITIES // len(references))
+    found = [(part @ references.T).topk(k, dim=1) for part in queries.split(rows)]
+    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+
+
+def majority_votes(cosines: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Count neighbours of each class; between equal counts the larger sum of cosines wins.
+
+    Args:
+        cosines: of the neighbours, in [-1, 1], [m, k].
+        labels: of the neighbours, in [0, C), [m, k].
+        num_classes: C.
+
+    Returns:
+        Scores whose argmax is the vote, [m, C]; their whole parts are the counts where C has votes.
+    """
+    # Summed cosines lie in [-k, k]; scaled into [0, 0.5] they order ties and nothing else.
+    k = cosines.shape[1]
+    return _tally(1 + (cosines.clamp(-1, 1) + 1) / (4 * k), labels, num_classes)
+
+
+def weighted_votes(
+    cosines: Tensor, labels: Tensor, num_classes: int, temperature: float
+) -> Tensor:
+    """Sum exp(cosine / temperature) of the neighbours of each class (weighted kNN).
+
+    Args:
+        cosines: of the neighbours, [m, k].
+        labels: of the neighbours, in [0, C), [m, k].
+        num_classes: C.
+        temperature: > 0; 0.07 is customary.
+
+    Returns:
+        Scores relative to the nearest neighbour's weight, [m, C].
+
+    Raises:
+        UserError: if the temperature is not positive.
+    """
+    if not temperature > 0:
+        raise UserError(f"kNN temperature must be > 0, got {temperature}")
+    # Relative to the nearest, so that small temperatures do not overflow.
+    nearest_cosine = cosines.amax(dim=1, keepdim=True)
+    return _tally(torch.exp((cosines - nearest_cosine) / temperature), labels, num_classes)
+
+
+def rankme(features: Tensor) -> float:
+    """Effective rank: exp of the entropy of normalised singular values (RankMe, arXiv 2210.02885).
+
+    Args:
+        features: [n, D], finite, not centred.
+
+    Returns:
+        In [1, min(n, D)]; near 1 when features have collapsed to one direction. 0 if all are zero.
+    """
+    values = torch.linalg.svdvals(features.to(torch.float64))
+    total = values.sum()
+    if total == 0:
+        return 0.0
+    share = values / total
+    return float(torch.exp(-torch.special.xlogy(share, share).sum()))
+
+
+def _tally(weights: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    scores = weights.new_zeros(len(weights), num_classes)
+    return scores.scatter_add_(1, labels, weights)

@@ -1,0 +1,177 @@
+"""Anchor, EMA target, projection head and prototypes (paper section 3, Figure 2).
+
+Legend: V anchor views, R rand views, F focal views, B images, D embedding width, P projection
+width, K prototypes.
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from msn.errors import UserError
+from msn.method.distributed import BatchNorm
+from msn.method.vit import VisionTransformer, init_linear
+
+
+class Projections(NamedTuple):
+    """What the loss compares."""
+
+    anchor: Tensor
+    """Rand then focal views, [V, B, P]."""
+    target: Tensor
+    """The unmasked view through the EMA target, without gradient, [B, P]."""
+
+
+class ProjectionHead(nn.Module):
+    """Three layers D -> hidden -> hidden -> P with GELU (paper A.1).
+
+    Args:
+        embed_dim: D.
+        hidden_dim: width of both hidden layers.
+        output_dim: P.
+        use_batch_norm: normalise both hidden layers over the batch of all processes.
+    """
+
+    def __init__(
+        self, embed_dim: int, *, hidden_dim: int, output_dim: int, use_batch_norm: bool
+    ) -> None:
+        super().__init__()
+        for name, value in {"hidden_dim": hidden_dim, "output_dim": output_dim}.items():
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"head.{name} must be a whole number >= 1, got {value!r}")
+        self.config = {
+            "hidden_dim": hidden_dim,
+            "output_dim": output_dim,
+            "use_batch_norm": use_batch_norm,
+        }
+        self.fc1 = nn.Linear(embed_dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, hidden_dim)
+        self.fc3 = nn.Linear(hidden_dim, output_dim)
+        if use_batch_norm:
+            self.bn1, self.bn2 = BatchNorm(hidden_dim), BatchNorm(hidden_dim)
+        else:
+            self.bn1 = self.bn2 = nn.Identity()  # type: ignore[assignment]
+        self.apply(init_linear)
+
+    def forward(self, class_tokens: Tensor) -> Tensor:
+        """[..., D] -> [..., P]; batch statistics run over all leading axes together."""
+        rows = class_tokens.flatten(0, -2)
+        rows = F.gelu(self.bn1(self.fc1(rows)))
+        rows = F.gelu(self.bn2(self.fc2(rows)))
+        return self.fc3(rows).unflatten(0, class_tokens.shape[:-1])
+
+
+class Encoder(nn.Module):
+    """Trunk and projection head; one of these is the anchor, a second one the target.
+
+    Args:
+        model: the six numbers of `VisionTransformer`.
+        head: hidden_dim, output_dim, use_batch_norm of `ProjectionHead`.
+    """
+
+    def __init__(self, model: Mapping[str, int | float], head: Mapping[str, int | bool]) -> None:
+        super().__init__()
+        self.trunk = VisionTransformer(**model)  # type: ignore[arg-type]
+        self.head = ProjectionHead(self.trunk.embed_dim, **head)  # type: ignore[arg-type]
+
+    def forward(
+        self,
+        views: Sequence[Tensor],
+        kept: Sequence[Tensor | None],
+        chunk_size: int | None = None,
+    ) -> list[Tensor]:
+        """Project views of several sizes; the head sees each size's views as one batch.
+
+        Args:
+            views: one tensor a view size, each [views, B, 3, h, w].
+            kept: patches to keep for each, see `VisionTransformer.forward`.
+            chunk_size: images a trunk pass; the trunk has no batch statistics, so chunks (whose
+                activations are recomputed in the backward pass) change memory, not numbers.
+
+        Returns:
+            For each of `views` its projections, [views, B, P].
+        """
+        if chunk_size is None:
+            return [self.head(tokens) for tokens in self.trunk(views, kept)]
+        parts = [
+            self._trunk_chunk(list(views), list(kept), slice(start, start + chunk_size))
+            for start in range(0, views[0].shape[1], chunk_size)
+        ]
+        return [self.head(torch.cat(tokens, dim=1)) for tokens in zip(*parts, strict=True)]
+
+    def _trunk_chunk(
+        self, views: list[Tensor], kept: list[Tensor | None], images: slice
+    ) -> list[Tensor]:
+        chunk = [view[:, images] for view in views]
+        chunk_kept = [k if k is None or k.ndim == 1 else k[:, images] for k in kept]
+        if not torch.is_grad_enabled():
+            return self.trunk(chunk, chunk_kept)
+        return checkpoint(self.trunk, chunk, chunk_kept, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+class MSN(nn.Module):
+    """The network of Masked Siamese Networks: everything that has parameters.
+
+    Args:
+        model: the six numbers of `VisionTransformer`.
+        head: the three settings of `ProjectionHead`.
+        num_prototypes: K, >= 2.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Mapping[str, int | float],
+        head: Mapping[str, int | bool],
+        num_prototypes: int,
+    ) -> None:
+        super().__init__()
+        if not isinstance(num_prototypes, int) or num_prototypes < 2:
+            raise UserError(f"num_prototypes must be a whole number >= 2, got {num_prototypes!r}")
+        self.anchor = Encoder(model, head)
+        self.target = copy.deepcopy(self.anchor).requires_grad_(False)
+        width = int(head["output_dim"])
+        self.prototypes = nn.Parameter(torch.empty(num_prototypes, width))
+        nn.init.uniform_(self.prototypes, -1 / math.sqrt(width), 1 / math.sqrt(width))
+
+    def forward(
+        self,
+        target: Tensor,
+        rand: Tensor,
+        focal: Tensor,
+        kept: Tensor | None,
+        chunk_size: int | None = None,
+    ) -> Projections:
+        """Project all views of a batch.
+
+        Args:
+            target: unmasked large view, [B, 3, S, S].
+            rand: masked large views, [R, B, 3, S, S].
+            focal: small views, never masked, [F, B, 3, s, s].
+            kept: patches that rand views keep, [M] or [R, B, M]; None keeps all.
+            chunk_size: images a trunk pass (`Encoder.forward`); None takes all at once.
+        """
+        groups = [(rand, kept), (focal, None)]
+        present = [(views, keep) for views, keep in groups if views.shape[0] > 0]
+        with torch.no_grad():
+            (target_out,) = self.target([target.unsqueeze(0)], [None], chunk_size)
+        anchor_out = self.anchor([v for v, _ in present], [k for _, k in present], chunk_size)
+        return Projections(torch.cat(anchor_out), target_out[0])
+
+    @torch.no_grad()
+    def update_target(self, momentum: float) -> None:
+        """target <- momentum * target + (1 - momentum) * anchor, parameters only (paper A.1).
+
+        BatchNorm buffers of the target are its own: it normalises by its own batches.
+
+        Args:
+            momentum: in [0, 1]; taken once an optimiser step, after it.
+        """
+        target, anchor = list(self.target.parameters()), list(self.anchor.parameters())
+        torch._foreach_lerp_(target, anchor, 1 - momentum)

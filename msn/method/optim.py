@@ -1,0 +1,76 @@
+"""Parameter groups, AdamW and encoder-only clipping (paper A.1)."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from msn.errors import UserError
+from msn.method.network import MSN
+from msn.method.schedules import ScheduleValues
+
+
+def parameter_groups(network: MSN) -> list[dict[str, Any]]:
+    """Split what is trained into decayed and never decayed parameters.
+
+    Biases, norms (every 1-D tensor) and prototypes are never decayed; class token and position
+    embeddings are, as in the released code.
+
+    Returns:
+        Groups of AdamW, each with the keys `params` and `use_weight_decay`.
+    """
+    trained = list(network.anchor.parameters())
+    decayed = [parameter for parameter in trained if parameter.ndim > 1]
+    free = [parameter for parameter in trained if parameter.ndim <= 1]
+    return [
+        {"params": decayed, "use_weight_decay": True},
+        {"params": [*free, network.prototypes], "use_weight_decay": False},
+    ]
+
+
+def build_optimizer(
+    network: MSN, *, betas: tuple[float, float], eps: float, fused: bool
+) -> torch.optim.AdamW:
+    """AdamW over anchor and prototypes; learning rate and decay come from `set_values` each step.
+
+    Args:
+        network: its anchor and prototypes are trained, never its target.
+        betas: both in [0, 1).
+        eps: > 0.
+        fused: one kernel for all parameters; parameters must lie where they will be trained.
+
+    Raises:
+        UserError: if `betas` or `eps` is out of range.
+    """
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"method.betas must be two numbers in [0, 1), got {list(betas)}")
+    if not eps > 0:
+        raise UserError(f"method.eps must be > 0, got {eps}")
+    # A tensor-free lr of 0 is never used: `set_values` comes before every step.
+    groups = parameter_groups(network)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=fused)
+
+
+def set_values(optimizer: torch.optim.Optimizer, values: ScheduleValues) -> None:
+    """Put a step's learning rate and weight decay into the optimiser."""
+    for group in optimizer.param_groups:
+        group["lr"] = values.lr
+        group["weight_decay"] = values.weight_decay if group["use_weight_decay"] else 0.0
+
+
+def clip_encoder(encoder: nn.Module, max_norm: float | None) -> Tensor:
+    """Clip the global gradient norm of the anchor encoder; prototypes are never clipped.
+
+    Args:
+        encoder: the anchor.
+        max_norm: > 0, or None to measure without clipping.
+
+    Returns:
+        The norm before clipping, scalar, on the device of the gradients (no host synchronisation).
+    """
+    gradients: Iterable[Tensor] = [p.grad for p in encoder.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(encoder.parameters(), max_norm, norm, foreach=True)
+    return norm

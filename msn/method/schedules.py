@@ -1,0 +1,140 @@
+"""Every schedule as a pure function of the step, so that a resumed run needs no replay.
+
+Steps count from 0. As in the released code learning rate and weight decay advance *before* they are
+used (step 0 uses progress 1), while momentum and sharpening start at progress 0.
+"""
+
+import math
+from typing import NamedTuple
+
+from msn.errors import UserError
+
+
+class ScheduleValues(NamedTuple):
+    """What is in force in one step."""
+
+    lr: float
+    weight_decay: float
+    momentum: float
+    """EMA coefficient of the target, taken after the step."""
+    sharpen_temperature: float
+
+
+def linear(step: int, *, start: float, final: float, total_steps: int) -> float:
+    """From `start` at step 0 to `final` at `total_steps`, constant afterwards."""
+    return start + (final - start) * min(step, total_steps) / total_steps
+
+
+def cosine(step: int, *, start: float, final: float, total_steps: int) -> float:
+    """Half a cosine from `start` at step 0 to `final` at `total_steps`, constant afterwards."""
+    progress = min(step, total_steps) / total_steps
+    return final + (start - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def warmup_cosine(
+    step: int, *, start: float, peak: float, final: float, warmup_steps: int, total_steps: int
+) -> float:
+    """Linear from `start` to `peak` over `warmup_steps`, then half a cosine to `final`."""
+    if step < warmup_steps:
+        return linear(step, start=start, final=peak, total_steps=warmup_steps)
+    remaining = max(total_steps - warmup_steps, 1)
+    return cosine(step - warmup_steps, start=peak, final=final, total_steps=remaining)
+
+
+class Schedule:
+    """All schedules of a run (paper A.1).
+
+    Args:
+        start_lr: learning rate before the warm-up, >= 0.
+        lr: peak learning rate, > 0; absolute, never scaled with the batch.
+        final_lr: at the end of the (stretched) cosine, >= 0.
+        warmup_epochs: >= 0, may be fractional; never stretched.
+        weight_decay: at the start, >= 0.
+        final_weight_decay: at the end, >= 0.
+        momentum: EMA coefficient at the start, in [0, 1].
+        final_momentum: at the end, in [0, 1].
+        sharpen_temperature: at the start, in (0, 1].
+        final_sharpen_temperature: at the end, in (0, 1].
+        schedule_stretch: cosines and ramps run over this many times the training, >= 1; the
+            released code's 1.25 ends training at 80 % of them, 1.0 lets them finish.
+        epochs: epochs of training, >= 1.
+        steps_per_epoch: >= 1.
+
+    Raises:
+        UserError: if a number is out of its range, or the warm-up does not fit the training.
+    """
+
+    def __init__(
+        self,
+        *,
+        start_lr: float,
+        lr: float,
+        final_lr: float,
+        warmup_epochs: float,
+        weight_decay: float,
+        final_weight_decay: float,
+        momentum: float,
+        final_momentum: float,
+        sharpen_temperature: float,
+        final_sharpen_temperature: float,
+        schedule_stretch: float,
+        epochs: int,
+        steps_per_epoch: int,
+    ) -> None:
+        _check("lr", lr, lr > 0, "> 0")
+        _check("start_lr", start_lr, start_lr >= 0, ">= 0")
+        _check("final_lr", final_lr, final_lr >= 0, ">= 0")
+        _check("weight_decay", weight_decay, weight_decay >= 0, ">= 0")
+        _check("final_weight_decay", final_weight_decay, final_weight_decay >= 0, ">= 0")
+        _check("momentum", momentum, 0 <= momentum <= 1, "in [0, 1]")
+        _check("final_momentum", final_momentum, 0 <= final_momentum <= 1, "in [0, 1]")
+        for name, value in {
+            "sharpen_temperature": sharpen_temperature,
+            "final_sharpen_temperature": final_sharpen_temperature,
+        }.items():
+            _check(name, value, 0 < value <= 1, "in (0, 1]")
+        _check("schedule_stretch", schedule_stretch, schedule_stretch >= 1, ">= 1")
+        _check("warmup_epochs", warmup_epochs, warmup_epochs >= 0, ">= 0")
+        self.total_steps = int(schedule_stretch * epochs * steps_per_epoch)
+        self.warmup_steps = int(warmup_epochs * steps_per_epoch)
+        if self.warmup_steps >= epochs * steps_per_epoch and warmup_epochs > 0:
+            raise UserError(
+                f"a warm-up of {warmup_epochs} epochs does not fit a training of {epochs} epochs: "
+                f"lower method.warmup_epochs or raise trainer.max_epochs"
+            )
+        self._lr = (start_lr, lr, final_lr)
+        self._weight_decay = (weight_decay, final_weight_decay)
+        self._momentum = (momentum, final_momentum)
+        self._sharpen = (sharpen_temperature, final_sharpen_temperature)
+
+    def at(self, step: int) -> ScheduleValues:
+        """Values in force in a step, counted from 0."""
+        start, peak, final = self._lr
+        total = self.total_steps
+        return ScheduleValues(
+            lr=warmup_cosine(
+                step + 1,
+                start=start,
+                peak=peak,
+                final=final,
+                warmup_steps=self.warmup_steps,
+                total_steps=total,
+            ),
+            weight_decay=cosine(
+                step + 1,
+                start=self._weight_decay[0],
+                final=self._weight_decay[1],
+                total_steps=total,
+            ),
+            momentum=linear(
+                step, start=self._momentum[0], final=self._momentum[1], total_steps=total
+            ),
+            sharpen_temperature=linear(
+                step, start=self._sharpen[0], final=self._sharpen[1], total_steps=total
+            ),
+        )
+
+
+def _check(name: str, value: float, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise UserError(f"method.{name} must be {allowed}, got {value}")

@@ -1,0 +1,1 @@
+"""The Lightning side: module, trainer, checkpoints, monitors."""

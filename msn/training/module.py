@@ -1,0 +1,167 @@
+"""The thin LightningModule: which call happens when; the method itself is in `msn.method`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from msn.data.views import Views
+from msn.errors import UserError
+from msn.method import optim
+from msn.method.distributed import num_processes, process_index
+from msn.method.loss import MSNLoss, power_law_prior
+from msn.method.masking import PatchDrop
+from msn.method.network import MSN, ProjectionHead
+from msn.method.schedules import Schedule
+from msn.method.vit import VisionTransformer
+from msn.schema import refuse_unknown, take
+
+CHECKPOINT_FORMAT = 1
+
+
+class MSNModule(LightningModule):
+    """MSN pretraining under Lightning's automatic optimisation.
+
+    Args:
+        model: the six numbers of `msn.method.vit.VisionTransformer`.
+        method: every number of the method: keywords of `MSNLoss`, `Schedule`, `PatchDrop` and
+            `optim.build_optimizer`, and num_prototypes, head, prior_exponent, clip_grad_norm.
+        seed: decides, with the step, which patches are dropped.
+        chunk_size: images a trunk pass under activation checkpointing; None takes all at once.
+
+    Raises:
+        UserError: if a key is unknown or missing, or a value is out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Mapping[str, Any],
+        method: Mapping[str, Any],
+        seed: int,
+        chunk_size: int | None,
+    ) -> None:
+        super().__init__()
+        if chunk_size is not None and chunk_size < 1:
+            raise UserError(f"chunk_size must be >= 1 image or null, got {chunk_size}")
+        refuse_unknown("model", model, VisionTransformer)
+        refuse_unknown("method", method, *_METHOD_PARTS, derived=_DERIVED)
+        refuse_unknown("method.head", method["head"], ProjectionHead)
+        own = take("method", method, method_settings)
+        self.settings = {"model": dict(model), "method": dict(method), "seed": seed}
+        self.network = MSN(
+            model=take("model", model, VisionTransformer),
+            head=take("method.head", method["head"], ProjectionHead),
+            num_prototypes=own["num_prototypes"],
+        )
+        prior = method_settings(**own)
+        self.loss = MSNLoss(prior=prior, **take("method", method, MSNLoss))
+        self.patch_drop = PatchDrop(**take("method", method, PatchDrop))
+        self.clip_grad_norm = own["clip_grad_norm"]
+        self.chunk_size = chunk_size
+        self.schedule: Schedule | None = None
+        self.checkpoint_info: dict[str, Any] = {}
+        self.grad_norm = torch.zeros(())
+
+    def plan_schedule(self, *, epochs: int, steps_per_epoch: int) -> None:
+        """Fix the training's length; fails early where the warm-up does not fit.
+
+        Raises:
+            UserError: if a schedule's number is out of range or the warm-up is too long.
+        """
+        numbers = take("method", self.settings["method"], Schedule)
+        self.schedule = Schedule(**numbers, epochs=epochs, steps_per_epoch=steps_per_epoch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW over anchor and prototypes in one fused kernel."""
+        numbers = take("method", self.settings["method"], optim.build_optimizer)
+        return optim.build_optimizer(self.network, **numbers, fused=True)
+
+    def on_train_epoch_start(self) -> None:
+        """Put the target into train mode too: its head normalises by its own batches (A.1).
+
+        Lightning keeps whatever mode a module was left in.
+        """
+        self.network.train()
+
+    def training_step(self, batch: Views, batch_idx: int) -> dict[str, Any]:
+        """Loss of one batch of views; its terms go to the monitors as they are, on the device."""
+        assert self.schedule is not None
+        kept = self.draw_kept_patches(batch.rand)
+        out = self.network(batch.target, batch.rand, batch.focal, kept, self.chunk_size)
+        values = self.schedule.at(self.global_step)
+        terms = self.loss(out.anchor, out.target, self.network.prototypes, values.sharpen_temperature)
+        return {"loss": terms.loss, "terms": terms, "projections": out}
+
+    def draw_kept_patches(self, rand: Tensor) -> Tensor | None:
+        """Patches that rand views [R, B, 3, S, S] keep in this step, see `PatchDrop.draw`."""
+        rand_views, images = rand.shape[:2]
+        rank = process_index()
+        kept = self.patch_drop.draw(
+            (rand.shape[-1] // self.network.anchor.trunk.patch_size) ** 2,
+            rand_views=rand_views,
+            images=range(rank * images, (rank + 1) * images),
+            global_batch_size=num_processes() * images,
+            # Any injective mix of seed and step will do: the generator scrambles its seed.
+            key=(self.settings["seed"] << 32) + self.global_step,
+        )
+        return None if kept is None else kept.to(rand.device, non_blocking=True)
+
+    def configure_gradient_clipping(  # noqa: D102
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        self.grad_norm = optim.clip_encoder(self.network.anchor, self.clip_grad_norm)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Set the step's rates, step, then move the target: once an optimiser step, after it."""
+        assert self.schedule is not None
+        values = self.schedule.at(self.global_step)
+        optim.set_values(optimizer, values)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.network.update_target(values.momentum)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Describe the weights in plain data, so that other programs need not guess."""
+        checkpoint["msn"] = {
+            "format": CHECKPOINT_FORMAT,
+            "epoch": self.current_epoch,
+            "head": dict(self.network.anchor.head.config),
+            **self.settings,
+            **self.checkpoint_info,
+        }
+
+
+def method_settings(
+    *,
+    num_prototypes: int,
+    head: Mapping[str, Any],
+    prior_exponent: float,
+    clip_grad_norm: float | None,
+) -> Tensor | None:
+    """Check what no other part of the method takes, and give the prior over prototypes.
+
+    Returns:
+        Probabilities [K], or None for the uniform prior of MSN.
+
+    Raises:
+        UserError: if a number is out of its range.
+    """
+    if clip_grad_norm is not None and not clip_grad_norm > 0:
+        raise UserError(f"method.clip_grad_norm must be > 0 or null, got {clip_grad_norm}")
+    return power_law_prior(num_prototypes, prior_exponent) if prior_exponent else None
+
+
+# Keywords of the parts that are computed, not set.
+_DERIVED = ("prior", "epochs", "steps_per_epoch", "fused")
+_METHOD_PARTS = (MSNLoss, Schedule, PatchDrop, optim.build_optimizer, method_settings)

@@ -1,0 +1,89 @@
+"""Lightning's Trainer, with the settings that MSN needs and no others."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+
+from msn.errors import UserError
+from msn.training.checkpointing import DurableCheckpointIO
+
+PRECISIONS = ("auto", "32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed")
+
+
+def build_trainer(
+    *,
+    max_epochs: int,
+    accelerator: str,
+    devices: int | str | list[int],
+    num_nodes: int,
+    strategy: str,
+    precision: str,
+    deterministic: bool,
+    log_every_n_steps: int,
+    limit_train_batches: int | float | None,
+    accumulate_grad_batches: int,
+    callbacks: Sequence[Callback],
+    loggers: Sequence[Logger],
+    run_dir: str | Path,
+) -> Trainer:
+    """Build the trainer of a pretraining run.
+
+    Args:
+        max_epochs: >= 1.
+        accelerator: as in Lightning: auto, cpu, gpu, mps, ...
+        devices: number or list of devices of this node, or "auto" for all.
+        num_nodes: >= 1.
+        strategy: as in Lightning: auto, ddp, ...
+        precision: "auto" is bf16-mixed on CUDA and 32-true elsewhere.
+        deterministic: use deterministic kernels alone, for bit-equal reruns on CUDA.
+        log_every_n_steps: >= 1.
+        limit_train_batches: steps an epoch (or share of them) for a trial; None takes all.
+        accumulate_grad_batches: 1; anything else is refused.
+        callbacks: of the run.
+        loggers: of the run.
+        run_dir: where everything of the run goes.
+
+    Raises:
+        UserError: if a value is out of its range.
+    """
+    for name, value in {
+        "max_epochs": max_epochs,
+        "num_nodes": num_nodes,
+        "log_every_n_steps": log_every_n_steps,
+    }.items():
+        if value < 1:
+            raise UserError(f"trainer.{name} must be >= 1, got {value}")
+    if accumulate_grad_batches != 1:
+        raise UserError(
+            "trainer.accumulate_grad_batches must be 1: BatchNorm, me-max and Sinkhorn would see "
+            "fragments of the batch; chunk_size=N fits a whole batch into less memory exactly"
+        )
+    if precision not in PRECISIONS:
+        raise UserError(f"trainer.precision must be one of {', '.join(PRECISIONS)}, got {precision}")
+    if precision == "auto":
+        on_cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+        precision = "bf16-mixed" if on_cuda else "32-true"
+    return Trainer(
+        max_epochs=max_epochs,
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=strategy,
+        precision=precision,  # type: ignore[arg-type]
+        deterministic=deterministic,
+        log_every_n_steps=log_every_n_steps,
+        limit_train_batches=limit_train_batches,
+        callbacks=list(callbacks),
+        logger=list(loggers),
+        default_root_dir=str(run_dir),
+        plugins=[DurableCheckpointIO()],
+        use_distributed_sampler=False,  # the data module owns the order of images
+        enable_checkpointing=True,
+        enable_model_summary=False,
+        enable_progress_bar=False,  # `msn.training.progress` chooses one that fits the output
+        num_sanity_val_steps=0,
+        gradient_clip_val=None,  # the module clips the encoder alone
+    )

@@ -1,0 +1,102 @@
+"""`backbone.safetensors`, and the backbone as people use it: an nn.Module with its transform."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+
+from msn.method.vit import VisionTransformer
+from msn.weights.files import save_tensors
+from msn.weights.reading import read_weights
+from msn.weights.weights import FORMAT, IMAGENET_MEAN, IMAGENET_STD, Weights
+
+
+class Backbone(VisionTransformer):
+    """A pretrained trunk: images in, features out; its state dict has timm's names.
+
+    Args:
+        weights: as `read_weights` gives them.
+
+    Attributes:
+        transform: from a PIL image to the [3, S, S] tensor that the trunk was made for.
+        meta: what the file says about itself (epoch, data, method, licence, ...).
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__(**weights.model)  # type: ignore[arg-type]
+        self.to(weights.trunk["cls_token"].dtype)
+        self.load_state_dict(weights.trunk, strict=True)
+        self.meta = weights.meta
+        self.transform = image_transform(
+            self.img_size,
+            mean=weights.meta.get("mean", IMAGENET_MEAN),
+            std=weights.meta.get("std", IMAGENET_STD),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
+        """Class tokens after the final norm, [B, 3, h, w] -> [B, D], as timm's `num_classes=0`."""
+        return self.forward_features(images)[:, 0]
+
+    def forward_features(self, images: Tensor, *, norm: bool = True) -> Tensor:
+        """All tokens, class token first, [B, 3, h, w] -> [B, 1 + N, D].
+
+        Low-shot evaluation reads the class token with `norm=False` (paper A.2).
+        """
+        return super().forward_features(images, norm=norm)
+
+
+def load_backbone(path: str | Path, *, num_heads: int | None = None) -> Backbone:
+    """Load the trunk of any supported file or directory for use, in eval mode.
+
+    Args:
+        path: see `read_weights`.
+        num_heads: attention heads where the file cannot tell; default width // 64.
+
+    Raises:
+        UserError: see `read_weights`.
+    """
+    return Backbone(read_weights(path, num_heads=num_heads)).eval()
+
+
+def image_transform(
+    image_size: int, *, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Callable[[Image.Image], Tensor]:
+    """Resize the short side to 256/224 of the size, centre crop, normalise (paper A.2)."""
+    return transforms.Compose(
+        [
+            _to_rgb,
+            transforms.Resize(round(image_size * 256 / 224)),
+            transforms.CenterCrop(image_size),
+            transforms.ToTensor(),
+            transforms.Normalize(mean, std),
+        ]
+    )
+
+
+def save_backbone(path: str | Path, trunk: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write `backbone.safetensors`: a trunk in timm's names that says what it is.
+
+    Args:
+        path: the file; replaced atomically.
+        trunk: state dict of the `VisionTransformer`.
+        meta: plain data; needs `model` (the six numbers). `mean` and `std` default to ImageNet's.
+
+    Raises:
+        UserError: if the file cannot be written; nothing is left then.
+    """
+    save_tensors(Path(path), trunk, {"msn": json.dumps(complete_meta(meta))})
+
+
+def complete_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The header that travels in every file we write."""
+    model = dict(meta["model"])
+    defaults = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+    return {"format": FORMAT, "model": model, **defaults, **meta}
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    return image.convert("RGB")

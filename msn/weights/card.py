@@ -1,0 +1,170 @@
+"""The model card of an export: what it is, where it comes from, and under which licence."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from msn.weights.classifier import Classifier
+from msn.weights.weights import PUBLISHED_LICENCE
+
+# What the Hub calls the licences that we know.
+_HUB_LICENCES = {PUBLISHED_LICENCE: "cc-by-nc-4.0", "Apache-2.0": "apache-2.0"}
+_LIBRARIES = {"timm": "timm", "huggingface": "transformers", "onnx": "onnx"}
+
+_USE = {
+    "timm": """import timm
+
+model = timm.create_model("local-dir:DIR", pretrained=True)
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+class_tokens = model(images)  # after the final norm""",
+    "huggingface": """from transformers import AutoImageProcessor, {auto}
+
+processor = AutoImageProcessor.from_pretrained("DIR")
+model = {auto}.from_pretrained("DIR", attn_implementation="sdpa")
+outputs = model(**processor(images, return_tensors="pt"))""",
+    "torch": """import msn
+
+backbone = msn.load_backbone("DIR")
+class_tokens = backbone(backbone.transform(image)[None])  # after the final norm""",
+    "official": """import msn
+
+backbone = msn.load_backbone("DIR/msn.pth.tar")
+class_tokens = backbone(backbone.transform(image)[None])  # after the final norm""",
+    "onnx": """import onnxruntime
+
+session = onnxruntime.InferenceSession("DIR/model.onnx")
+(tokens,) = session.run(None, {"pixel_values": images})  # float32 [batch, 3, S, S]""",
+}
+
+
+def model_card(
+    format: str,
+    header: Mapping[str, Any],
+    *,
+    head: Classifier | None,
+    report: Mapping[str, Any],
+    lowshot: list[dict[str, Any]] | None,
+) -> str:
+    """README.md of an export, in Markdown with the Hub's front matter.
+
+    Args:
+        format: a key of `FORMATS`.
+        header: what the weights say about themselves, with `model`, `mean` and `std`.
+        head: the classifier in the export, if any.
+        report: content of `parity.json`.
+        lowshot: rows of lowshot.json, if any.
+    """
+    parts = [
+        _front_matter(format, str(header["licence"]), head),
+        "# Masked Siamese Network, vision transformer backbone",
+        _facts(header),
+        _licence(header),
+        _use(format, head),
+        _accuracy(lowshot),
+        _head_note(head),
+        _parity(report),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(format: str, licence: str, head: Classifier | None) -> str:
+    task = "image-feature-extraction" if head is None else "image-classification"
+    lines = ["---", f"license: {_HUB_LICENCES.get(licence, 'other')}"]
+    if licence not in _HUB_LICENCES:
+        lines.append(f"license_name: {licence!r}")
+    if format in _LIBRARIES:
+        lines.append(f"library_name: {_LIBRARIES[format]}")
+    return "\n".join([*lines, f"pipeline_tag: {task}", "tags:", "- msn", "- vit", "---"])
+
+
+def _facts(header: Mapping[str, Any]) -> str:
+    model = header["model"]
+    rows = {
+        "architecture": f"ViT, {model['depth']} blocks of width {model['embed_dim']}, "
+        f"{model['num_heads']} heads, patches of {model['patch_size']} px, "
+        f"images of {model['img_size']} px",
+        "data": header.get("data"),
+        "method": header.get("method"),
+        "epochs": header.get("epoch"),
+        "started from": header.get("init"),
+        "config digest": header.get("config_digest"),
+        "normalisation": f"mean {header['mean']}, std {header['std']}",
+        "licence": header["licence"],
+    }
+    return _table(("", ""), [(key, _text(value)) for key, value in rows.items()])
+
+
+def _licence(header: Mapping[str, Any]) -> str:
+    if header["licence"] != PUBLISHED_LICENCE:
+        return ""
+    return (
+        "These weights descend from the files published with facebookresearch/msn and stay under "
+        "their licence, CC BY-NC 4.0: no commercial use."
+    )
+
+
+def _use(format: str, head: Classifier | None) -> str:
+    auto = "AutoModel" if head is None else "AutoModelForImageClassification"
+    return f"## Use\n\n```python\n{_USE[format].replace('{auto}', auto)}\n```"
+
+
+def _accuracy(lowshot: list[dict[str, Any]] | None) -> str:
+    if not lowshot:
+        return ""
+    rows = [
+        tuple(_text(row.get(key)) for key in ("backbone", "classifier", "labels", "splits"))
+        + (_percent(row),)
+        for row in lowshot
+    ]
+    heads = ("backbone", "classifier", "labels a class", "splits", "top-1 (%)")
+    return f"## Low-shot accuracy\n\n{_table(heads, rows)}"
+
+
+def _percent(row: Mapping[str, Any]) -> str:
+    mean, std = row.get("top1_mean"), row.get("top1_std")
+    if mean is None:
+        return "not stated"
+    return f"{100 * mean:.1f}" + ("" if std is None else f" \u00b1 {100 * std:.1f}")
+
+
+def _head_note(head: Classifier | None) -> str:
+    if head is None or not head.normalised:
+        return ""
+    return (
+        "## The classifier\n\nIt was fitted on row-centred, L2-normalised class tokens before the "
+        "final norm. A LayerNorm without affine is that up to a factor an image, so here the final "
+        "norm's weight is 1 and its bias 0: predictions are those of the low-shot evaluation, "
+        "while tokens after the norm are not those of the backbone's own norm (`msn` restores it "
+        "on reading)."
+    )
+
+
+def _parity(report: Mapping[str, Any]) -> str:
+    half = [
+        (name, _short(values["max_abs_difference"]), _short(values["mean_abs_difference"]))
+        for name, values in report["half_precision"].items()
+    ]
+    text = (
+        f"## Parity\n\n{report['compared']}, float32 on the CPU, against "
+        f"{report['checked_with']}: max |difference| {report['max_abs_difference']:.1e} "
+        f"(allowed {report['tolerance']:.0e}). Details in parity.json."
+    )
+    if not half:
+        return text
+    return f"{text}\n\n{_table(('half precision against float32', 'max', 'mean'), half)}"
+
+
+def _short(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.1e}"
+
+
+def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [heads, ("---",) * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "not stated"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_text(entry)}" for key, entry in value.items())
+    return " ".join(str(value).replace("|", "/").split())

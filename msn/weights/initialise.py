@@ -1,0 +1,99 @@
+"""Start pretraining from weights that exist: `train.py init=PATH`."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from msn.errors import UserError
+from msn.method.network import MSN
+from msn.method.vit import VisionTransformer, resize_position_embeddings
+from msn.weights.weights import Weights, differences, summary
+
+
+def initialise(network: MSN, weights: Weights) -> list[tuple[str, str]]:
+    """Load trunk, and head and prototypes where they are there and fit, into a fresh network.
+
+    The anchor gets the file's own anchor where it has one, else the target's weights as the target
+    does. A part that is not there or does not fit keeps its fresh initialisation; head and target
+    head stay equal then.
+
+    Args:
+        network: freshly built; changed in place.
+        weights: as `read_weights` gives them.
+
+    Returns:
+        A table of (part, what happened to it): loaded, resized, initialised or ignored.
+
+    Raises:
+        UserError: if the trunks differ in more than the image size; the network is unchanged then.
+    """
+    resized = _check_fits(network.target.trunk, weights)
+    note = resized or f"loaded from {weights.source}"
+    anchor_trunk, anchor_head = weights.anchor_trunk, weights.anchor_head
+    own = "" if anchor_trunk is not None else " (the target's: the file has no anchor)"
+    _load_trunk(network.target.trunk, weights.trunk)
+    _load_trunk(network.anchor.trunk, anchor_trunk or weights.trunk)
+    rows = [("target trunk", note), ("anchor trunk", note + own)]
+    if weights.heads_assumed:
+        assumed = f"{weights.model['num_heads']} assumed (width // 64); model.num_heads overrides"
+        rows.append(("attention heads", assumed))
+    rows.append(("target head", _load_head(network.target.head, weights.head)))
+    rows.append(("anchor head", _load_head(network.anchor.head, anchor_head or weights.head)))
+    rows.append(("prototypes", _load_prototypes(network.prototypes, weights.prototypes)))
+    rows += [(name, "ignored") for name in _grouped(weights.ignored)]
+    return rows
+
+
+def _check_fits(trunk: VisionTransformer, weights: Weights) -> str | None:
+    """What happens to the position embeddings if not a plain load."""
+    expected = dict(trunk.state_dict())
+    found = dict(weights.trunk)
+    size, native = trunk.img_size, weights.model["img_size"]
+    same_positions = found["pos_embed"].shape == expected["pos_embed"].shape
+    if not same_positions:
+        found.pop("pos_embed")
+        expected.pop("pos_embed")
+    wrong = differences(found, expected)
+    heads = weights.model["num_heads"]
+    if heads != trunk.num_heads:
+        wrong.append(f"attention heads are {heads} instead of {trunk.num_heads} (model.num_heads)")
+    if wrong:
+        raise UserError(f"init: another architecture than model: {summary(wrong)}")
+    if same_positions:
+        return None
+    return f"loaded from {weights.source}, position embeddings resized from {native} to {size} px"
+
+
+def _load_trunk(trunk: VisionTransformer, tensors: Mapping[str, Tensor]) -> None:
+    tensors = dict(tensors)
+    if tensors["pos_embed"].shape != trunk.pos_embed.shape:
+        side = trunk.img_size // trunk.patch_size
+        tensors["pos_embed"] = resize_position_embeddings(tensors["pos_embed"], (side, side))
+    trunk.load_state_dict(tensors, strict=True)
+
+
+def _load_head(head: nn.Module, tensors: Mapping[str, Tensor] | None) -> str:
+    if tensors is None:
+        return "initialised (the file has none)"
+    wrong = differences(tensors, head.state_dict())
+    if wrong:
+        return f"initialised (the file's does not fit: {summary(wrong[:1])})"
+    head.load_state_dict(tensors, strict=True)
+    return "loaded"
+
+
+@torch.no_grad()
+def _load_prototypes(prototypes: nn.Parameter, tensor: Tensor | None) -> str:
+    if tensor is None:
+        return "initialised (the file has none)"
+    if tensor.shape != prototypes.shape:
+        want = list(prototypes.shape)
+        return f"initialised (the file's are {list(tensor.shape)}, not {want})"
+    prototypes.copy_(tensor)
+    return "loaded"
+
+
+def _grouped(names: tuple[str, ...]) -> list[str]:
+    """'decoder.a.weight', 'decoder.b.weight' -> 'decoder.*', each group once."""
+    return list(dict.fromkeys(f"{name.split('.')[0]}.*" if "." in name else name for name in names))

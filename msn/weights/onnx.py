@@ -1,0 +1,82 @@
+"""ONNX with a dynamic batch axis, both ways (extra `onnx`)."""
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from msn.errors import UserError
+from msn.weights.files import write_bytes
+from msn.weights.timm import plain_timm
+from msn.weights.weights import Weights, strip_prefix
+
+INPUT, OUTPUT = "pixel_values", "tokens"
+INSTALL = "pip install 'msn[onnx]'"
+_PREFIX = "trunk."
+
+
+class _Tokens(nn.Module):
+    """All tokens after the final norm, from timm's blocks, whose graph is the plainer one."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        self.trunk = plain_timm(weights.trunk, weights.model)
+        for block in self.trunk.blocks:
+            block.get_submodule("attn").fused_attn = False
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.trunk.forward_features(pixel_values)
+
+
+def write_onnx(path: Path, weights: Weights, header: Mapping[str, Any]) -> None:
+    """Write `[batch, 3, S, S] pixel_values -> [batch, 1 + N, D] tokens` with our header in it.
+
+    The graph is left unoptimised: onnxruntime optimises it on loading, and so every weight stays
+    under its own name and `read_onnx` gets it back bit by bit.
+    """
+    size = weights.model["img_size"]
+    program = torch.onnx.export(
+        _Tokens(weights),
+        (torch.zeros(2, 3, int(size), int(size)),),
+        input_names=[INPUT],
+        output_names=[OUTPUT],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        dynamo=True,
+        optimize=False,
+        verbose=False,
+    )
+    assert program is not None
+    proto = program.model_proto
+    entry = proto.metadata_props.add()
+    entry.key, entry.value = "msn", json.dumps(header)
+    write_bytes(path, proto.SerializeToString())
+
+
+def read_onnx(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """State dict in timm's names and metadata of a file that `write_onnx` wrote.
+
+    Raises:
+        UserError: if the file is missing or damaged, or the extra `onnx` is not installed.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if importlib.util.find_spec("onnx") is None:
+        raise UserError(f"{path}: reading ONNX needs onnx, which is not installed: {INSTALL}")
+    import onnx
+
+    try:
+        proto = onnx.load(path, load_external_data=False)
+        tensors = {
+            item.name: torch.from_numpy(onnx.numpy_helper.to_array(item).copy())
+            for item in proto.graph.initializer
+        }
+    # The bytes are not ours, and protobuf's own exception is a plain Exception.
+    except Exception as error:
+        raise UserError(f"{path}: damaged or not an ONNX file ({error})") from error
+    return strip_prefix(tensors, _PREFIX), {
+        entry.key: entry.value for entry in proto.metadata_props
+    }

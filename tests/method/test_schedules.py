@@ -1,0 +1,80 @@
+"""Schedules at their start, turn and end, and the figures the released code ends S/16 at."""
+
+import math
+
+import pytest
+
+from msn.errors import UserError
+from msn.method.schedules import Schedule, cosine, linear, warmup_cosine
+
+
+def paper(**changes):
+    numbers = {
+        "start_lr": 2e-4,
+        "lr": 1e-3,
+        "final_lr": 1e-6,
+        "warmup_epochs": 15,
+        "weight_decay": 0.04,
+        "final_weight_decay": 0.4,
+        "momentum": 0.996,
+        "final_momentum": 1.0,
+        "sharpen_temperature": 0.25,
+        "final_sharpen_temperature": 0.25,
+        "schedule_stretch": 1.25,
+        "epochs": 800,
+        "steps_per_epoch": 1251,
+    }
+    return Schedule(**{**numbers, **changes})
+
+
+def test_stretched_schedules_end_where_the_released_code_does():
+    last = paper().at(800 * 1251 - 1)
+    assert last.lr == pytest.approx(9.9e-5, rel=0.01)
+    assert last.weight_decay == pytest.approx(0.366, rel=0.002)
+    assert last.momentum == pytest.approx(0.9992, abs=1e-6)
+
+
+def test_unstretched_schedules_finish():
+    last = paper(schedule_stretch=1.0).at(800 * 1251 - 1)
+    assert last.lr == pytest.approx(1e-6, rel=1e-6)
+    assert last.weight_decay == pytest.approx(0.4)
+    assert last.momentum == pytest.approx(1.0, abs=1e-8)
+
+
+def test_learning_rate_rises_linearly_then_falls():
+    schedule = paper()
+    warmup = 15 * 1251
+    assert schedule.at(0).lr == pytest.approx(2e-4 + 8e-4 / warmup)
+    assert schedule.at(warmup - 1).lr == pytest.approx(1e-3)
+    rates = [schedule.at(step).lr for step in range(warmup, 1_000_000, 5000)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_momentum_starts_at_progress_zero_and_decay_does_not():
+    first = paper().at(0)
+    assert first.momentum == 0.996
+    assert first.weight_decay > 0.04
+
+
+def test_building_blocks_hit_both_ends_and_stay():
+    for step, expected in [(0, 2.0), (10, 5.0), (99, 5.0)]:
+        assert linear(step, start=2.0, final=5.0, total_steps=10) == expected
+        assert cosine(step, start=2.0, final=5.0, total_steps=10) == pytest.approx(expected)
+    middle = warmup_cosine(5, start=0, peak=1, final=0, warmup_steps=0, total_steps=10)
+    assert middle == pytest.approx(0.5 * (1 + math.cos(math.pi / 2)))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"warmup_epochs": 800}, "warm-up"),
+        ({"lr": 0.0}, "method.lr"),
+        ({"momentum": 1.1}, "method.momentum"),
+        ({"sharpen_temperature": 0.0}, "sharpen_temperature"),
+        ({"schedule_stretch": 0.5}, "schedule_stretch"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(wrong, named):
+    with pytest.raises(UserError, match=named):
+        paper(**wrong)
