@@ -1,1 +1,25 @@
-"""Masked Siamese Networks (arXiv 2204.07141)."""
+"""Masked Siamese Networks (arXiv 2204.07141): the public names, under semantic versioning."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from msn.method.loss import MSNLoss
+    from msn.method.network import MSN
+    from msn.weights import load_backbone
+
+__version__ = "0.1.0"
+__all__ = ["MSN", "MSNLoss", "load_backbone"]
+
+_HOMES = {
+    "MSN": "msn.method.network",
+    "MSNLoss": "msn.method.loss",
+    "load_backbone": "msn.weights",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: commands start without loading torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'msn' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

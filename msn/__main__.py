@@ -2,6 +2,10 @@
 
 import sys
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 # command -> module below msn.commands, which has run(config) and a config of the command's name
 COMMANDS = {
@@ -25,8 +29,12 @@ def run_named(name: str, arguments: list[str]) -> None:
     """Run a command by its name with Hydra overrides and flags."""
     from msn.commands.entry import run_command
 
+    def job(config: "DictConfig") -> None:
+        # Imported after composition: a mistyped key is told at once, without loading torch.
+        import_module(f"msn.commands.{COMMANDS[name]}").run(config)
+
     sys.argv = [sys.argv[0], *arguments]
-    run_command(name, import_module(f"msn.commands.{COMMANDS[name]}").run, arguments)
+    run_command(name, job, arguments)
 
 
 if __name__ == "__main__":

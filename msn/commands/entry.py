@@ -1,5 +1,6 @@
 """The one way into every command: compose, run, and end a mistake in one line and exit code 2."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -10,7 +11,6 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -21,7 +21,7 @@ from msn.schema import refuse_unknown, take
 Job = Callable[[DictConfig], None]
 
 # What a person can mend: the message says how, a traceback would not.
-MISTAKES = (UserError, OSError, MisconfigurationException, HydraException, OmegaConfBaseException)
+MISTAKES = (UserError, OSError, HydraException, OmegaConfBaseException)
 
 
 def config_directory() -> Path:
@@ -41,6 +41,8 @@ def run_command(config_name: str, job: Job, arguments: list[str]) -> None:
         job: gets the composed configuration.
         arguments: Hydra overrides and flags.
     """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("msn").setLevel(logging.INFO)
     try:
         if any(argument.startswith("-") for argument in arguments):
             _through_hydra_main(config_name, job, arguments)
@@ -148,7 +150,7 @@ def _through_hydra_main(config_name: str, job: Job, arguments: list[str]) -> Non
 def _finish(config: DictConfig, known: DictConfig, choices: dict[Any, Any]) -> DictConfig:
     """Refuse keys that nobody reads; note the chosen experiment where runs are named by it."""
     for key in config:
-        if key not in known:
+        if key not in list(known):  # `in` is False for ???
             allowed = ", ".join(sorted(str(name) for name in known))
             raise UserError(f"unknown key {key}: allowed are {allowed}")
     if "run" in config and "experiment" in config.run:
@@ -163,7 +165,7 @@ def _explain(error: Exception, known: DictConfig) -> str:
         key = text.split("'")[1]
         parent, _, name = key.rpartition(".")
         node = OmegaConf.select(known, parent) if parent else known
-        if isinstance(node, DictConfig) and name not in node:
+        if isinstance(node, DictConfig) and name not in list(node):
             allowed = ", ".join(sorted(str(n) for n in node if not str(n).startswith("_")))
             return f"unknown key {key}: allowed are {allowed}"
         if node is None or not isinstance(node, DictConfig):

@@ -5,6 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
+from msn.commands.entry import to_plain
 from msn.errors import UserError
 from msn.weights.classifier import read_classifier
 from msn.weights.export import export
@@ -12,30 +15,31 @@ from msn.weights.formats import FORMATS
 from msn.weights.reading import read_weights
 
 
-def run(config: dict[str, Any]) -> None:
+def run(config: DictConfig) -> None:
     """Export, print what was proven, and say where it is.
-
-    Args:
-        config: `checkpoint`, `format`, `out`; `image_size`, `head` and `model.num_heads` or None;
-            `overwrite`.
 
     Raises:
         UserError: see `msn.weights.export.export`.
     """
-    if config["format"] not in FORMATS:
-        raise UserError(f"format must be one of {', '.join(FORMATS)}, got {config['format']!r}")
-    checkpoint, out = Path(config["checkpoint"]), Path(config["out"])
-    weights = read_weights(checkpoint, num_heads=config["model"]["num_heads"])
+    settings = to_plain(config)
+    checkpoint, out = Path(str(settings["checkpoint"])), Path(str(settings["out"]))
+    if settings["format"] not in FORMATS:
+        allowed = ", ".join(FORMATS)
+        raise UserError(f"format must be one of {allowed}, got {settings['format']!r}")
+    if not isinstance(settings["overwrite"], bool):
+        raise UserError(f"overwrite must be true or false, got {settings['overwrite']!r}")
+    weights = read_weights(checkpoint, num_heads=settings["model"]["num_heads"])
     run_dir = _run_directory(checkpoint)
-    weights.meta.setdefault("config_digest", _digest(run_dir))
-    head = config["head"]
+    if run_dir is not None:
+        weights.meta["config_digest"] = _digest(run_dir / "config.yaml")
+    head = settings["head"]
     report = export(
         weights,
-        format=config["format"],
+        format=settings["format"],
         out=out,
-        image_size=config["image_size"],
+        image_size=settings["image_size"],
         head=None if head is None else read_classifier(head, int(weights.model["embed_dim"])),
-        overwrite=config["overwrite"],
+        overwrite=settings["overwrite"],
         lowshot=_lowshot(run_dir),
     )
     if weights.heads_assumed:
@@ -56,10 +60,8 @@ def _run_directory(checkpoint: Path) -> Path | None:
     return next((place for place in places if (place / "config.yaml").is_file()), None)
 
 
-def _digest(run_dir: Path | None) -> str | None:
-    if run_dir is None:
-        return None
-    return hashlib.sha256((run_dir / "config.yaml").read_bytes()).hexdigest()[:16]
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _lowshot(run_dir: Path | None) -> list[dict[str, Any]] | None:

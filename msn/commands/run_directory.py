@@ -56,7 +56,7 @@ def choose_run_directory(config: DictConfig) -> RunDirectory:
     if config.resume not in ("auto", "never"):
         raise UserError(f"resume must be auto or never, got {config.resume}")
     inherited = os.environ.get(ENVIRONMENT)
-    if inherited:
+    if inherited and os.environ.get("LOCAL_RANK", "0") != "0":
         return RunDirectory(Path(inherited), newest_checkpoint(Path(inherited) / "checkpoints"))
     parent = Path(config.run.root) / config.run.experiment
     if config.run.dir is None and config.run.name is None:
@@ -99,4 +99,6 @@ def _check_writable(path: Path) -> None:
     """The nearest existing parent must be a directory that takes new entries."""
     parent = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"run directory {path} cannot be written: {parent} is not a writable directory")
+        raise UserError(
+            f"run directory {path} cannot be written: {parent} is not a writable directory"
+        )

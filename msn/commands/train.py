@@ -12,6 +12,8 @@ from msn.commands.result import finish
 from msn.commands.run_directory import RunDirectory, choose_run_directory
 from msn.data.datamodule import MSNDataModule
 from msn.errors import UserError
+from msn.evaluation.lowshot import KShot
+from msn.training.checkpointing import step_of
 from msn.training.metrics import MetricsCSV
 from msn.training.module import MSNModule
 from msn.training.progress import build_progress
@@ -34,6 +36,10 @@ def run(config: DictConfig) -> None:
     module: MSNModule = build(config, "module")
     if settings["init"] is not None and directory.resume_from is None:
         _initialise(module, str(settings["init"]), settings["model"]["num_heads"])
+    protocol: KShot = build(config, "protocol")
+    labelled = data.labelled_sets()
+    if labelled is not None:
+        protocol.check(labelled[0].labels, labelled[0].classes)
     trainer = _build_trainer(config, directory, data, module)
     if trainer.is_global_zero:
         directory.create(config)
@@ -44,7 +50,7 @@ def run(config: DictConfig) -> None:
     if trainer.interrupted:
         return
     if trainer.is_global_zero:
-        finish(settings, directory, data, module)
+        finish(settings, directory, data, module, protocol)
     trainer.strategy.barrier()
 
 
@@ -52,13 +58,16 @@ def _build_trainer(
     config: DictConfig, directory: RunDirectory, data: MSNDataModule, module: MSNModule
 ) -> Trainer:
     metrics = MetricsCSV(path=directory.path / "metrics.csv")
+    if directory.resume_from is not None:
+        metrics.resume_at(step_of(directory.resume_from))
     loggers = [
         metrics,
         *(build(config, f"logger.{name}", save_dir=str(directory.path)) for name in config.logger),
     ]
     runtime: dict[str, dict[str, Any]] = {"checkpoint": {"directory": directory.checkpoints}}
     callbacks = [
-        build(config, f"callbacks.{name}", **runtime.get(str(name), {})) for name in config.callbacks
+        build(config, f"callbacks.{name}", **runtime.get(str(name), {}))
+        for name in config.callbacks
     ]
     trainer: Trainer = build(
         config,

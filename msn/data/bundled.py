@@ -24,7 +24,9 @@ def digits_source(image_size: int) -> ArraySource:
     small = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
     large = F.interpolate(small, size=(image_size, image_size), mode="bicubic")
     gray = large.round().clamp(0, 255).to(torch.uint8).numpy()
-    pixels = np.ascontiguousarray(np.broadcast_to(gray.transpose(0, 2, 3, 1), (*gray[:, 0].shape, 3)))
+    pixels = np.ascontiguousarray(
+        np.broadcast_to(gray.transpose(0, 2, 3, 1), (*gray[:, 0].shape, 3))
+    )
     labels = digits.target.astype(np.int64)
     return ArraySource(
         where="digits", pixels=pixels, labels=labels, classes=[str(i) for i in range(10)]

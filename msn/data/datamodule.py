@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from msn.data.bad_images import BadImageLedger
 from msn.data.collate import ImageBatch
-from msn.data.dataset import LabelledImages, Subset, TrainingSet
+from msn.data.dataset import LabelledImages, TrainingSet
 from msn.data.device_views import make_batched_views
 from msn.data.pools import Pools, build_pools
 from msn.data.reference_views import make_reference_views
@@ -138,6 +138,12 @@ class MSNDataModule(LightningDataModule):
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         self._sampler = self.sampler(rank=rank, world_size=world)
+        if self._sampler.left_out and rank == 0:
+            log.info(
+                "each epoch leaves out %d of %d images, others each time, because batches of %d do "
+                "not divide them",
+                *(self._sampler.left_out, len(self.pools.train), self.global_batch_size),
+            )
         epoch, batch = self._position
         self._sampler.load_state_dict({"epoch": epoch, "batch": batch})
         return self.loader(self._sampler)

@@ -29,7 +29,12 @@ def counter_hash(*coordinates: int | np.ndarray) -> np.ndarray:
     state = np.zeros(1, np.uint64)
     for coordinate in coordinates:
         # Each level is a SplitMix64 stream of its own, seeded by the level above.
-        word = np.asarray(coordinate).astype(np.int64).astype(np.uint64).reshape(np.shape(coordinate) or 1)
+        word = (
+            np.asarray(coordinate)
+            .astype(np.int64)
+            .astype(np.uint64)
+            .reshape(np.shape(coordinate) or 1)
+        )
         state = _mix(state + _GOLDEN * (word + np.uint64(1)))
     return state
 

@@ -87,10 +87,6 @@ def apply_view(
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-
-
-
-
 def _stack(rows: list[Tensor], count: int, size: int) -> Tensor:
     return torch.stack(rows) if rows else torch.empty((0, count, 3, size, size), dtype=torch.uint8)
 

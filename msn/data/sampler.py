@@ -7,7 +7,6 @@ say all a worker must know, so workers keep no state and a run resumes at any ba
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -16,8 +15,6 @@ from torch.utils.data import Sampler
 
 from msn.data.randomness import permutation
 from msn.errors import UserError
-
-log = logging.getLogger(__name__)
 
 _ORDER = 1  # keeps the order's draws apart from those of the views
 
@@ -62,13 +59,11 @@ class EpochSampler(Sampler[BatchKey]):
         self.num_images, self.global_batch_size, self.seed = num_images, global_batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.epoch, self.start = 0, 0
-        left_out = num_images % global_batch_size
-        if left_out and rank == 0:
-            log.info(
-                "each epoch leaves out %d of %d images, other ones each time, because batches "
-                "of %d do not divide them",
-                *(left_out, num_images, global_batch_size),
-            )
+
+    @property
+    def left_out(self) -> int:
+        """Images that an epoch leaves out because batches do not divide them; others each time."""
+        return self.num_images % self.global_batch_size
 
     def __len__(self) -> int:
         """Batches in a whole epoch, also when this one was resumed in its middle."""

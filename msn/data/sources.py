@@ -56,7 +56,13 @@ class FileSource(Source):
     """Image files, by paths relative to a root."""
 
     def __init__(
-        self, *, where: str, root: str, paths: StringTable, labels: np.ndarray | None, classes: list[str]
+        self,
+        *,
+        where: str,
+        root: str,
+        paths: StringTable,
+        labels: np.ndarray | None,
+        classes: list[str],
     ) -> None:
         self.where, self.root, self.paths = where, root, paths
         self.labels, self.classes = labels, classes
@@ -183,5 +189,9 @@ def list_source(file: str, *, key: str, root: str | None) -> FileSource:
     base = root if root is not None else os.path.dirname(os.path.abspath(file))
     paths = StringTable.from_strings(row[0] for row in rows)
     return FileSource(
-        where=file, root=base, paths=paths, labels=labels, classes=classes if labels is not None else []
+        where=file,
+        root=base,
+        paths=paths,
+        labels=labels,
+        classes=classes if labels is not None else [],
     )

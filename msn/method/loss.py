@@ -93,7 +93,9 @@ def me_max(mean_prediction: Tensor, log_prior: Tensor) -> Tensor:
     Returns:
         Scalar >= 0, zero if and only if the two agree.
     """
-    return (torch.special.xlogy(mean_prediction, mean_prediction) - mean_prediction * log_prior).sum()
+    return (
+        torch.special.xlogy(mean_prediction, mean_prediction) - mean_prediction * log_prior
+    ).sum()
 
 
 def power_law_prior(num_prototypes: int, exponent: float) -> Tensor:
@@ -146,8 +148,8 @@ class MSNLoss(nn.Module):
         self.temperature = temperature
         self.me_max_weight, self.entropy_weight = me_max_weight, entropy_weight
         self.use_sinkhorn, self.sinkhorn_iterations = use_sinkhorn, sinkhorn_iterations
-        if prior is not None and not (bool((prior > 0).all()) and abs(float(prior.sum()) - 1) < 1e-6):
-            raise UserError("prior must be positive probabilities that sum to 1")
+        if prior is not None and prior.device.type != "meta":
+            _check_prior(prior)
         # Not persistent: it is a setting, and checkpoints hold weights.
         self.register_buffer("log_prior", None if prior is None else prior.log(), persistent=False)
 
@@ -164,7 +166,9 @@ class MSNLoss(nn.Module):
         """
         # Under autocast a product of unit vectors would be taken in half precision.
         with torch.autocast(device_type=anchor.device.type, enabled=False):
-            anchor, target, prototypes = (_at_least_float32(t) for t in (anchor, target, prototypes))
+            anchor, target, prototypes = (
+                _at_least_float32(t) for t in (anchor, target, prototypes)
+            )
             targets = self.targets(target, prototypes, sharpen_temperature)
             log_probs = assign(anchor, prototypes, self.temperature)  # [V, B, K]
             # Targets are shared by the views, so views are averaged before the product with them.
@@ -199,3 +203,8 @@ class MSNLoss(nn.Module):
 
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _check_prior(prior: Tensor) -> None:
+    if not bool((prior > 0).all()) or abs(float(prior.sum()) - 1) > 1e-6:
+        raise UserError("prior must be positive probabilities that sum to 1")

@@ -58,7 +58,13 @@ def load_golden(path: str | Path) -> Golden:
     try:
         figures = json.loads(json_file.read_text())
         golden = Golden(figures["config"], figures["steps"], load_file(tensor_file))
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (
+        SafetensorError,
+        json.JSONDecodeError,
+        KeyError,
+        TypeError,
+        UnicodeDecodeError,
+    ) as error:
         raise UserError(f"cannot read reference figures {tensor_file}: {error}") from None
     return golden
 

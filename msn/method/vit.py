@@ -1,4 +1,4 @@
-"""The vision transformer: timm's blocks and names, an explicit patch drop, views of several sizes at once.
+"""The vision transformer: timm's blocks and names, explicit patch drop, views of several sizes.
 
 Legend: B images, N patches, L = 1 + N tokens of one image (class token first), D embedding width,
 T tokens of all views together.
@@ -45,7 +45,9 @@ class Block(TimmBlock):
         """
         first = class_token_indices(groups, tokens.device)
         normed = self.norm1(tokens)
-        query_weight, key_value_weight = self.attn.qkv.weight.tensor_split([self.attn.qkv.in_features])
+        query_weight, key_value_weight = self.attn.qkv.weight.tensor_split(
+            [self.attn.qkv.in_features]
+        )
         query_bias, key_value_bias = self.attn.qkv.bias.tensor_split([self.attn.qkv.in_features])
         queries = F.linear(normed[first], query_weight, query_bias)  # [B, D]
         keys_values = F.linear(normed, key_value_weight, key_value_bias)  # [T, 2D]
@@ -178,7 +180,9 @@ class VisionTransformer(nn.Module):
         if kept is not None:
             patches = _keep(patches, kept)
             patch_positions = _keep(patch_positions, kept)
-        tokens = F.linear(patches, self.patch_embed.proj.weight.flatten(1), self.patch_embed.proj.bias)
+        tokens = F.linear(
+            patches, self.patch_embed.proj.weight.flatten(1), self.patch_embed.proj.bias
+        )
         classes = (self.cls_token + positions[:, :1]).expand(tokens.shape[0], -1, -1)
         return torch.cat([classes.to(tokens.dtype), tokens + patch_positions], dim=1)
 
@@ -194,7 +198,7 @@ class VisionTransformer(nn.Module):
         return resize_position_embeddings(self.pos_embed, grid)
 
     def forward_features(self, images: Tensor, *, norm: bool) -> Tensor:
-        """All tokens of the last block, [B, 3, h, w] -> [B, 1 + N, D]; `norm` applies the final norm.
+        """All tokens of the last block, [B, 3, h, w] -> [B, 1 + N, D]; `norm`: the final one too.
 
         Low-shot evaluation reads the class token *before* the final norm (paper A.2).
         """
@@ -252,7 +256,7 @@ def class_token_indices(groups: Groups, device: torch.device) -> Tensor:
 
 
 def _keep(tokens: Tensor, kept: Tensor) -> Tensor:
-    """Select tokens [B or 1, N, D] by indices [M] or [..., M]; leading axes of `kept` are joined."""
+    """Select tokens [B or 1, N, D] by [M] or [..., M]; leading axes of `kept` are joined."""
     if kept.ndim == 1:
         return tokens[:, kept]
     index = kept.flatten(0, -2).unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
@@ -275,6 +279,10 @@ def _check_sizes(
     if not isinstance(mlp_ratio, int | float) or mlp_ratio <= 0:
         raise UserError(f"model.mlp_ratio must be > 0, got {mlp_ratio!r}")
     if img_size % patch_size:
-        raise UserError(f"model.img_size {img_size} is not divisible by model.patch_size {patch_size}")
+        raise UserError(
+            f"model.img_size {img_size} is not divisible by model.patch_size {patch_size}"
+        )
     if embed_dim % num_heads:
-        raise UserError(f"model.embed_dim {embed_dim} is not divisible by model.num_heads {num_heads}")
+        raise UserError(
+            f"model.embed_dim {embed_dim} is not divisible by model.num_heads {num_heads}"
+        )

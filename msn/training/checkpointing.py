@@ -54,7 +54,9 @@ def write_durably(path: Path, write: Callable[[Any], Any]) -> None:
     Raises:
         OSError: whatever the system said; the old file is untouched then.
     """
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    descriptor, temporary = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
+    )
     try:
         with os.fdopen(descriptor, "wb") as file:
             write(file)
@@ -136,6 +138,11 @@ def newest_checkpoint(directory: Path) -> Path | None:
     """The newest checkpoint file of a directory, None if there is none."""
     files = checkpoints(directory)
     return files[-1] if files else None
+
+
+def step_of(path: Path) -> int:
+    """Optimiser steps that a checkpoint's name says it has seen."""
+    return _epoch_and_step(path)[1]
 
 
 def _epoch_and_step(path: Path) -> tuple[int, int]:

@@ -49,9 +49,9 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def resume_at(self, step: int) -> None:
-        """Forget rows that the run is about to write again."""
+        """Forget rows of steps after `step`, which the run is about to take again."""
         if self._path.exists():
-            rows = [row for row in read_metrics(self._path) if int(row["step"]) < step]
+            rows = [row for row in read_metrics(self._path) if int(row["step"]) <= step]
             self._rewrite(_header(self._path), rows)
 
     def _add_columns(self, names: list[str]) -> None:

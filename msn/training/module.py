@@ -92,7 +92,9 @@ class MSNModule(LightningModule):
         kept = self.draw_kept_patches(batch.rand)
         out = self.network(batch.target, batch.rand, batch.focal, kept, self.chunk_size)
         values = self.schedule.at(self.global_step)
-        terms = self.loss(out.anchor, out.target, self.network.prototypes, values.sharpen_temperature)
+        terms = self.loss(
+            out.anchor, out.target, self.network.prototypes, values.sharpen_temperature
+        )
         return {"loss": terms.loss, "terms": terms, "projections": out}
 
     def draw_kept_patches(self, rand: Tensor) -> Tensor | None:

@@ -6,6 +6,8 @@ import time
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
+from msn.training.monitors import Monitors
+
 _SHOWN = {
     "train/loss": "loss",
     "collapse/prototypes_used": "prototypes used",
@@ -47,7 +49,5 @@ def build_progress() -> Callback:
 
 
 def _shown_metrics(trainer: Trainer) -> dict[str, str]:
-    metrics = trainer.callback_metrics
-    return {
-        label: f"{float(metrics[name]):.4g}" for name, label in _SHOWN.items() if name in metrics
-    }
+    latest = next((c.latest for c in trainer.callbacks if isinstance(c, Monitors)), {})  # type: ignore[attr-defined]
+    return {label: f"{latest[name]:.4g}" for name, label in _SHOWN.items() if name in latest}

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 
@@ -11,6 +13,16 @@ from msn.errors import UserError
 from msn.training.checkpointing import DurableCheckpointIO
 
 PRECISIONS = ("auto", "32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed")
+
+# What is no setting: each of these is done elsewhere, or would do harm.
+_FIXED: dict[str, Any] = {
+    "use_distributed_sampler": False,  # the data module owns the order of images
+    "enable_checkpointing": True,
+    "enable_model_summary": False,
+    "enable_progress_bar": False,  # `msn.training.progress` chooses one that fits the output
+    "num_sanity_val_steps": 0,
+    "gradient_clip_val": None,  # the module clips the encoder alone
+}
 
 
 def build_trainer(
@@ -62,17 +74,19 @@ def build_trainer(
             "fragments of the batch; chunk_size=N fits a whole batch into less memory exactly"
         )
     if precision not in PRECISIONS:
-        raise UserError(f"trainer.precision must be one of {', '.join(PRECISIONS)}, got {precision}")
+        raise UserError(
+            f"trainer.precision must be one of {', '.join(PRECISIONS)}, got {precision}"
+        )
     if precision == "auto":
         on_cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         precision = "bf16-mixed" if on_cuda else "32-true"
-    return Trainer(
+    arguments: dict[str, Any] = dict(
         max_epochs=max_epochs,
         accelerator=accelerator,
         devices=devices,
         num_nodes=num_nodes,
         strategy=strategy,
-        precision=precision,  # type: ignore[arg-type]
+        precision=_resolve_precision(precision, accelerator),
         deterministic=deterministic,
         log_every_n_steps=log_every_n_steps,
         limit_train_batches=limit_train_batches,
@@ -80,10 +94,24 @@ def build_trainer(
         logger=list(loggers),
         default_root_dir=str(run_dir),
         plugins=[DurableCheckpointIO()],
-        use_distributed_sampler=False,  # the data module owns the order of images
-        enable_checkpointing=True,
-        enable_model_summary=False,
-        enable_progress_bar=False,  # `msn.training.progress` chooses one that fits the output
-        num_sanity_val_steps=0,
-        gradient_clip_val=None,  # the module clips the encoder alone
+        **_FIXED,
     )
+    try:
+        return Trainer(**arguments)
+    except (MisconfigurationException, ValueError) as error:
+        raise UserError(f"trainer: {error}") from None
+
+
+def _check_at_least_one(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise UserError(f"trainer.{name} must be >= 1, got {value}")
+
+
+def _resolve_precision(precision: str, accelerator: str) -> str:
+    if precision not in PRECISIONS:
+        raise UserError(f"trainer.precision must be one of {', '.join(PRECISIONS)}, got {precision}")
+    if precision != "auto":
+        return precision
+    on_cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return "bf16-mixed" if on_cuda else "32-true"

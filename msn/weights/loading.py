@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 
 from msn.errors import UserError
@@ -26,6 +27,7 @@ ATTENTION = ("sdpa", "eager")
 def load_timm_directory(directory: Path) -> list[Loaded]:
     """By `timm.create_model("local-dir:...")`."""
     model = timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
+    assert isinstance(model, TimmVisionTransformer)
     return [Loaded(LIBRARY, "local-dir", model.forward_features, model)]
 
 

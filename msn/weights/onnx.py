@@ -26,7 +26,7 @@ class _Tokens(nn.Module):
         super().__init__()
         self.trunk = plain_timm(weights.trunk, weights.model)
         for block in self.trunk.blocks:
-            block.get_submodule("attn").fused_attn = False
+            block.get_submodule("attn").fused_attn = False  # type: ignore[assignment]
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.trunk.forward_features(pixel_values)

@@ -100,7 +100,9 @@ def test_initialisation_is_the_reference_s():
         if name == "patch_embed.proj.weight":  # Kaiming normal, fan-in 3 * 4 * 4, gain sqrt(2)
             assert values.std().item() == pytest.approx(math.sqrt(2 / 48), rel=0.03)
         elif name in ("cls_token", "pos_embed") or name.endswith("weight") and values.ndim == 2:
-            assert values.std().item() == pytest.approx(0.02, rel=0.03 if values.numel() > 999 else 0.2)
+            assert values.std().item() == pytest.approx(
+                0.02, rel=0.03 if values.numel() > 999 else 0.2
+            )
             assert abs(values.mean().item()) < 0.003
         elif name.endswith("weight"):
             assert (values == 1).all()

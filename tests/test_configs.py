@@ -1,0 +1,88 @@
+"""Every shipped configuration composes and builds; large networks on the meta device."""
+
+import pytest
+import torch
+
+from msn.commands.entry import build, compose, config_directory
+from msn.data.views import ViewSettings
+from msn.method.masking import PatchDrop
+
+EXPERIMENTS = sorted(path.stem for path in (config_directory() / "experiment").glob("*.yaml"))
+
+
+def group(name):
+    return sorted(path.stem for path in (config_directory() / name).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_builds_and_its_parts_fit(experiment):
+    config = compose("train", [f"experiment={experiment}"])
+    assert config.run.experiment == experiment
+    with torch.device("meta"):
+        module = build(config, "module")
+    views = ViewSettings(**config.data.views)
+    patches = (views.rand_size // config.model.patch_size) ** 2
+    drop = PatchDrop(
+        patch_drop=config.method.patch_drop, patch_drop_scope=config.method.patch_drop_scope
+    )
+    kept = drop.draw(patches, rand_views=1, images=range(2), global_batch_size=2, key=0)
+    assert kept is None or 0 < kept.shape[-1] < patches
+    module.plan_schedule(epochs=config.trainer.max_epochs, steps_per_epoch=10)
+    out = module.network(
+        torch.empty(2, 3, views.rand_size, views.rand_size, device="meta"),
+        torch.empty(1, 2, 3, views.rand_size, views.rand_size, device="meta"),
+        torch.empty(views.focal_views, 2, 3, views.focal_size, views.focal_size, device="meta"),
+        None,
+    )
+    assert out.anchor.shape == (1 + views.focal_views, 2, config.method.head.output_dim)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_says_what_to_expect(experiment):
+    text = (config_directory() / "experiment" / f"{experiment}.yaml").read_text()
+    head = "".join(line for line in text.splitlines(True) if line.startswith("#"))
+    assert "python train.py" in head
+    assert "Hardware:" in head
+    assert "Table" in head or "no row of" in head
+
+
+@pytest.mark.parametrize(
+    ("experiment", "patch_drop", "epochs", "kept"),
+    [
+        ("msn_vits16", 0.15, 800, 166),
+        ("msn_vitb16", 0.3, 600, 137),
+        ("msn_vitb8", 0.3, 600, 548),
+        ("msn_vitb4", 0.7, 300, 940),
+        ("msn_vitl16", 0.5, 600, 98),
+        ("msn_vitl7", 0.7, 200, 307),
+    ],
+)
+def test_presets_are_the_paper_s(experiment, patch_drop, epochs, kept):
+    config = compose("train", [f"experiment={experiment}"])
+    views = config.data.views
+    assert config.method.patch_drop == patch_drop
+    assert config.trainer.max_epochs == epochs
+    assert config.data.global_batch_size == 1024
+    assert (views.rand_views, views.focal_views, views.rand_size) == (1, 10, 224)
+    assert int((224 // config.model.patch_size) ** 2 * (1 - patch_drop)) == kept
+    assert config.method.use_sinkhorn
+    assert config.method.schedule_stretch == 1.25
+
+
+def test_methods_differ_in_what_they_say_and_nothing_else():
+    msn, plain, pmsn = (
+        compose("train", [f"method={name}", "experiment=msn_vits16"]).method
+        for name in ("msn", "msn_no_sinkhorn", "pmsn")
+    )
+    differing = {key for key in msn if msn[key] != plain[key]}
+    assert differing == {"use_sinkhorn", "me_max_weight"}
+    assert (plain.use_sinkhorn, plain.me_max_weight) == (False, 5.0)
+    assert {key for key in plain if plain[key] != pmsn[key]} == {"prior_exponent"}
+
+
+@pytest.mark.parametrize("name", ["data", "logger", "method", "model", "protocol"])
+def test_every_option_of_every_group_composes(name):
+    for option in group(name):
+        if name == "data" and option == "base":
+            continue
+        assert compose("train", [f"{name}={option}"]) is not None

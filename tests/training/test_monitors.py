@@ -1,0 +1,29 @@
+"""What is logged: by hand on a small batch."""
+
+import torch
+
+from msn.training.metrics import MetricsCSV, read_metrics
+from msn.training.monitors import prototypes_used
+
+
+def test_prototypes_used_counts_the_strongest_of_each_image():
+    targets = torch.tensor([[0.9, 0.1, 0.0], [0.8, 0.2, 0.0], [0.0, 0.4, 0.6]])
+    assert prototypes_used(targets).item() == 2
+
+
+def test_rows_are_appended_and_late_columns_added(tmp_path):
+    log = MetricsCSV(path=tmp_path / "metrics.csv")
+    log.log_metrics({"a": 1.0}, step=1)
+    log.log_metrics({"a": 2.0, "b": 3.0}, step=2)
+    rows = read_metrics(tmp_path / "metrics.csv")
+    assert rows == [{"step": "1", "a": "1.0", "b": ""}, {"step": "2", "a": "2.0", "b": "3.0"}]
+
+
+def test_a_resumed_run_goes_on_in_the_same_file_without_doubles(tmp_path):
+    path = tmp_path / "metrics.csv"
+    for step in (1, 2, 3):
+        MetricsCSV(path=path).log_metrics({"a": float(step)}, step=step)
+    resumed = MetricsCSV(path=path)
+    resumed.resume_at(2)
+    resumed.log_metrics({"a": 30.0}, step=3)
+    assert [row["a"] for row in read_metrics(path)] == ["1.0", "2.0", "30.0"]
