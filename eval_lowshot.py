@@ -1,4 +1,4 @@
-"""Low-shot evaluation: `python eval_lowshot.py checkpoint=... data=...`, see configs/eval_lowshot.yaml."""
+"""Low-shot evaluation: `python eval_lowshot.py checkpoint=...`, see configs/eval_lowshot.yaml."""
 
 import sys
 

@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """A wrong key, value, path or file; the message is one line with what is wrong and what is allowed.
+    """A wrong key, value, path or file; one line says what is wrong and what is allowed.
 
     Commands print the message and exit with code 2. It is a `ValueError`, so callers of the Python
     API need not know it.

@@ -74,7 +74,7 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
             raise UserError(_explain(error, known)) from None
     choices = OmegaConf.to_container(config.hydra.runtime.choices)
     assert isinstance(choices, dict)
-    config = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     return _finish(config, known, choices)
 
 
@@ -119,7 +119,7 @@ def to_plain(config: DictConfig, key: str | None = None) -> dict[str, Any]:
 def one_line(error: BaseException) -> str:
     """The message of an error without its further lines."""
     if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{error.filename!s}: " if error.filename else ""
         return f"{where}{error.strerror}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
@@ -152,7 +152,7 @@ def _finish(config: DictConfig, known: DictConfig, choices: dict[Any, Any]) -> D
     for key in config:
         if key not in list(known):  # `in` is False for ???
             allowed = ", ".join(sorted(str(name) for name in known))
-            raise UserError(f"unknown key {key}: allowed are {allowed}")
+            raise UserError(f"unknown key {key!s}: allowed are {allowed}")
     if "run" in config and "experiment" in config.run:
         config.run.experiment = choices.get("experiment") or config.run.experiment
     return config

@@ -121,8 +121,9 @@ def choose_device(name: str) -> torch.device:
 def _without_views(config: DictConfig) -> DictConfig:
     """The configuration without what only pretraining needs of the data."""
     unused = ("views", "seed")
-    reduced = OmegaConf.masked_copy(config, [key for key in config if key != "data"])
-    data = OmegaConf.masked_copy(config.data, [key for key in config.data if key not in unused])
+    reduced = OmegaConf.masked_copy(config, [str(key) for key in config if key != "data"])
+    used = [str(key) for key in config.data if key not in unused]
+    data = OmegaConf.masked_copy(config.data, used)
     return OmegaConf.merge(reduced, {"data": data})  # type: ignore[return-value]
 
 

@@ -72,7 +72,7 @@ def choose_run_directory(config: DictConfig) -> RunDirectory:
 def read_status(path: Path) -> dict[str, Any]:
     """What run.json of a run directory says, empty where there is none."""
     file = path / STATUS_FILE
-    return json.loads(file.read_text()) if file.is_file() else {}  # type: ignore[no-any-return]
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def _existing(path: Path, resume: str) -> RunDirectory | None:

@@ -56,7 +56,7 @@ def torchvision_source(name: str, root: str, *, split: str, download: bool) -> A
             labels, classes = np.array(cifar.targets, np.int64), list(cifar.classes)
     except (RuntimeError, OSError) as error:
         raise UserError(
-            f"data.root={root}: no {name} here as torchvision keeps it (data.download=true fetches it)"
+            f"data.root={root}: no {name} here as torchvision keeps it (data.download=true fetches)"
         ) from error
     unlabelled = split == "unlabeled"
     return ArraySource(

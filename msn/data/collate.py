@@ -14,7 +14,7 @@ from torch.utils.data import get_worker_info
 class BadImage(NamedTuple):
     """One image that could not be read: its number in the training set, its path, the reason."""
 
-    index: int
+    index: int  # type: ignore[assignment]
     path: str
     reason: str
 

@@ -55,7 +55,7 @@ def turn_hue(pixels: Tensor, turns: Tensor | float, scratch: Tensor) -> Tensor:
     torch.minimum(low, blue, out=low)
     torch.sub(high, low, out=chroma)
 
-    # Angle times chroma: g - b where red is greatest, 2c + b - r where green, 4c + r - g where blue.
+    # Angle times chroma: g - b where red is greatest, 2c + b - r if green, 4c + r - g if blue.
     torch.sub(green, blue, out=angle)
     torch.gt(green, red, out=mask)
     torch.sub(blue, red, out=step).add_(chroma, alpha=2).sub_(angle)
@@ -66,7 +66,7 @@ def turn_hue(pixels: Tensor, turns: Tensor | float, scratch: Tensor) -> Tensor:
     torch.clamp(chroma, min=1, out=step)  # chroma is whole, so this only avoids 0 / 0
     angle.div_(step).add_(6 * turns)  # in [-1 - 3, 5 + 3]
 
-    # Distance d from the colours at 0, 2 and 4; full up to 1, empty from 2: high - c * clamp(d - 1).
+    # Distance d from the colours at 0, 2 and 4; full to 1, empty from 2: high - c * clamp(d - 1).
     for channel, colour in ((red, 0), (green, 2), (blue, 4)):
         # |(h - colour) wrapped to [-3, 3]|, without a remainder, which is slow on a CPU.
         torch.sub(angle, colour, out=wave)

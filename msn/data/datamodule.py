@@ -34,7 +34,7 @@ class MSNDataModule(LightningDataModule):
     """Images in, views out.
 
     Args:
-        source: `digits`, `folder`, `imagenet`, `cifar10`, `cifar100`, `stl10`, `list` or `shards`.
+        source: `digits`, `folder`, `imagenet`, `cifar10`, `cifar100`, `stl10` or `list`.
         root: where the source's files are; None for digits.
         val_root: where held-out images are; None looks for `val` beside `train` below the root,
             else holds out a share of every class.
@@ -115,7 +115,7 @@ class MSNDataModule(LightningDataModule):
         return isinstance(self.pools.train.source, ArraySource)
 
     def labelled_sets(self) -> tuple[LabelledImages, LabelledImages] | None:
-        """Labelled images to fit classifiers on and held-out ones to test them; None without labels."""
+        """Labelled images to fit classifiers on and held-out ones to test; None without labels."""
         if self.pools.labelled is None or self.pools.held_out is None:
             return None
         return (
@@ -159,7 +159,7 @@ class MSNDataModule(LightningDataModule):
             sampler=sampler,
             batch_size=None,
             num_workers=self.num_workers,
-            collate_fn=_as_it_is,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]
             pin_memory=torch.cuda.is_available(),
             persistent_workers=several,
             prefetch_factor=self.prefetch_batches if several else None,
@@ -194,7 +194,7 @@ class MSNDataModule(LightningDataModule):
             self.ledger.check()
 
     def fingerprint(self) -> dict[str, Any]:
-        """What must be the same for a resumed run to see the batches that the first would have seen."""
+        """What must be the same for a resumed run to see the same batches."""
         train = self.pools.train
         digest = hashlib.sha256()
         step = max(1, len(train) // 1000)

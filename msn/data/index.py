@@ -90,7 +90,7 @@ def _since(started: int) -> float:
 
 
 def _walk(root: str) -> tuple[list[str], dict[str, int]]:
-    """Read the tree with many threads: relative image paths, and folders with change times in ns."""
+    """Read the tree with many threads: relative image paths, folders with change times in ns."""
     paths: list[str] = []
     folders: dict[str, int] = {}
     console = Console(stderr=True)

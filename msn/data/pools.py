@@ -13,7 +13,7 @@ from msn.data.sources import FileSource, Source, check_folder, folder_source, li
 from msn.data.splits import hold_out_per_class, split_digits
 from msn.errors import UserError
 
-SOURCES = ("digits", "folder", "imagenet", "cifar10", "cifar100", "stl10", "list", "shards")
+SOURCES = ("digits", "folder", "imagenet", "cifar10", "cifar100", "stl10", "list")
 
 
 class Pools(NamedTuple):

@@ -146,7 +146,7 @@ def labels_from_folders(paths: Sequence[str]) -> tuple[np.ndarray | None, list[s
     """Read labels off sorted relative paths: the first folder of each is its class.
 
     Returns:
-        Labels int64 [n] and class names; None and [] if an image lies outside any folder, or all in one.
+        Labels int64 [n] and class names; None and [] if one lies outside any folder, or all in one.
     """
     classes: dict[str, int] = {}
     labels = np.empty(len(paths), np.int64)

@@ -1,7 +1,7 @@
 """Which images are labelled: k per class, a share of each class, or a list of names.
 
-Everything here is a pure function of labels and names; lists are text files with one name a line, the
-form of the published ImageNet lists.
+Everything here is a pure function of labels and names; lists are text files with one name a line,
+the form of the published ImageNet lists.
 """
 
 from collections import Counter

@@ -12,7 +12,7 @@ from msn.data.views import IMAGENET_MEAN, IMAGENET_STD
 
 
 def evaluation_transform(image_size: int) -> Callable[[Image.Image], Tensor]:
-    """Make the transform of the low-shot protocol: shorter side to 256/224 of the size, centre crop.
+    """Make the low-shot protocol's transform: shorter side to 256/224 of the size, centre crop.
 
     An image that has the size already (small data sets such as digits or CIFAR) is taken whole.
 

@@ -27,8 +27,10 @@ JITTER_ORDERS = np.array(list(permutations(range(4))))  # [24, 4]
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # what the numbers in JITTER_ORDERS mean
 
 # Columns of the table of view parameters; one table travels to the device as one copy.
-COLUMNS = ("top", "left", "height", "width", "flip", "brightness", "contrast", "saturation")
-COLUMNS += ("hue", "order", "gray", "blur")
+COLUMNS = (
+    *("top", "left", "height", "width", "flip"),
+    *("brightness", "contrast", "saturation", "hue", "order", "gray", "blur"),
+)
 _COLUMN = {name: number for number, name in enumerate(COLUMNS)}
 
 

@@ -6,7 +6,6 @@ One call of the objective serves all problems at once. A problem whose trial poi
 halves its step (or better) while the others go on; solved problems leave the batch.
 """
 
-
 from dataclasses import dataclass, fields
 from typing import NamedTuple, Protocol
 
@@ -65,9 +64,7 @@ class _State:
         return _State(**{field.name: getattr(self, field.name)[problems] for field in fields(self)})
 
 
-def minimise(
-    objective: Objective, start: Tensor, *, memory: int, max_evaluations: int
-) -> Minimum:
+def minimise(objective: Objective, start: Tensor, *, memory: int, max_evaluations: int) -> Minimum:
     """Minimise all problems from a starting point.
 
     Args:
@@ -81,7 +78,9 @@ def minimise(
     """
     state = _begin(objective, start, memory)
     result = Minimum(
-        start.clone(), state.values.clone(), _norms(state.gradients),
+        start.clone(),
+        state.values.clone(),
+        _norms(state.gradients),
         torch.ones(len(start), dtype=torch.long, device=start.device),
         torch.zeros(len(start), dtype=torch.bool, device=start.device),
     )
@@ -178,9 +177,7 @@ def _interpolate(state: _State, values: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(best, 0.1 * state.lengths), 0.5 * state.lengths)
 
 
-def _store(
-    result: Minimum, state: _State, which: Tensor, solved: Tensor, evaluations: int
-) -> None:
+def _store(result: Minimum, state: _State, which: Tensor, solved: Tensor, evaluations: int) -> None:
     index = state.index[which]
     result.points[index] = state.points[which]
     result.values[index] = state.values[which]
@@ -195,5 +192,3 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 def _norms(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-
-

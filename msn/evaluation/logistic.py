@@ -9,8 +9,8 @@ It is lambda-strongly convex, so a gradient g proves objective - optimum <= ||g|
 That bound, relative to the objective, is the convergence test; nothing stops early by default.
 
 Weights lie in the span of the rows, so the work is done in the R coordinates of their principal
-axes. With few labels that is tiny; and there the Hessian is close to a diagonal (variance of the axis
-times the class's mean p (1 - p), plus lambda), which preconditions L-BFGS.
+axes. With few labels that is tiny; and there the Hessian is close to a diagonal (variance of the
+axis times the class's mean p (1 - p), plus lambda), which preconditions L-BFGS.
 """
 
 import logging
@@ -150,7 +150,7 @@ class _Solver:
         return LogisticFit(weight.to(rows.dtype), *(part.view(shape) for part in found[1:]))
 
     def in_turn(self, rows: Tensor, labels: Tensor, lambdas: Sequence[float]) -> LogisticFit:
-        """One set, lambdas from strong to weak, each started from the one before: -> fits [1, L]."""
+        """One set, lambdas from strong to weak, each started from the one before: fits [1, L]."""
         coordinates, back = principal_coordinates(rows.unsqueeze(0))
         fits: dict[float, Minimum] = {}
         start: Tensor | None = None
@@ -158,7 +158,8 @@ class _Solver:
             strengths = torch.tensor([strength], dtype=torch.float64, device=rows.device)
             fits[strength] = self._minimise(coordinates, labels.unsqueeze(0), strengths, start)
             start = fits[strength].points
-        found = Minimum(*(torch.cat(parts) for parts in zip(*(fits[v] for v in lambdas), strict=True)))
+        ordered = (fits[strength] for strength in lambdas)
+        found = Minimum(*(torch.cat(parts) for parts in zip(*ordered, strict=True)))
         points = found.points.view(1, len(lambdas), self.num_classes, -1)
         weight = points.to(back.dtype) @ back.unsqueeze(1)
         return LogisticFit(weight.to(rows.dtype), *(part.unsqueeze(0) for part in found[1:]))
@@ -172,7 +173,11 @@ class _Solver:
         spent = 0
         for dtype, _ in groupby(self._precisions(rows)):
             objective = _Softmax.of(
-                rows.to(dtype), labels, strengths, num_classes=self.num_classes, tolerance=self.tolerance
+                rows.to(dtype),
+                labels,
+                strengths,
+                num_classes=self.num_classes,
+                tolerance=self.tolerance,
             )
             left = self.max_evaluations - spent
             found = minimise(objective, start.to(dtype), memory=_MEMORY, max_evaluations=left)
@@ -212,8 +217,8 @@ class _Softmax(NamedTuple):
         return cls(rows, labels, strengths, variances, sums / count, tolerance)
 
     def keep(self, problems: Tensor) -> "_Softmax":
-        parts = (part[problems] for part in self[:-1])
-        return _Softmax(*parts, self.tolerance)
+        parts = {name: getattr(self, name)[problems] for name in self._fields[:-1]}
+        return self._replace(**parts)
 
     def solved(self, values: Tensor, gradients: Tensor) -> Tensor:
         squares = gradients.square().sum(dim=1, dtype=torch.float64)

@@ -1,0 +1,1 @@
+"""The method in plain torch; reads like the paper."""

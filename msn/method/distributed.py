@@ -1,4 +1,4 @@
-"""Collectives of the method: every process sees the whole batch; on one process all are the identity.
+"""Collectives of the method: every process sees the whole batch; the identity on one process.
 
 All of them are differentiable with the gradient that is right when the trainer averages parameter
 gradients over processes (DDP), i.e. that of the mean of the processes' losses.
@@ -23,7 +23,7 @@ def process_index() -> int:
 
 def all_reduce_mean(x: Tensor) -> Tensor:
     """Mean of a tensor over processes, same shape; differentiable."""
-    return _AllReduceMean.apply(x) if num_processes() > 1 else x  # type: ignore[no-any-return]
+    return _AllReduceMean.apply(x) if num_processes() > 1 else x
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class _AllReduceMean(torch.autograd.Function):
         return _mean(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]  # noqa: ARG004
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ARG004
         return _mean(grad)
 
 

@@ -51,9 +51,7 @@ def majority_votes(cosines: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     return _tally(1 + (cosines.clamp(-1, 1) + 1) / (4 * k), labels, num_classes)
 
 
-def weighted_votes(
-    cosines: Tensor, labels: Tensor, num_classes: int, temperature: float
-) -> Tensor:
+def weighted_votes(cosines: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:
     """Sum exp(cosine / temperature) of the neighbours of each class (weighted kNN).
 
     Args:

@@ -25,7 +25,7 @@ class PatchDrop:
             raise UserError(f"method.patch_drop must be in [0, 1), got {patch_drop}")
         if patch_drop_scope not in SCOPES:
             raise UserError(
-                f"method.patch_drop_scope must be one of {', '.join(SCOPES)}, got {patch_drop_scope}"
+                f"method.patch_drop_scope={patch_drop_scope}: must be one of {', '.join(SCOPES)}"
             )
         self.patch_drop, self.scope = patch_drop, patch_drop_scope
 

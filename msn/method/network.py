@@ -112,7 +112,7 @@ class Encoder(nn.Module):
         chunk_kept = [k if k is None or k.ndim == 1 else k[:, images] for k in kept]
         if not torch.is_grad_enabled():
             return self.trunk(chunk, chunk_kept)
-        return checkpoint(self.trunk, chunk, chunk_kept, use_reentrant=False)  # type: ignore[no-any-return]
+        return checkpoint(self.trunk, chunk, chunk_kept, use_reentrant=False)
 
 
 class MSN(nn.Module):
@@ -173,5 +173,6 @@ class MSN(nn.Module):
         Args:
             momentum: in [0, 1]; taken once an optimiser step, after it.
         """
-        target, anchor = list(self.target.parameters()), list(self.anchor.parameters())
+        target: list[Tensor] = list(self.target.parameters())
+        anchor: list[Tensor] = list(self.anchor.parameters())
         torch._foreach_lerp_(target, anchor, 1 - momentum)

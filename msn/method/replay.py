@@ -1,4 +1,4 @@
-"""Replay reference figures step by step and measure every difference (layout: msn/golden/README.md)."""
+"""Replay reference figures and measure every difference (layout: msn/golden/README.md)."""
 
 import json
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ class Difference(NamedTuple):
     max_abs: float
     """Largest absolute difference of its elements."""
     excess: float
-    """Largest difference over its allowance atol + rtol * |reference|; above 1 is out of tolerance."""
+    """Largest difference over its allowance atol + rtol * |reference|; above 1 it is out."""
 
     @property
     def ok(self) -> bool:
@@ -233,7 +233,7 @@ def _compare_final(network: MSN, tensors: dict[str, Tensor]) -> Iterator[Differe
 
 
 def _final_atol(name: str, value: Tensor, has_batch_norm: bool) -> Tensor:
-    """Wider for biases that a following BatchNorm or the softmax over keys cancels, and for means."""
+    """Wider for biases that BatchNorm or the softmax over keys cancels, and for running means."""
     atol = torch.full(value.shape, ATOL, dtype=torch.float64)
     if name.endswith("attn.qkv.bias"):
         atol.view(3, -1)[1] = ATOL_ZERO_GRADIENT  # queries, keys, values

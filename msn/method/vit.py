@@ -15,6 +15,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Attention
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 
@@ -28,6 +29,8 @@ LAYER_NORM_EPS = 1e-6
 
 class Block(TimmBlock):
     """timm's pre-norm block, applied to packed tokens [T, D] with attention inside each image."""
+
+    attn: Attention
 
     def forward(self, tokens: Tensor, groups: Groups) -> Tensor:  # type: ignore[override]
         """Attend and transform every token, [T, D] -> [T, D]."""
@@ -119,7 +122,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + (img_size // patch_size) ** 2, embed_dim))
         norm = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm)
+            Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm)  # type: ignore[arg-type]
             for _ in range(depth)
         )
         self.norm = norm(embed_dim)
@@ -135,6 +138,7 @@ class VisionTransformer(nn.Module):
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.kaiming_normal_(self.patch_embed.proj.weight, mode="fan_in", nonlinearity="relu")
+        assert self.patch_embed.proj.bias is not None
         nn.init.zeros_(self.patch_embed.proj.bias)
 
     def forward(self, views: Sequence[Tensor], kept: Sequence[Tensor | None]) -> list[Tensor]:
@@ -155,6 +159,7 @@ class VisionTransformer(nn.Module):
         groups = tuple((tokens.shape[0], tokens.shape[1]) for tokens in embedded)
         packed = torch.cat([tokens.flatten(0, 1) for tokens in embedded])  # [T, D]
         *full_blocks, last_block = self.blocks
+        assert isinstance(last_block, Block)
         for block in full_blocks:
             packed = block(packed, groups)
         classes = self.norm(last_block.class_tokens(packed, groups))

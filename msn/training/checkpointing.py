@@ -38,7 +38,7 @@ class DurableCheckpointIO(CheckpointIO):
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
         location = map_location or "cpu"
-        return torch.load(path, map_location=location, weights_only=True)  # type: ignore[no-any-return]
+        return torch.load(path, map_location=location, weights_only=True)
 
     def remove_checkpoint(self, path: str | Path) -> None:  # noqa: D102
         Path(path).unlink(missing_ok=True)

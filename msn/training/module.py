@@ -50,7 +50,7 @@ class MSNModule(LightningModule):
         refuse_unknown("method", method, *_METHOD_PARTS, derived=_DERIVED)
         refuse_unknown("method.head", method["head"], ProjectionHead)
         own = take("method", method, method_settings)
-        self.settings = {"model": dict(model), "method": dict(method), "seed": seed}
+        self.settings: dict[str, Any] = {"model": dict(model), "method": dict(method), "seed": seed}
         self.network = MSN(
             model=take("model", model, VisionTransformer),
             head=take("method.head", method["head"], ProjectionHead),

@@ -36,7 +36,8 @@ class Monitors(Callback):
         assert isinstance(pl_module, MSNModule)
         terms: LossTerms = outputs["terms"]
         self._images += terms.targets.shape[0] * num_processes()
-        if trainer.global_step % trainer.log_every_n_steps and not trainer.is_last_batch:
+        interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step % interval and not trainer.is_last_batch:
             return
         self.latest = {
             "epoch": trainer.current_epoch,

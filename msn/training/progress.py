@@ -21,8 +21,8 @@ class Bar(RichProgressBar):
 
     def get_metrics(  # noqa: D102
         self, trainer: Trainer, pl_module: LightningModule
-    ) -> dict[str, str]:  # type: ignore[override]
-        return _shown_metrics(trainer)
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        return {**_shown_metrics(trainer)}
 
 
 class Lines(Callback):

@@ -74,9 +74,7 @@ def build_trainer(
             "fragments of the batch; chunk_size=N fits a whole batch into less memory exactly"
         )
     if precision not in PRECISIONS:
-        raise UserError(
-            f"trainer.precision must be one of {', '.join(PRECISIONS)}, got {precision}"
-        )
+        raise UserError(f"trainer.precision must be in {', '.join(PRECISIONS)}, got {precision}")
     if precision == "auto":
         on_cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         precision = "bf16-mixed" if on_cuda else "32-true"
@@ -110,7 +108,7 @@ def _check_at_least_one(**numbers: int) -> None:
 
 def _resolve_precision(precision: str, accelerator: str) -> str:
     if precision not in PRECISIONS:
-        raise UserError(f"trainer.precision must be one of {', '.join(PRECISIONS)}, got {precision}")
+        raise UserError(f"trainer.precision must be in {', '.join(PRECISIONS)}, got {precision}")
     if precision != "auto":
         return precision
     on_cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()

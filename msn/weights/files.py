@@ -1,6 +1,7 @@
 """Weight files: nothing that is read runs code, nothing that is written is left half-written."""
 
 import contextlib
+import errno
 import os
 import pickle
 import re
@@ -39,12 +40,13 @@ def open_weights(path: Path) -> tuple[Any, dict[str, str]]:
                 names = file.keys()
                 return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of unusual pickle protocols: refused or read, see below
+            # Of unusual pickle protocols: refused or read, see below.
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True), {}
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+        # torch seeks before the start of a file whose end was cut off.
+        what = "damaged or cut off" if error.errno == errno.EINVAL else "cannot be read"
+        raise UserError(f"{path}: {what} ({error.strerror or error})") from error
     except SafetensorError as error:
         raise UserError(f"{path}: damaged or not a safetensors file ({_line(error)})") from error
     except pickle.UnpicklingError as error:

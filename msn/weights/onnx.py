@@ -40,7 +40,7 @@ def write_onnx(path: Path, weights: Weights, header: Mapping[str, Any]) -> None:
     """
     size = weights.model["img_size"]
     program = torch.onnx.export(
-        _Tokens(weights),
+        _Tokens(weights).eval(),
         (torch.zeros(2, 3, int(size), int(size)),),
         input_names=[INPUT],
         output_names=[OUTPUT],

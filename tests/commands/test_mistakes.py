@@ -56,7 +56,8 @@ def test_a_directory_without_images(command, tmp_path):
     (tmp_path / "text" / "notes.txt").write_text("no image")
     for name in ("empty", "text"):
         root = tmp_path / name
-        code, _, err = command("train", *TINY, "data=folder", f"data.root={root}", f"run.dir={root}x")
+        where = [f"data.root={root}", f"run.dir={root}x"]
+        code, _, err = command("train", *TINY, "data=folder", *where)
         assert code == 2
         assert str(root) in one_line(err)
         assert not (tmp_path / f"{name}x").exists()

@@ -1,0 +1,90 @@
+"""The batched back end gives what Pillow gives, and views depend on their coordinates alone."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_sample_images
+
+from msn.data.collate import ImageBatch, pack
+from msn.data.device_views import make_batched_views
+from msn.data.reference_views import make_reference_views
+from msn.data.views import IMAGENET_STD, ViewSettings, draw_parameters
+
+NOTHING = {
+    "flip_probability": 0.0,
+    "jitter_probability": 0.0,
+    "gray_probability": 0.0,
+    "blur_probability": 0.0,
+}
+PAPER = {
+    "rand_views": 1,
+    "focal_views": 4,
+    "rand_size": 224,
+    "focal_size": 96,
+    "patch_size": 16,
+    "rand_scale": [0.3, 1.0],
+    "focal_scale": [0.05, 0.3],
+    "ratio": [0.75, 4 / 3],
+    "flip_probability": 0.5,
+    "jitter_probability": 0.8,
+    "brightness": 0.4,
+    "contrast": 0.4,
+    "saturation": 0.4,
+    "hue": 0.1,
+    "gray_probability": 0.2,
+    "blur_probability": 0.5,
+    "blur_radius": [0.1, 2.0],
+}
+CASES = {
+    "crop": (NOTHING, 1.0),
+    "flip": ({**NOTHING, "flip_probability": 1.0}, 1.0),
+    "jitter": ({**NOTHING, "jitter_probability": 1.0}, 2.0),
+    "gray": ({**NOTHING, "gray_probability": 1.0}, 2.0),
+    "blur": ({**NOTHING, "blur_probability": 1.0}, 2.0),
+    "full": ({}, 2.0),
+}
+
+
+def draw(settings, indices, *, seed=0, epoch=0):
+    size = {"heights": np.full(len(indices), 427), "widths": np.full(len(indices), 640)}
+    return draw_parameters(settings, seed=seed, epoch=epoch, indices=np.array(indices), **size)
+
+
+def make_batch(settings):
+    first, second = load_sample_images().images
+    images = [first, second, first[:300, :400]]
+    pixels, starts, sizes = pack(images)
+    indices = np.arange(len(images))
+    parameters = draw_parameters(
+        settings,
+        seed=3,
+        epoch=1,
+        indices=indices,
+        heights=sizes[:, 0].numpy(),
+        widths=sizes[:, 1].numpy(),
+    )
+    table = torch.from_numpy(parameters.table)
+    return ImageBatch(pixels, starts, sizes, table, 1, 0, torch.from_numpy(indices), [])
+
+
+@pytest.mark.parametrize("kernel", ["native", "padded"])
+@pytest.mark.parametrize("case", CASES)
+def test_batched_views_equal_pillows(case, kernel):
+    changes, limit = CASES[case]
+    settings = ViewSettings(**{**PAPER, **changes})
+    batch = make_batch(settings)
+    ours = make_batched_views(batch, settings, dtype=torch.float32, kernel=kernel)
+    theirs = make_reference_views(batch, settings, device=torch.device("cpu"), dtype=torch.float32)
+    levels = 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape
+        assert ((a - b) * levels).abs().mean() < limit
+
+
+def test_parameters_depend_on_seed_epoch_index_and_view_alone():
+    settings = ViewSettings(**PAPER)
+    several = draw(settings, [7, 3, 9]).table
+    assert np.array_equal(several[:, 1:2], draw(settings, [3]).table)
+    assert not np.array_equal(draw(settings, [3], seed=1).table, draw(settings, [3]).table)
+    assert not np.array_equal(draw(settings, [3], epoch=1).table, draw(settings, [3]).table)
+    assert len(np.unique(several[..., 5])) > 3

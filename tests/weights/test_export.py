@@ -1,0 +1,216 @@
+import errno
+import json
+import os
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from msn.errors import UserError
+from msn.weights import build_trunk, formats, load_backbone, read_weights
+from msn.weights.export import export
+from msn.weights.formats import FORMATS
+from msn.weights.parity import fixed_images
+from tests.weights.conftest import assert_same, make_weights
+
+
+def run(weights, out, format="timm", **more):
+    settings = {"image_size": None, "head": None, "overwrite": False, "lowshot": None, **more}
+    return export(weights, format=format, out=out, **settings)
+
+
+def needs(format):
+    for package in FORMATS[format].needs:
+        pytest.importorskip(package)
+
+
+@pytest.mark.parametrize(
+    ("format", "model"),
+    [(format, "patch4") for format in FORMATS if format != "onnx"]
+    + [pytest.param("onnx", "patch4", marks=pytest.mark.slow)]
+    + [(format, "patch7") for format in ("timm", "huggingface", "official", "torch")]
+    + [
+        pytest.param(format, size, marks=pytest.mark.slow)
+        for format in ("timm", "huggingface")
+        for size in ("s16", "s16_96px")
+    ],
+)
+def test_export_reads_back_bit_equal_and_computes_the_same_elsewhere(format, model, tmp_path):
+    needs(format)
+    weights = make_weights(model)
+    report = run(weights, tmp_path / "out", format)
+    again = read_weights(tmp_path / "out", num_heads=weights.model["num_heads"])
+    assert_same(again.trunk, weights.trunk)
+    assert again.model == weights.model
+    assert again.meta["licence"] == "Apache-2.0"
+    assert report["max_abs_difference"] < 1e-5
+    stored = json.loads((tmp_path / "out" / "parity.json").read_text())
+    assert stored == report
+    assert "apache-2.0" in (tmp_path / "out" / "README.md").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.slow
+def test_weights_are_bit_equal_after_a_journey_through_every_format(tmp_path):
+    for format in FORMATS:
+        needs(format)
+    start = weights = make_weights("patch7")
+    for format in FORMATS:
+        run(weights, tmp_path / format, format)
+        weights = read_weights(tmp_path / format)
+    assert_same(weights.trunk, start.trunk)
+    assert weights.model == start.model
+    assert weights.meta["epoch"] == 3
+
+
+@pytest.mark.slow
+def test_timm_loads_the_directory_at_another_size_and_gives_our_features(tmp_path):
+    weights = make_weights("s16")
+    run(weights, tmp_path / "out", image_size=96)
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    images = fixed_images(96)
+    with torch.no_grad():
+        ours = build_trunk(weights).forward_features(images, norm=True)
+        torch.testing.assert_close(model.forward_features(images), ours, atol=1e-5, rtol=0)
+    config = timm.data.resolve_model_data_config(model)
+    assert config["input_size"] == (3, 96, 96)
+    assert config["crop_pct"] == 224 / 256
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_transformers_runs_the_export_in_half_precision_with_sdpa(dtype, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    weights = make_weights("patch7")
+    report = run(weights, tmp_path / "out", "huggingface")
+    model = transformers.AutoModel.from_pretrained(
+        tmp_path / "out", dtype=dtype, attn_implementation="sdpa"
+    ).eval()
+    assert type(model).__name__ == "ViTMSNModel"
+    with torch.no_grad():
+        found = model(fixed_images(28).to(dtype)).last_hidden_state
+        ours = build_trunk(weights).forward_features(fixed_images(28), norm=True)
+    stated = report["half_precision"][str(dtype).removeprefix("torch.")]["max_abs_difference"]
+    assert found.dtype is dtype
+    assert (found.float() - ours).abs().max() <= stated + 1e-5
+
+
+def test_hugging_face_parity_covers_both_attentions_and_a_second_size(tmp_path):
+    pytest.importorskip("transformers")
+    report = run(make_weights("patch7"), tmp_path / "out", "huggingface")
+    found = {(row["variant"], row["image_size"]) for row in report["comparisons"]}
+    assert found == {(kind, size) for kind in ("sdpa", "eager") for size in (28, 7)}
+
+
+@pytest.mark.slow
+def test_auto_image_processor_prepares_images_as_we_do(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    run(make_weights("s16"), tmp_path / "out", "huggingface")
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    transform = load_backbone(tmp_path / "out").transform
+    for photo in load_sample_images().images:
+        # 427 x 512 becomes 256 x 306: where the margin is odd, transformers crops one pixel aside.
+        pixels = photo[:, :512]
+        found = processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
+        expected = transform(Image.fromarray(pixels))
+        # Libraries may round resized pixels apart by one step of 1/255, over a std of 0.224.
+        torch.testing.assert_close(found, expected, atol=1.5 / 255 / 0.224, rtol=0)
+
+
+def test_a_failed_comparison_leaves_nothing(weights, tmp_path, monkeypatch):
+    good = FORMATS["timm"]
+
+    def write(content, directory):
+        trunk = dict(content.weights.trunk)
+        trunk["norm.bias"] = trunk["norm.bias"] + 1e-3
+        wrong = content._replace(weights=make_weights())
+        wrong.weights.trunk.update(trunk)
+        good.write(wrong, directory)
+
+    monkeypatch.setitem(formats.FORMATS, "timm", good._replace(write=write))
+    with pytest.raises(UserError, match="parity with timm .* failed"):
+        run(weights, tmp_path / "deep" / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_out_is_kept_unless_overwrite_and_only_exports_are_replaced(weights, tmp_path):
+    out = tmp_path / "out"
+    run(weights, out)
+    with pytest.raises(UserError, match="overwrite=true"):
+        run(weights, out)
+    run(weights, out, "torch", overwrite=True)
+    assert not (out / "config.json").exists()
+    assert (out / "backbone.pth").exists()
+    (out / "precious").mkdir()
+    with pytest.raises(UserError, match="not an export"):
+        run(weights, out, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_leaves_the_old_export_and_nothing_else(weights, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run(weights, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        run(weights, out, overwrite=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_place_that_cannot_be_written_is_one_line(weights, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written") as caught:
+        run(weights, tmp_path / "file" / "out")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"format": "keras"}, "format must be one of timm"),
+        ({"image_size": 18}, "multiple of the patch size 4"),
+    ],
+)
+def test_wrong_arguments_say_what_is_allowed(weights, tmp_path, more, message):
+    with pytest.raises(UserError, match=message):
+        run(weights, tmp_path / "out", **more)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_card_of_published_weights_forbids_commercial_use(weights, tmp_path):
+    weights.meta["licence"] = "CC BY-NC 4.0"
+    lowshot = {"backbone": "msn", "classifier": "logistic", "labels": "1", "splits": 3}
+    run(weights, tmp_path / "out", lowshot=[{**lowshot, "top1_mean": 0.5, "top1_std": 0.01}])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: cc-by-nc-4.0" in card
+    assert "no commercial use" in card
+    assert "50.0" in card
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [224, 96])
+@pytest.mark.parametrize("format", ["timm", "huggingface"])
+def test_all_twelve_blocks_of_s16_agree_within_the_tolerance_itself(format, size, tmp_path):
+    needs(format)
+    weights = make_weights("s16" if size == 224 else "s16_96px", depth=12)
+    report = run(weights, tmp_path / "out", format)
+    assert report["max_abs_difference"] < 1e-5
+    assert report["tolerance"] == 1e-5
+
+
+@pytest.mark.slow
+def test_damaged_onnx_files_are_refused_in_one_line(weights, tmp_path):
+    needs("onnx")
+    run(weights, tmp_path / "out", "onnx")
+    whole = (tmp_path / "out" / "model.onnx").read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"no model"):
+        (tmp_path / "a.onnx").write_bytes(content)
+        with pytest.raises(UserError, match=r"a\.onnx") as caught:
+            read_weights(tmp_path / "a.onnx")
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,95 @@
+import json
+
+import pytest
+import timm
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from msn.errors import UserError
+from msn.method.vit import VisionTransformer
+from msn.weights import build_trunk, load_backbone, read_weights
+from msn.weights import timm as adapter
+from tests.conftest import ROOT
+from tests.weights.builders import MODEL, images, make_trunk, shaken
+from tests.weights.conftest import assert_same
+
+PRESETS = sorted((ROOT / "configs" / "model").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_every_preset_loads_strictly_into_timm_and_back(preset):
+    model = yaml.safe_load(preset.read_text())
+    with torch.device("meta"):
+        ours = VisionTransformer(**model)
+        theirs = timm.create_model(adapter.ARCHITECTURE, **model, num_classes=0)
+    shapes = {name: tensor.shape for name, tensor in ours.state_dict().items()}
+    assert shapes == {name: tensor.shape for name, tensor in theirs.state_dict().items()}
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("size", [16, 48])
+def test_other_image_sizes_load_strictly_into_timm(size):
+    trunk = make_trunk(img_size=size)
+    model = adapter.plain_timm(trunk.state_dict(), trunk.model_config)
+    with torch.no_grad():
+        found, expected = model(images(size)), trunk.forward_features(images(size), norm=True)[:, 0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def timm_directory(path, **config):
+    """A directory in timm's layout, of a model with a classifier, written by timm alone."""
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=5)
+    shaken(model)
+    path.mkdir(parents=True)
+    save_file(model.state_dict(), path / "model.safetensors")
+    content = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 5,
+        "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "license": "mit"},
+        **config,
+    }
+    (path / "config.json").write_text(json.dumps(content))
+    return model
+
+
+def test_a_directory_of_timm_gives_its_features_heads_and_normalisation(tmp_path):
+    model = timm_directory(tmp_path / "a")
+    weights = read_weights(tmp_path / "a")
+    assert weights.source == "timm"
+    assert (weights.model["num_heads"], weights.heads_assumed) == (3, False)
+    assert set(weights.ignored) == {"head.weight", "head.bias"}
+    assert weights.meta["licence"] == "mit"
+    with torch.no_grad():
+        expected = model.forward_features(images(32))
+        found = build_trunk(weights).forward_features(images(32), norm=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert load_backbone(tmp_path / "a").transform.transforms[-1].std == [0.5] * 3
+
+
+def test_heads_in_the_model_arguments_win_over_the_architecture(tmp_path):
+    timm_directory(tmp_path / "a", model_args={"num_heads": 6})
+    assert read_weights(tmp_path / "a").model["num_heads"] == 6
+
+
+@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224"])
+def test_another_kind_of_network_is_refused(tmp_path, name):
+    timm_directory(tmp_path / "a", architecture=name)
+    with pytest.raises(UserError, match="not a plain vision transformer"):
+        read_weights(tmp_path / "a")
+
+
+def test_a_vision_transformer_with_layer_scale_is_another_architecture(tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, init_values=1e-5)
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"blocks\.0\.ls1\.gamma \[192\] is not expected"):
+        read_weights(tmp_path / "a.pth")
+
+
+def test_a_state_dict_of_timm_is_read_as_it_is(tmp_path):
+    model = shaken(timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, num_classes=0))
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    weights = read_weights(tmp_path / "a.pth")
+    assert weights.model == {**MODEL, "patch_size": 16, "embed_dim": 192}
+    assert_same(weights.trunk, model.state_dict())
