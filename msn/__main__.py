@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "train": "train",
     "eval_lowshot": "eval_lowshot",
+    "export": "export",
     "verify": "verify",
 }
 

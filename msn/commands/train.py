@@ -86,7 +86,10 @@ def _build_trainer(
 
 def _initialise(module: MSNModule, path: str, num_heads: int) -> None:
     """Start from the weights of a file and say part by part what was taken."""
-    rows = initialise(module.network, read_weights(path, num_heads=num_heads))
+    weights = read_weights(path, num_heads=num_heads)
+    rows = initialise(module.network, weights)
+    # What descends from the published files stays under their licence.
+    module.checkpoint_info["licence"] = weights.meta.get("licence")
     width = max(len(part) for part, _ in rows)
     print(f"starting from {path}:")
     for part, what in rows:

@@ -69,8 +69,6 @@ def model_card(
 def _front_matter(format: str, licence: str, head: Classifier | None) -> str:
     task = "image-feature-extraction" if head is None else "image-classification"
     lines = ["---", f"license: {_HUB_LICENCES.get(licence, 'other')}"]
-    if licence not in _HUB_LICENCES:
-        lines.append(f"license_name: {licence!r}")
     if format in _LIBRARIES:
         lines.append(f"library_name: {_LIBRARIES[format]}")
     return "\n".join([*lines, f"pipeline_tag: {task}", "tags:", "- msn", "- vit", "---"])

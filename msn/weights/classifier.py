@@ -34,7 +34,7 @@ class Classifier:
     classes: tuple[str, ...]
     """Name of each of the C classes."""
     feature: str
-    """class_token (before the final norm), class_token_norm (after it) or patch_mean."""
+    """class_token (before the final norm), class_token_norm (after it), patch_mean or last_N."""
     centred: bool
     """Each feature row has its own mean subtracted."""
     normalised: bool
@@ -143,6 +143,8 @@ def _why_not(head: Classifier) -> str | None:
             "it was fitted on normalised features after the final norm, whose length differs from "
             "image to image, and nothing divides by it"
         )
+    if head.feature.startswith("last_"):
+        return "it was fitted on class tokens of several blocks, the linear layer sees the last"
     if head.feature != "class_token":
         return f"feature is {head.feature!r}, known are class_token, class_token_norm, patch_mean"
     if not (head.centred and head.normalised):

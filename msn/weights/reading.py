@@ -17,6 +17,7 @@ from msn.weights.weights import (
     BACKBONE_FILE,
     FORMAT,
     PUBLISHED_LICENCE,
+    SCRATCH_LICENCE,
     UNKNOWN_LICENCE,
     Weights,
     check_trunk,
@@ -146,6 +147,8 @@ def _read_file(path: Path, told: Mapping[str, Any]) -> _Parts:
     heads = {key: told[key] for key in told if key == "num_heads"}
     beside = {key: told[key] for key in told if key != "num_heads"}
     own = {key: value for key, value in header.items() if key not in _FILE_KEYS}
+    if header and header.get("init") is None:
+        own = {"licence": SCRATCH_LICENCE, **own}
     return parts._replace(
         meta={**parts.meta, **beside, **own}, model={**heads, **header.get("model", {})}
     )

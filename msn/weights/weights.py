@@ -21,6 +21,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # The files that facebookresearch/msn published, and what descends from them, keep this licence.
 PUBLISHED_LICENCE = "CC BY-NC 4.0"
+SCRATCH_LICENCE = "not stated (trained from scratch: its owner decides)"
 UNKNOWN_LICENCE = "unknown (that of the weights' source)"
 
 MAX_DIFFERENCES = 10

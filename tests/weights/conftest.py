@@ -15,7 +15,7 @@ MODELS = {
 
 
 def make_weights(name="patch4", depth=2, **more):
-    """By default two blocks; norms and biases are moved off 1 and 0, or a swap goes unseen."""
+    """Norms and biases are moved off 1 and 0, where a swap would go unnoticed."""
     size, patch, width, heads = MODELS[name]
     model = {
         "img_size": size,

@@ -75,6 +75,7 @@ def test_folding_an_unnormalised_head_after_the_norm_keeps_norm_and_intercept():
         ({"feature": "class_token_norm"}, None, "nothing divides by it"),
         ({"centred": False}, None, "not both row-centred and normalised"),
         ({}, torch.ones(10), "has an intercept"),
+        ({"feature": "last_2"}, None, "several blocks"),
         ({"feature": "pixels"}, None, "feature is 'pixels'"),
     ],
 )

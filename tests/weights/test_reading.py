@@ -144,6 +144,21 @@ def test_stored_released_files_give_the_features_of_the_reference(name):
     _assert_features(build_trunk(weights), figures)
 
 
+@pytest.mark.parametrize(
+    ("header", "licence"),
+    [
+        ({"init": None}, "not stated (trained from scratch"),
+        ({"init": "somebody.pth"}, "unknown"),
+        ({"init": "msn.pth.tar", "licence": "CC BY-NC 4.0"}, "CC BY-NC 4.0"),
+    ],
+)
+def test_the_licence_is_what_the_file_says_and_never_invented(tmp_path, header, licence):
+    trunk = make_trunk()
+    meta = {"model": trunk.model_config, **header}
+    save_backbone(tmp_path / "backbone.safetensors", trunk.state_dict(), meta)
+    assert read_weights(tmp_path).meta["licence"].startswith(licence)
+
+
 def test_half_precision_files_are_widened_exactly(tmp_path):
     states = {name: tensor.bfloat16() for name, tensor in make_trunk().state_dict().items()}
     save_file(states, tmp_path / "a.safetensors")
