@@ -1,0 +1,47 @@
+"""README's lines are what CI runs, and its snippets run."""
+
+import re
+
+import pytest
+
+from msn.commands.entry import compose, config_directory
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+
+
+def test_quick_start_is_two_lines():
+    start = re.search(r"<!-- quick start -->(.*?)<!-- /quick start -->", README, re.DOTALL)[1]
+    lines = [line for line in start.splitlines() if line.startswith("python -m pip install")]
+    assert len(lines) == 2
+    assert lines[0].endswith("&& python train.py")
+    assert lines[1].endswith("&& pytest")
+
+
+@pytest.mark.parametrize("code", [code for language, code in BLOCKS if language == "python"])
+def test_python_snippets_run(code):
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def commands():
+    for language, code in BLOCKS:
+        for line in code.splitlines() if language == "bash" else []:
+            found = re.search(r"(train|eval_lowshot)\.py(.*)|-m msn (\w+)(.*)", line.split("#")[0])
+            if found and "pip install" not in line:
+                yield found[1] or found[3], (found[2] or found[4] or "").split()
+
+
+@pytest.mark.parametrize(("name", "arguments"), commands())
+def test_commands_compose(name, arguments):
+    assert compose(name, arguments) is not None
+
+
+def test_every_experiment_is_named():
+    for path in (config_directory() / "experiment").glob("*.yaml"):
+        assert f"`{path.stem}`" in README, path.stem
+
+
+def test_files_that_are_named_exist():
+    for path in re.findall(r"`((?:tests|msn|docs|benchmarks|configs)/[\w./]+)`", README):
+        assert (ROOT / path).exists(), path
