@@ -110,7 +110,7 @@ def choose_device(name: str) -> torch.device:
         UserError: if there is no such device.
     """
     if name == "auto":
-        accelerator = torch.accelerator.current_accelerator()
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator if accelerator is not None else torch.device("cpu")
     try:
         return torch.empty(0, device=name).device

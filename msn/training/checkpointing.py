@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from msn.errors import UserError
 
-_NAME = re.compile(r"epoch=(\d+)-step=(\d+)\.ckpt")
+_NAME = re.compile(r"epoch-(\d+)-step-(\d+)\.ckpt")
 
 
 class DurableCheckpointIO(CheckpointIO):
@@ -77,7 +77,7 @@ class PeriodicCheckpoint(Checkpoint):
     """Save at epoch ends, keep the newest and, if wished, every n-th for good.
 
     Args:
-        directory: where files go, named `epoch=E-step=S.ckpt` after E finished epochs.
+        directory: where files go, named `epoch-E-step-S.ckpt` after E finished epochs.
         every_n_epochs: >= 1; the last epoch is always saved.
         keep_last: newest files to keep, >= 1.
         keep_every_n_epochs: epochs whose files are never deleted, >= 1; None keeps none for good.
@@ -111,7 +111,7 @@ class PeriodicCheckpoint(Checkpoint):
         epoch = trainer.current_epoch + 1
         if epoch % self.every_n_epochs and epoch != trainer.max_epochs:
             return
-        trainer.save_checkpoint(self.directory / f"epoch={epoch}-step={trainer.global_step}.ckpt")
+        trainer.save_checkpoint(self.directory / f"epoch-{epoch}-step-{trainer.global_step}.ckpt")
         if trainer.is_global_zero:
             self._remove_old()
 

@@ -107,3 +107,25 @@ def test_the_default_run_meets_its_claim(command, tmp_path):
     assert top1["msn", "all"] >= 0.95
     assert top1["msn", "5"] > top1["pixels", "5"]
     assert top1["msn", "1"] > top1["pixels", "1"]
+
+
+def test_eval_lowshot_repeats_the_table_of_the_run(command, tmp_path):
+    command("train", *TINY, f"run.dir={tmp_path / 'run'}")
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    code, out, _ = command(
+        "eval_lowshot",
+        f"checkpoint=[msn:{tmp_path / 'run'},again:{checkpoint}]",
+        "protocol.splits=2",
+        "model.num_heads=3",
+        f"run.dir={tmp_path / 'eval'}",
+    )
+    assert code == 0
+    assert run_directory_of(out) == str(tmp_path / "eval")
+    first, second = (
+        json.loads((tmp_path / name / "lowshot.json").read_text())["rows"]
+        for name in ("run", "eval")
+    )
+    figures = {(row["backbone"], row["labels"]): row["top1_mean"] for row in first}
+    for row in second:
+        name = "msn" if row["backbone"] == "again" else row["backbone"]
+        assert row["top1_mean"] == figures[name, row["labels"]]

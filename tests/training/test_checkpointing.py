@@ -48,19 +48,19 @@ def test_only_plain_data_is_read(tmp_path):
 
 def test_the_newest_files_and_every_nth_are_kept(tmp_path):
     for epoch in range(1, 8):
-        (tmp_path / f"epoch={epoch}-step={10 * epoch}.ckpt").touch()
+        (tmp_path / f"epoch-{epoch}-step-{10 * epoch}.ckpt").touch()
     (tmp_path / "notes.txt").touch()
     callback = PeriodicCheckpoint(
         directory=tmp_path, every_n_epochs=1, keep_last=2, keep_every_n_epochs=3
     )
     callback._remove_old()
-    kept = [path.name.split("-")[0] for path in checkpoints(tmp_path)]
-    assert kept == ["epoch=3", "epoch=5", "epoch=6", "epoch=7"]
-    assert newest_checkpoint(tmp_path).name == "epoch=7-step=70.ckpt"
+    kept = [path.name.split("-step")[0] for path in checkpoints(tmp_path)]
+    assert kept == ["epoch-3", "epoch-5", "epoch-6", "epoch-7"]
+    assert newest_checkpoint(tmp_path).name == "epoch-7-step-70.ckpt"
     assert (tmp_path / "notes.txt").exists()
 
 
 def test_epochs_are_ordered_as_numbers(tmp_path):
     for epoch in (9, 10):
-        (tmp_path / f"epoch={epoch}-step={epoch}.ckpt").touch()
-    assert newest_checkpoint(tmp_path).name == "epoch=10-step=10.ckpt"
+        (tmp_path / f"epoch-{epoch}-step-{epoch}.ckpt").touch()
+    assert newest_checkpoint(tmp_path).name == "epoch-10-step-10.ckpt"
