@@ -13,6 +13,7 @@ COMMANDS = {
     "eval_lowshot": "eval_lowshot",
     "export": "export",
     "verify": "verify",
+    "bench": "bench",
 }
 
 

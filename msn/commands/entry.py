@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
     """
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
-        known = hydra.compose(config_name)
+        known = _known(config_name, overrides)
         try:
             config = hydra.compose(config_name, overrides, return_hydra_config=True)
         except (HydraException, OmegaConfBaseException) as error:
@@ -76,6 +77,17 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
     assert isinstance(choices, dict)
     config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     return _finish(config, known, choices)
+
+
+def _known(config_name: str, overrides: list[str]) -> DictConfig:
+    """What the files offer under the chosen groups, nothing added to it and no value changed."""
+    defaults = OmegaConf.load(config_directory() / f"{config_name}.yaml").get("defaults", [])
+    groups = {str(key) for entry in defaults if isinstance(entry, DictConfig) for key in entry}
+    chosen = [override for override in overrides if override.partition("=")[0] in groups]
+    try:
+        return hydra.compose(config_name, chosen)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(error, OmegaConf.create())) from None
 
 
 def build(config: DictConfig, key: str, **runtime: Any) -> Any:
@@ -128,7 +140,12 @@ def one_line(error: BaseException) -> str:
 def _through_hydra_main(config_name: str, job: Job, arguments: list[str]) -> None:
     """Flags such as --help, --cfg job and --multirun belong to Hydra's own main function."""
     GlobalHydra.instance().clear()
-    known = compose(config_name, [])
+    with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
+        plain = [argument for argument in arguments if not argument.startswith("-")]
+        try:
+            known = _known(config_name, [text for text in plain if "," not in text])
+        except UserError:  # a group that must be chosen is not, as in `bench --help`
+            known = OmegaConf.create()
     GlobalHydra.instance().clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise instead of five lines and exit code 1
     sys.argv = [sys.argv[0], *arguments]
@@ -149,7 +166,7 @@ def _through_hydra_main(config_name: str, job: Job, arguments: list[str]) -> Non
 
 def _finish(config: DictConfig, known: DictConfig, choices: dict[Any, Any]) -> DictConfig:
     """Refuse keys that nobody reads; note the chosen experiment where runs are named by it."""
-    for key in config:
+    for key in config if len(known) else []:
         if key not in list(known):  # `in` is False for ???
             allowed = ", ".join(sorted(str(name) for name in known))
             raise UserError(f"unknown key {key!s}: allowed are {allowed}")
@@ -170,11 +187,12 @@ def _explain(error: Exception, known: DictConfig) -> str:
             return f"unknown key {key}: allowed are {allowed}"
         if node is None or not isinstance(node, DictConfig):
             return f"unknown key {key}: there is no group {parent}"
-    if "Available options in" in text:
+    if "Available options" in text:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         start = next(i for i, line in enumerate(lines) if line.startswith("Available options"))
-        options = [line for line in lines[start + 1 :] if not line.startswith("Config search")]
-        return f"{lines[0].rstrip('.')}: allowed are {', '.join(options)}"
+        options = list(takewhile(lambda line: "onfig search" not in line, lines[start + 1 :]))
+        what = lines[0].partition(", e.g")[0].rstrip(".")  # "You must specify 'what', e.g, ..."
+        return f"{what}: allowed are {', '.join(options)}"
     if isinstance(error, MissingMandatoryValue) and error.full_key:
         return f"{error.full_key} must be given: add {error.full_key}=..."
     return one_line(error.__cause__ if error.__cause__ and not text else error)

@@ -1,0 +1,27 @@
+import io
+
+import pytest
+import torch
+from rich.console import Console
+
+from msn.commands import bench_inference
+from tests.weights.builders import make_trunk
+
+
+@pytest.mark.slow  # compiles
+def test_every_batch_size_is_timed_in_every_mode(monkeypatch):
+    assert bench_inference.BATCH_SIZES == (1, 2, 4, 8, 64)
+    monkeypatch.setattr(bench_inference, "_LEAST_SECONDS", 0.01)
+    monkeypatch.setattr(bench_inference, "BATCH_SIZES", (1, 2))
+    rows = bench_inference.measure(make_trunk(), device=torch.device("cpu"), dtype=torch.float32)
+    found = [(row["batch_size"], row["mode"]) for row in rows]
+    modes = ("eager", "sdpa", "compiled")
+    assert found == [(size, mode) for size in (1, 2) for mode in modes]
+    assert all(row["speedup"] == 1 for row in rows if row["mode"] == "eager")
+    for row in rows:
+        speed = 1000 * row["batch_size"] / row["milliseconds"]
+        assert row["images_per_second"] == pytest.approx(speed)
+    text = io.StringIO()
+    bench_inference.show(rows, Console(file=text, width=120))
+    sizes = [line.split()[1] for line in text.getvalue().splitlines()[4:-1]]
+    assert sizes == [str(size) for size in bench_inference.BATCH_SIZES]
