@@ -13,6 +13,8 @@ COMMANDS = {
     "eval_lowshot": "eval_lowshot",
     "export": "export",
     "verify": "verify",
+    "embed": "embed",
+    "suggest_labels": "suggest_labels",
     "bench": "bench",
 }
 

@@ -60,8 +60,8 @@ def measure(
         dtype: of weights and images.
 
     Returns:
-        Rows of plain data: name, mode, batch_size, milliseconds (median of a pass), images_per_second,
-        speedup over eager at the same batch size, and on CUDA peak_memory_mib.
+        Rows of plain data: name, mode, batch_size, milliseconds (median of a pass),
+        images_per_second, speedup over eager at the same batch size, and on CUDA peak_memory_mib.
     """
     trunk = trunk.eval().to(device, dtype)
     compiled = torch.compile(_forward(trunk), dynamic=False)

@@ -81,7 +81,9 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
 
 def _known(config_name: str, overrides: list[str]) -> DictConfig:
     """What the files offer under the chosen groups, nothing added to it and no value changed."""
-    defaults = OmegaConf.load(config_directory() / f"{config_name}.yaml").get("defaults", [])
+    defaults = OmegaConf.select(
+        OmegaConf.load(config_directory() / f"{config_name}.yaml"), "defaults", default=[]
+    )
     groups = {str(key) for entry in defaults if isinstance(entry, DictConfig) for key in entry}
     chosen = [override for override in overrides if override.partition("=")[0] in groups]
     try:
@@ -180,6 +182,8 @@ def _explain(error: Exception, known: DictConfig) -> str:
     text = str(error)
     if text.startswith("Could not override '"):
         key = text.split("'")[1]
+        if "No match in the defaults list" in text:  # a group, but none of this command
+            return f"unknown key {key}: allowed are {', '.join(sorted(map(str, known)))}"
         parent, _, name = key.rpartition(".")
         node = OmegaConf.select(known, parent) if parent else known
         if isinstance(node, DictConfig) and name not in list(node):

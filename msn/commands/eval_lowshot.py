@@ -1,106 +1,106 @@
 """`python eval_lowshot.py checkpoint=...`: label few, measure honestly, for any backbone."""
 
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
 from msn.commands.entry import build, to_plain
+from msn.commands.evaluation_log import log_to_wandb
 from msn.commands.run_directory import choose_run_directory
 from msn.data.datamodule import resolve_workers
 from msn.data.dataset import LabelledImages
 from msn.data.pools import build_pools
 from msn.data.sources import ArraySource
 from msn.errors import UserError
-from msn.evaluation.lowshot import PIXELS, KShot, evaluate
+from msn.evaluation.backbones import (
+    FrozenBackbone,
+    RawPixels,
+    Subject,
+    open_backbones,
+    random_backbone,
+)
+from msn.evaluation.lowshot import PIXELS, evaluate
+from msn.evaluation.protocol import Protocol
 from msn.evaluation.results import print_table, write_results
-from msn.method.vit import VisionTransformer
+from msn.evaluation.rows import Result
 from msn.schema import take
-from msn.weights import build_trunk, read_weights
 
 BASELINES = ("random", PIXELS)
+TABLE_FILE = "lowshot.json"
 
 
 def run(config: DictConfig) -> None:
-    """Evaluate one backbone or several on the same splits, beside the baselines.
+    """Evaluate one backbone or several on the same label sets, beside the baselines.
+
+    Under torchrun or srun all processes share the extraction of features; the first one writes.
 
     Raises:
         UserError: if a setting, a path or a file is wrong, or the data have no labels.
     """
-    config = _without_views(config)
+    config = without_views(config)
     settings = to_plain(config)
-    protocol: KShot = build(config, "protocol")
-    _check_baselines(settings["baselines"])
-    directory = choose_run_directory(config)
-    backbones: dict[str, VisionTransformer | str] = {
-        name: build_trunk(read_weights(path, num_heads=settings["model"]["num_heads"]))
-        for name, path in named_checkpoints(settings["checkpoint"]).items()
-    }
-    first = next(iter(backbones.values()))
-    assert isinstance(first, VisionTransformer)
-    train, held_out = _labelled_sets(settings["data"])
-    protocol.check(train.labels, train.classes)
-    backbones |= baselines(settings["baselines"], first, settings["seed"])
-    rows = evaluate(
-        protocol,
-        backbones,
-        train,
-        held_out,
-        image_size=first.img_size,
-        num_workers=resolve_workers(
-            settings["data"]["num_workers"], in_memory=isinstance(train.images.source, ArraySource)
-        ),
-        device=choose_device(settings["device"]),
-    )
+    protocol: Protocol = build(config, "protocol")
+    _check(settings)
+    with _processes() as (rank, processes):
+        directory = choose_run_directory(config) if rank == 0 else None
+        opened = open_backbones(
+            settings["checkpoint"],
+            image_size=protocol.features.image_size,
+            num_heads=settings["model"]["num_heads"],
+        )
+        train, held_out = _labelled_sets(settings["data"])
+        protocol.check(train.labels, train.classes)
+        in_memory = isinstance(train.images.source, ArraySource)
+        results = evaluate(
+            protocol,
+            [*opened, *baselines(settings["baselines"], opened[0], settings["seed"])],
+            train,
+            held_out,
+            num_workers=resolve_workers(settings["data"]["num_workers"], in_memory=in_memory),
+            device=choose_devices(settings["device"], processes),
+            cache_dir=cache_directory(settings["cache_dir"]),
+            shared=processes > 1,
+        )
+    if directory is None:
+        return
     directory.create(OmegaConf.create(settings))
-    print_table(rows, table_title(protocol, len(train), len(held_out)))
-    write_results(directory.path / "lowshot.json", rows, settings)
+    write_table(directory.path, results, (train, held_out), settings)
+    if settings.get("logger"):
+        log_to_wandb(directory.path, results, settings)
     directory.write_status("finished")
     print(f"run directory: {directory.path}")
 
 
-def named_checkpoints(checkpoint: Any) -> dict[str, str]:
-    """Names and paths of `checkpoint=PATH` (named msn) or `checkpoint=[name:path,name:path]`.
+def write_table(
+    directory: Path,
+    results: Sequence[Result],
+    pools: tuple[LabelledImages, LabelledImages],
+    settings: dict[str, Any],
+) -> None:
+    """Print the table and keep it, with curves and heads, in the run directory.
 
     Raises:
-        UserError: if a name is missing, doubled or that of a baseline.
+        UserError: if it cannot be written.
     """
-    if isinstance(checkpoint, str):
-        return {"msn": checkpoint}
-    named: dict[str, str] = {}
-    for entry in checkpoint if isinstance(checkpoint, list) else [None]:
-        name, colon, path = str(entry).partition(":")
-        if not colon or not name or not path:
-            raise UserError(f"checkpoint must be a path or [name:path,name:path], got {checkpoint}")
-        if name in named or name in BASELINES:
-            raise UserError(f"checkpoint name {name} is taken: choose another")
-        named[name] = path
-    if not named:
-        raise UserError("checkpoint=[] names no backbone")
-    return named
+    train, held_out = (len(pool) for pool in pools)
+    print_table(results, f"labels from {train} images, {held_out} held out")
+    write_results(directory / TABLE_FILE, results, settings)
 
 
-def baselines(
-    wanted: list[str], like: VisionTransformer, seed: int
-) -> dict[str, VisionTransformer | str]:
+def baselines(wanted: list[str], like: FrozenBackbone, seed: int) -> list[Subject]:
     """A random network of the same shape and raw pixels, as far as wanted."""
-    found: dict[str, VisionTransformer | str] = {}
+    found: list[Subject] = []
     if "random" in wanted:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            found["random"] = VisionTransformer(**like.model_config)  # type: ignore[arg-type]
+        found.append(random_backbone(like, seed=seed))
     if PIXELS in wanted:
-        found[PIXELS] = PIXELS
+        found.append(RawPixels(PIXELS, like.image_size))
     return found
-
-
-def table_title(protocol: KShot, num_train: int, num_held_out: int) -> str:
-    """What the table shows, in words."""
-    return (
-        f"top-1 %, mean +- std of {protocol.splits} splits; labels from {num_train} images, "
-        f"{num_held_out} held out"
-    )
 
 
 def choose_device(name: str) -> torch.device:
@@ -118,7 +118,40 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"device={name} is not to be had on this machine") from None
 
 
-def _without_views(config: DictConfig) -> DictConfig:
+def choose_devices(name: str, processes: int) -> tuple[torch.device, ...]:
+    """What this process computes on: all accelerators, or its own where there are processes."""
+    device = choose_device(name)
+    if device.type != "cuda" or device.index is not None:
+        return (device,)
+    if processes > 1:
+        return (torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))),)
+    return tuple(torch.device("cuda", i) for i in range(torch.cuda.device_count()))
+
+
+def cache_directory(setting: str | None) -> Path | None:
+    """Where features are kept: `auto` is msn/features in the user's cache; null keeps none."""
+    if setting is None:
+        return None
+    if setting != "auto":
+        return Path(setting)
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "msn" / "features"
+
+
+@contextmanager
+def _processes() -> Iterator[tuple[int, int]]:
+    """Rank and number of the processes that a launcher started, in one group meanwhile."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0, 1
+        return
+    dist.init_process_group("gloo")  # rows travel through host memory
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    finally:
+        dist.destroy_process_group()
+
+
+def without_views(config: DictConfig) -> DictConfig:
     """The configuration without what only pretraining needs of the data."""
     unused = ("views", "seed")
     reduced = OmegaConf.masked_copy(config, [str(key) for key in config if key != "data"])
@@ -140,7 +173,10 @@ def _labelled_sets(data: dict[str, Any]) -> tuple[LabelledImages, LabelledImages
     )
 
 
-def _check_baselines(wanted: list[str]) -> None:
-    for name in wanted:
+def _check(settings: dict[str, Any]) -> None:
+    for name in settings["baselines"]:
         if name not in BASELINES:
             raise UserError(f"baselines must be among {', '.join(BASELINES)}, got {name}")
+    for name in settings.get("logger") or {}:
+        if name != "wandb":
+            raise UserError(f"logger must be wandb or none for an evaluation, got {name}")

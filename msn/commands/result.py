@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from msn.commands.eval_lowshot import baselines, table_title
+from msn.commands.eval_lowshot import baselines, write_table
 from msn.commands.run_directory import RunDirectory
 from msn.data.datamodule import MSNDataModule
-from msn.evaluation.lowshot import PIXELS, KShot, evaluate
-from msn.evaluation.results import print_table, write_results
-from msn.method.vit import VisionTransformer
+from msn.evaluation.backbones import FrozenBackbone
+from msn.evaluation.lowshot import PIXELS, evaluate
+from msn.evaluation.protocol import Protocol
 from msn.training.module import MSNModule
 from msn.weights import save_backbone
 
@@ -19,7 +19,7 @@ def finish(
     directory: RunDirectory,
     data: MSNDataModule,
     module: MSNModule,
-    protocol: KShot,
+    protocol: Protocol,
 ) -> None:
     """Export the target trunk, evaluate it where there are labels, mark the run as finished.
 
@@ -32,17 +32,15 @@ def finish(
     if labelled is None:
         print("no labels: no low-shot table")
     else:
-        backbones: dict[str, VisionTransformer | str] = {"msn": trunk}
-        rows = evaluate(
+        backbone = FrozenBackbone("msn", trunk, protocol.features.image_size or trunk.img_size)
+        results = evaluate(
             protocol,
-            backbones | baselines(["random", PIXELS], trunk, settings["seed"]),
+            [backbone, *baselines(["random", PIXELS], backbone, settings["seed"])],
             *labelled,
-            image_size=trunk.img_size,
             num_workers=data.num_workers,
             device=module.device,
         )
-        print_table(rows, table_title(protocol, *(len(images) for images in labelled)))
-        write_results(directory.path / "lowshot.json", rows, settings)
+        write_table(directory.path, results, labelled, settings)
     directory.write_status("finished")
     print(f"run directory: {directory.path}")
 

@@ -12,7 +12,7 @@ from msn.commands.result import finish
 from msn.commands.run_directory import RunDirectory, choose_run_directory
 from msn.data.datamodule import MSNDataModule
 from msn.errors import UserError
-from msn.evaluation.lowshot import KShot
+from msn.evaluation.protocol import Protocol
 from msn.training.checkpointing import step_of
 from msn.training.metrics import MetricsCSV
 from msn.training.module import MSNModule
@@ -36,7 +36,7 @@ def run(config: DictConfig) -> None:
     module: MSNModule = build(config, "module")
     if settings["init"] is not None and directory.resume_from is None:
         _initialise(module, str(settings["init"]), settings["model"]["num_heads"])
-    protocol: KShot = build(config, "protocol")
+    protocol: Protocol = build(config, "protocol")
     labelled = data.labelled_sets()
     if labelled is not None:
         protocol.check(labelled[0].labels, labelled[0].classes)

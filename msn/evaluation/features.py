@@ -1,21 +1,201 @@
-"""Frozen features: what classifiers are fitted on (paper A.2)."""
+"""Frozen features of labelled images: extracted once, over all devices and processes, and kept.
 
-from collections.abc import Callable
+The paper's feature is the class token of the target trunk's last block *before* the final norm
+(A.2), from one centre crop.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from msn.data.dataset import LabelledImages
 from msn.errors import UserError
-from msn.method.vit import VisionTransformer
+from msn.evaluation.cache import FeatureCache, names_key, weights_key
+from msn.evaluation.progress import Progress
 
-FEATURES = ("class_token", "class_token_norm", "patch_mean")
+PRECISIONS = ("32", "bf16")
+# Images of a part: what an interrupted extraction loses at most, per device.
+_PART = 4096
 
 
-class _Transformed(Dataset[Tensor]):
-    def __init__(self, images: LabelledImages, transform: Callable[[Image.Image], Tensor]) -> None:
+class LabelledSet(Protocol):
+    """Labelled images as the data room gives them."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Class numbers, [n]."""
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the images, in order."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Image.Image: ...
+
+
+class FeatureSettings:
+    """What features are, as a protocol's file says.
+
+    Args:
+        feature: `class_token` (before the final norm, the paper), `class_token_norm` (after it),
+            `patch_mean` (mean of the patches after it) or `last_N` (class tokens of N blocks).
+        image_size: side of the centre crop in px; None takes the backbone's own.
+        batch_size: images a device and forward pass, >= 1.
+        precision: `32` or `bf16` (autocast).
+
+    Raises:
+        UserError: a value is not one of these.
+    """
+
+    def __init__(
+        self, *, feature: str, image_size: int | None, batch_size: int, precision: str
+    ) -> None:
+        check_feature(feature, None)
+        if image_size is not None and image_size < 1:
+            raise UserError(f"features.image_size must be >= 1, or null, got {image_size}")
+        if batch_size < 1:
+            raise UserError(f"features.batch_size must be >= 1, got {batch_size}")
+        if precision not in PRECISIONS:
+            raise UserError(
+                f"features.precision must be one of {', '.join(PRECISIONS)}, got {precision}"
+            )
+        self.feature, self.image_size = feature, image_size
+        self.batch_size, self.precision = batch_size, precision
+
+
+class Runtime(NamedTuple):
+    """Where an evaluation runs; results do not depend on it."""
+
+    devices: tuple[torch.device, ...]
+    """What this process computes on, each with a copy of the trunk; the first fits classifiers."""
+    num_workers: int = 0
+    """Processes that decode, for each device; 0 decodes in this one."""
+    cache_dir: Path | None = None
+    """Where features are kept between calls; None keeps none."""
+    shared: bool = False
+    """Whether all processes of the default group call together and share the extraction."""
+
+
+def extract_features(
+    trunk: nn.Module,
+    images: LabelledSet,
+    *,
+    transform: Callable[[Image.Image], Tensor],
+    settings: FeatureSettings,
+    runtime: Runtime,
+    preprocessing: Mapping[str, Any],
+    title: str,
+) -> Tensor:
+    """Features of all images, the same on every process.
+
+    Args:
+        trunk: a `VisionTransformer`; used in eval mode and left as it was.
+        images: map-style data set of RGB images.
+        transform: from an image to the trunk's input, [3, S, S].
+        settings: the feature, its batches and precision.
+        runtime: devices, workers and cache.
+        preprocessing: plain data that tells this transform from any other, for the cache's key.
+        title: what the progress bar says.
+
+    Returns:
+        [n, D] (D times N for `last_N`), float32 on the CPU.
+
+    Raises:
+        UserError: the feature is unknown, the trunk's patch does not divide the image, or a
+            feature is not finite.
+    """
+    check_feature(settings.feature, getattr(trunk, "depth", None))
+    cache = None
+    if runtime.cache_dir is not None:
+        key = {
+            "weights": weights_key(trunk),
+            "model": getattr(trunk, "model_config", {}),
+            "preprocessing": dict(preprocessing),
+            "feature": settings.feature,
+            "precision": settings.precision,
+            "batch_size": settings.batch_size,
+            "names": names_key(images.names),
+        }
+        cache = FeatureCache(runtime.cache_dir, key)
+    features = _Job(
+        trunk, TransformedImages(images, transform), settings, runtime, cache, title
+    ).run()
+    _check_finite(features, images, title)
+    return features
+
+
+def pixel_features(images: LabelledSet, size: int) -> Tensor:
+    """Raw pixels of the centre crop, the floor that any backbone must beat.
+
+    Args:
+        images: map-style data set of RGB images.
+        size: side in px to which the shorter side is resized, >= 1.
+
+    Returns:
+        In [0, 1], float32 [n, 3 * size * size].
+    """
+    rows = []
+    for i in range(len(images)):
+        image = images[i]
+        scale = size / min(image.size)
+        width, height = (max(size, round(side * scale)) for side in image.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        resized = image.resize((width, height), Image.Resampling.BILINEAR)
+        cropped = resized.crop((left, top, left + size, top + size))
+        rows.append(torch.frombuffer(bytearray(cropped.tobytes()), dtype=torch.uint8))
+    return torch.stack(rows).float() / 255
+
+
+def check_feature(feature: str, depth: int | None) -> None:
+    """Raise a UserError unless the feature is one of a trunk with that many blocks."""
+    found = re.fullmatch(r"last_([1-9]\d*)", feature)
+    if feature not in ("class_token", "class_token_norm", "patch_mean") and found is None:
+        raise UserError(
+            "feature must be class_token (before the final norm, the paper), class_token_norm, "
+            f"patch_mean or last_N (N blocks), got {feature}"
+        )
+    if found is not None and depth is not None and int(found[1]) > depth:
+        raise UserError(f"feature={feature}: this backbone has {depth} blocks")
+
+
+@torch.no_grad()
+def forward_feature(trunk: nn.Module, images: Tensor, feature: str) -> Tensor:
+    """One kind of feature of a batch, [B, 3, S, S] -> [B, D].
+
+    `class_token` is taken before the final norm, `class_token_norm` and `patch_mean` after it;
+    `last_N` joins the class tokens of the last N blocks, oldest first, each after the final norm,
+    which brings blocks of different scale together.
+    """
+    intermediates: Callable[[Tensor, int], list[Tensor]] = trunk.forward_intermediates  # type: ignore[assignment]
+    norm: nn.Module = trunk.norm  # type: ignore[assignment]
+    if feature.startswith("last_"):
+        outputs = intermediates(images, int(feature.removeprefix("last_")))
+        return torch.cat([norm(tokens[:, 0]) for tokens in outputs], dim=1)
+    tokens = intermediates(images, 1)[0]
+    if feature == "class_token":
+        return tokens[:, 0]
+    normed = norm(tokens)
+    return normed[:, 0] if feature == "class_token_norm" else normed[:, 1:].mean(dim=1)
+
+
+class TransformedImages(Dataset[Tensor]):
+    """Images ready for the trunk."""
+
+    def __init__(self, images: LabelledSet, transform: Callable[[Image.Image], Tensor]) -> None:
         self.images, self.transform = images, transform
 
     def __len__(self) -> int:
@@ -25,64 +205,103 @@ class _Transformed(Dataset[Tensor]):
         return self.transform(self.images[i])
 
 
-@torch.inference_mode()
-def extract_features(
-    trunk: VisionTransformer,
-    images: LabelledImages,
-    *,
-    transform: Callable[[Image.Image], Tensor],
-    feature: str,
-    batch_size: int,
-    num_workers: int,
-    device: torch.device,
-) -> Tensor:
-    """Features of all images, in their order, float32 [n, D] on the CPU.
+class _Job:
+    """One extraction: parts are shared out over the devices of all processes.
 
-    Args:
-        trunk: moved to `device` and left there, in eval mode.
-        images: labelled images.
-        transform: from an image to [3, S, S].
-        feature: "class_token" of the last block before the last norm (the paper's),
-            "class_token_norm" after it, or "patch_mean", the mean of patch tokens after it.
-        batch_size: images a forward pass, >= 1.
-        num_workers: processes that read and transform images.
-        device: where the forward passes run.
-
-    Raises:
-        UserError: if the feature is unknown or features are not finite.
+    Batches never cross a part, so what a part holds does not depend on who computes it, nor on
+    what an earlier, interrupted call had already done.
     """
-    check_feature(feature)
-    trunk = trunk.to(device).eval()
-    transformed = _Transformed(images, transform)
-    loader = DataLoader(transformed, batch_size=batch_size, num_workers=num_workers)
-    parts = [_features(trunk, batch.to(device), feature).float().cpu() for batch in loader]
-    features = torch.cat(parts)
-    if not bool(torch.isfinite(features).all()):
-        raise UserError("the backbone's features hold NaN or infinite values")
-    return features
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        images: TransformedImages,
+        settings: FeatureSettings,
+        runtime: Runtime,
+        cache: FeatureCache | None,
+        title: str,
+    ) -> None:
+        self.trunk, self.images, self.cache, self.title = trunk, images, cache, title
+        self.settings, self.runtime = settings, runtime
+        step = settings.batch_size * max(1, _PART // settings.batch_size)
+        count = len(images)
+        self.parts = [range(at, min(at + step, count)) for at in range(0, count, step)]
+        self.rank = dist.get_rank() if runtime.shared else 0
+        self.world = dist.get_world_size() if runtime.shared else 1
+
+    def run(self) -> Tensor:
+        """All rows, in order, on the CPU."""
+        mine = range(self.rank, len(self.parts), self.world)
+        found = {part: self._load(part) for part in mine}
+        missing = [part for part, features in found.items() if features is None]
+        lanes = len(self.runtime.devices)
+        images = sum(len(self.parts[part]) for part in missing)
+        with Progress(self.title, images, self.rank == 0) as progress:
+            if lanes == 1:
+                found.update(self._compute(missing, self.runtime.devices[0], progress))
+            else:
+                with ThreadPoolExecutor(lanes) as pool:
+                    jobs = [
+                        pool.submit(self._compute, missing[lane::lanes], device, progress)
+                        for lane, device in enumerate(self.runtime.devices)
+                    ]
+                    for job in jobs:
+                        found.update(job.result())
+        rows = {part: features for part, features in found.items() if features is not None}
+        if self.world > 1:
+            gathered: list[dict[int, Tensor]] = [{} for _ in range(self.world)]
+            dist.all_gather_object(gathered, rows)
+            rows = {part: features for some in gathered for part, features in some.items()}
+        return torch.cat([rows[part] for part in range(len(self.parts))])
+
+    def _load(self, part: int) -> Tensor | None:
+        return None if self.cache is None else self.cache.load(part, len(self.parts[part]))
+
+    def _compute(
+        self, parts: Sequence[int], device: torch.device, progress: Progress
+    ) -> dict[int, Tensor]:
+        """Features of some parts on one device, each kept as soon as it is whole."""
+        if not parts:
+            return {}
+        trunk = deepcopy(self.trunk).to(device).eval()
+        batches = [batch for part in parts for batch in self._batches(part)]
+        loader = DataLoader(
+            self.images,
+            batch_sampler=batches,
+            num_workers=self.runtime.num_workers,
+            pin_memory=device.type == "cuda",
+        )
+        outputs = self._forward(trunk, loader, device, progress)
+        found = {}
+        for part in parts:
+            rows = torch.cat([next(outputs) for _ in self._batches(part)])
+            found[part] = rows
+            if self.cache is not None:
+                self.cache.store(part, rows)
+        return found
+
+    def _batches(self, part: int) -> list[list[int]]:
+        rows, step = self.parts[part], self.settings.batch_size
+        return [list(rows[at : at + step]) for at in range(0, len(rows), step)]
+
+    def _forward(
+        self, trunk: nn.Module, loader: DataLoader, device: torch.device, progress: Progress
+    ) -> Iterator[Tensor]:
+        half = self.settings.precision == "bf16"
+        dtype = next(trunk.parameters()).dtype
+        for batch in loader:
+            with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
+                moved = batch.to(device, dtype=dtype, non_blocking=True)
+                features = forward_feature(trunk, moved, self.settings.feature)
+            progress.advance(len(batch))
+            yield features.float().cpu()
 
 
-def pixel_features(
-    images: LabelledImages, *, transform: Callable[[Image.Image], Tensor], num_workers: int
-) -> Tensor:
-    """The transformed pixels themselves, the baseline of every table, float32 [n, 3 * S * S]."""
-    transformed = _Transformed(images, transform)
-    loader = DataLoader(transformed, batch_size=64, num_workers=num_workers)
-    return torch.cat([batch.flatten(1) for batch in loader])
-
-
-def check_feature(feature: str) -> None:
-    """Refuse a kind of feature that does not exist.
-
-    Raises:
-        UserError: with the kinds that do.
-    """
-    if feature not in FEATURES:
-        raise UserError(f"protocol.feature must be one of {', '.join(FEATURES)}, got {feature}")
-
-
-def _features(trunk: VisionTransformer, images: Tensor, feature: str) -> Tensor:
-    if feature == "class_token":
-        return trunk.forward_features(images, norm=False)[:, 0]
-    tokens = trunk.forward_features(images, norm=True)
-    return tokens[:, 0] if feature == "class_token_norm" else tokens[:, 1:].mean(dim=1)
+def _check_finite(features: Tensor, images: LabelledSet, title: str) -> None:
+    bad = torch.nonzero(~torch.isfinite(features).all(dim=1))[:, 0].tolist()
+    if bad:
+        names = images.names
+        raise UserError(
+            f"{title}: features of {len(bad)} of {len(features)} images hold NaN or infinity "
+            f"(first: {names[bad[0]]}); the backbone's weights are damaged or overflow"
+        )

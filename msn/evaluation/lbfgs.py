@@ -2,8 +2,10 @@
 
 Legend: P problems, N variables of each, M remembered steps.
 
-One call of the objective serves all problems at once. A problem whose trial point is refused
-halves its step (or better) while the others go on; solved problems leave the batch.
+One call of the objective serves all problems at once. Step lengths come from a search along the
+direction, which is cheap where the objective depends on the point through linear scores; a problem
+whose point is refused all the same shortens its step while the others go on, and solved problems
+leave the batch.
 """
 
 from dataclasses import dataclass, fields
@@ -14,13 +16,38 @@ from torch import Tensor
 
 _ARMIJO = 1e-4
 _SMALLEST_STEP = 1e-8
+# Relative rounding of values, which are sums in float64.
+_VALUE_ROUNDING = 1e-14
+# Steps after which scores are computed afresh instead of carried along.
+_REFRESH = 8
+# Points without any gain after which rounding has the last word.
+_IDLE = 20
+
+# Tensors with P first.
+Curvature = tuple[Tensor, ...]
 
 
 class Objective(Protocol):
     """P convex functions of N variables."""
 
-    def evaluate(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Values [P] in float64, gradients [P, N], positive diagonals like the Hessian's [P, N]."""
+    def scores(self, points: Tensor) -> Tensor:
+        """What the functions depend on, linear in the points: [P, ...], or empty after P."""
+
+    def evaluate(self, points: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Curvature]:
+        """Values [P] in float64, gradients [P, N], and what `precondition` needs there."""
+
+    def search(
+        self,
+        points: Tensor,
+        scores: Tensor,
+        directions: Tensor,
+        changes: Tensor,
+        slopes: Tensor,
+    ) -> Tensor:
+        """Good step lengths along directions of first slopes `slopes` and scores `changes`: [P]."""
+
+    def precondition(self, curvature: Curvature, vectors: Tensor) -> Tensor:
+        """Apply a positive definite guess of the inverse Hessians, [P, N] -> [P, N]."""
 
     def solved(self, values: Tensor, gradients: Tensor) -> Tensor:
         """Which problems are solved well enough, bool [P]."""
@@ -50,18 +77,23 @@ class _State:
 
     index: Tensor
     points: Tensor
+    scores: Tensor
     values: Tensor
     gradients: Tensor
-    diagonals: Tensor
+    curvature: Curvature
     directions: Tensor
     slopes: Tensor
-    lengths: Tensor
+    lengths: Tensor  # to try next; NaN before the search along a new direction, [P]
+    flattest: Tensor  # smallest gradient norm so far, [P]
+    idle: Tensor  # points since values or gradients became smaller, [P]
     steps: Tensor
     changes: Tensor
-    curvatures: Tensor  # 1 / <step, change>, 0 where there is no pair, [P, M]
+    inverses: Tensor  # 1 / <step, change>, 0 where there is no pair, [P, M]
 
     def keep(self, problems: Tensor) -> "_State":
-        return _State(**{field.name: getattr(self, field.name)[problems] for field in fields(self)})
+        kept = {field.name: getattr(self, field.name) for field in fields(self)}
+        curvature = tuple(part[problems] for part in kept.pop("curvature"))
+        return _State(**{name: part[problems] for name, part in kept.items()}, curvature=curvature)
 
 
 def minimise(objective: Objective, start: Tensor, *, memory: int, max_evaluations: int) -> Minimum:
@@ -87,86 +119,118 @@ def minimise(objective: Objective, start: Tensor, *, memory: int, max_evaluation
     evaluations, slot = 1, 0
     while True:
         solved = objective.solved(state.values, state.gradients)
-        running = ~solved & (state.lengths > _SMALLEST_STEP) & (evaluations < max_evaluations)
+        stuck = (state.lengths <= _SMALLEST_STEP) | (state.idle > _IDLE)
+        running = ~solved & ~stuck & (evaluations < max_evaluations)
         if not bool(running.all()):
             _store(result, state, ~running, solved, evaluations)
             left = torch.nonzero(running)[:, 0]
             if len(left) == 0:
                 return result
             state, objective = state.keep(left), objective.keep(left)
+        if evaluations % _REFRESH == 0:
+            state.scores = objective.scores(state.points)
         accepted = _advance(objective, state, slot)
         evaluations += 1
         slot = (slot + 1) % memory if bool(accepted.any()) else slot
 
 
 def _begin(objective: Objective, start: Tensor, memory: int) -> _State:
-    values, gradients, diagonals = objective.evaluate(start)
-    directions = -gradients / diagonals
+    scores = objective.scores(start)
+    values, gradients, curvature = objective.evaluate(start, scores)
+    directions = -objective.precondition(curvature, gradients)
     problems, variables = start.shape
     return _State(
         index=torch.arange(problems, device=start.device),
         points=start,
+        scores=scores,
         values=values,
         gradients=gradients,
-        diagonals=diagonals,
+        curvature=curvature,
         directions=directions,
         slopes=_dot(gradients, directions),
-        lengths=torch.ones_like(values),
+        lengths=torch.full_like(values, torch.nan),
+        flattest=_norms(gradients),
+        idle=torch.zeros_like(values),
         steps=start.new_zeros(problems, memory, variables),
         changes=start.new_zeros(problems, memory, variables),
-        curvatures=start.new_zeros(problems, memory),
+        inverses=start.new_zeros(problems, memory),
     )
 
 
 def _advance(objective: Objective, state: _State, slot: int) -> Tensor:
     """Try one point a problem; where it is accepted, move there and choose a new direction."""
-    steps = state.directions * state.lengths[:, None].to(state.directions.dtype)
+    changes = objective.scores(state.directions)
+    found = objective.search(state.points, state.scores, state.directions, changes, state.slopes)
+    state.lengths = torch.where(state.lengths.isnan(), found, state.lengths)
+    lengths = state.lengths.to(state.points.dtype)
+    steps = state.directions * lengths[:, None]
     points = state.points + steps
-    values, gradients, diagonals = objective.evaluate(points)
+    scores = changes.mul_(_along(lengths, changes)).add_(state.scores)
+    values, gradients, curvature = objective.evaluate(points, scores)
     # Rounding of the values must not refuse the last steps, which change them by less than that.
-    slack = torch.finfo(points.dtype).eps * state.values.abs()
+    slack = max(torch.finfo(points.dtype).eps, _VALUE_ROUNDING) * state.values.abs()
     accepted = values <= state.values + _ARMIJO * state.lengths * state.slopes + slack
-    shorter = _interpolate(state, values)
-    column = accepted[:, None]
-    changes = gradients - state.gradients
-    curvatures = _dot(steps, changes)
-    usable = accepted & (curvatures > 0)
-    if bool(accepted.any()):
-        # A refused problem forgets its oldest pair instead of keeping a ring of its own.
-        state.steps[:, slot] = torch.where(usable[:, None], steps, 0)
-        state.changes[:, slot] = torch.where(usable[:, None], changes, 0)
-        state.curvatures[:, slot] = torch.where(usable, 1 / curvatures, 0).to(steps.dtype)
-    state.points = torch.where(column, points, state.points)
-    state.values = torch.where(accepted, values, state.values)
-    state.gradients = torch.where(column, gradients, state.gradients)
-    state.diagonals = torch.where(column, diagonals, state.diagonals)
-    if bool(accepted.any()):
-        directions = _direction(state, slot)
-        state.directions = torch.where(column, directions, state.directions)
-        state.slopes = torch.where(accepted, _dot(state.gradients, directions), state.slopes)
-    state.lengths = torch.where(accepted, 1.0, shorter)
+    norms = _norms(gradients)
+    gain = accepted & ((values < state.values - slack) | (norms < 0.9 * state.flattest))
+    state.idle = torch.where(gain, 0, state.idle + 1)
+    state.flattest = torch.where(accepted, torch.minimum(norms, state.flattest), state.flattest)
+    state.lengths = torch.where(accepted, torch.nan, _interpolate(state, values))
+    if not bool(accepted.any()):
+        return accepted
+    differences = gradients - state.gradients
+    products = _dot(steps, differences)
+    # A refused problem forgets its oldest pair instead of keeping a ring of its own.
+    usable = accepted & (products > 0)
+    state.steps[:, slot] = _choose(usable, steps, torch.zeros_like(steps))
+    state.changes[:, slot] = _choose(usable, differences, torch.zeros_like(differences))
+    state.inverses[:, slot] = torch.where(usable, 1 / products, 0).to(steps.dtype)
+    state.points = _choose(accepted, points, state.points)
+    state.scores = _choose(accepted, scores, state.scores)
+    state.values = _choose(accepted, values, state.values)
+    state.gradients = _choose(accepted, gradients, state.gradients)
+    state.curvature = tuple(
+        _choose(accepted, new, old) for new, old in zip(curvature, state.curvature, strict=True)
+    )
+    directions = _direction(objective, state, slot)
+    state.directions = _choose(accepted, directions, state.directions)
+    state.slopes = _choose(accepted, _dot(state.gradients, directions), state.slopes)
     return accepted
 
 
-def _direction(state: _State, newest: int) -> Tensor:
-    """The two-loop recursion, started from the diagonal scaled to the newest pair."""
+def _direction(objective: Objective, state: _State, newest: int) -> Tensor:
+    """The two-loop recursion, started from the preconditioner scaled to the newest pair.
+
+    Each loop is a triangular system in the M coefficients, so a few products of matrices do what
+    would be several small operations for every pair.
+    """
     memory = state.steps.shape[1]
-    order = [(newest - age) % memory for age in range(memory)]
-    q = state.gradients.clone()
-    shares = []
-    for i in order:
-        share = state.curvatures[:, i, None] * (state.steps[:, i] * q).sum(1, keepdim=True)
-        q -= share * state.changes[:, i]
-        shares.append(share)
+    order = [(newest - age) % memory for age in range(memory)]  # newest first
+    empty = state.inverses[:, order] == 0
+    diagonal = torch.where(empty, 1, 1 / state.inverses[:, order])  # <s_i, y_i>, [P, M]
+    products = (state.steps @ state.changes.mT)[:, order][:, :, order]  # <s_i, y_j>
+    lower = products.tril(-1) + torch.diag_embed(diagonal)
+    right = _apply(state.steps, state.gradients)[:, order]
+    first = torch.linalg.solve_triangular(lower, right.unsqueeze(-1), upper=False).squeeze(-1)
+    q = state.gradients - _combine(first, state.changes, order)
     change = state.changes[:, newest]
-    spread = _dot(change, change / state.diagonals)
-    inner = 1 / state.curvatures[:, newest].to(spread.dtype)
-    scale = torch.where(spread > 0, inner / spread, 1.0)
-    q = q / state.diagonals * scale[:, None].to(q.dtype)
-    for i, share in zip(reversed(order), reversed(shares), strict=True):
-        back = state.curvatures[:, i, None] * (state.changes[:, i] * q).sum(1, keepdim=True)
-        q += (share - back) * state.steps[:, i]
-    return -q
+    spread = _dot(change, objective.precondition(state.curvature, change))
+    scale = torch.where(spread > 0, diagonal[:, 0].to(spread.dtype) / spread, 1.0)
+    q = objective.precondition(state.curvature, q) * scale[:, None].to(q.dtype)
+    right = diagonal * first - _apply(state.changes, q)[:, order]
+    second = torch.linalg.solve_triangular(lower.mT, right.unsqueeze(-1), upper=True).squeeze(-1)
+    return -q - _combine(second, state.steps, order)
+
+
+def _apply(pairs: Tensor, vectors: Tensor) -> Tensor:
+    """Inner products of vectors [P, N] with remembered ones [P, M, N] -> [P, M]."""
+    return (pairs @ vectors.unsqueeze(-1)).squeeze(-1)
+
+
+def _combine(coefficients: Tensor, pairs: Tensor, order: list[int]) -> Tensor:
+    """Sum of remembered vectors with coefficients [P, M] in the given order -> [P, N]."""
+    placed = torch.empty_like(coefficients)
+    placed[:, order] = coefficients
+    return (placed.unsqueeze(1) @ pairs).squeeze(1)
 
 
 def _interpolate(state: _State, values: Tensor) -> Tensor:
@@ -184,6 +248,18 @@ def _store(result: Minimum, state: _State, which: Tensor, solved: Tensor, evalua
     result.gradient_norms[index] = _norms(state.gradients[which])
     result.evaluations[index] = evaluations
     result.solved[index] = solved[which]
+
+
+def _choose(which: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """New rows where `which`, old ones elsewhere."""
+    if bool(which.all()):
+        return new
+    return torch.where(_along(which, new), new, old)
+
+
+def _along(of_problems: Tensor, like: Tensor) -> Tensor:
+    """A value a problem, [P], in a shape that broadcasts with [P, ...]."""
+    return of_problems.view(-1, *[1] * (like.ndim - 1))
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

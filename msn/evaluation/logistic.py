@@ -9,8 +9,9 @@ It is lambda-strongly convex, so a gradient g proves objective - optimum <= ||g|
 That bound, relative to the objective, is the convergence test; nothing stops early by default.
 
 Weights lie in the span of the rows, so the work is done in the R coordinates of their principal
-axes. With few labels that is tiny; and there the Hessian is close to a diagonal (variance of the
-axis times the class's mean p (1 - p), plus lambda), which preconditions L-BFGS.
+axes. With few labels that is tiny. A guess of the Hessian preconditions L-BFGS: the diagonal there
+(variance of the axis times the class's mean p (1 - p), plus lambda) and, for large problems with
+few rows a class, the share of each class's own rows, p (1 - p) x x^T, exactly.
 """
 
 import logging
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from msn.errors import UserError
 from msn.evaluation.lbfgs import Minimum, minimise
+from msn.evaluation.softmax import Softmax
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +34,6 @@ log = logging.getLogger(__name__)
 _SMALL = 2**27
 # Logits that problems solved side by side may hold together.
 _SIDE_BY_SIDE = 2**23
-# Logits of a block of rows: it stays in the processor's cache while it is worked on.
-_BLOCK = {"cpu": 2**20, "cuda": 2**27, "mps": 2**27}
 _MEMORY = 10
 
 
@@ -150,7 +150,7 @@ class _Solver:
         return LogisticFit(weight.to(rows.dtype), *(part.view(shape) for part in found[1:]))
 
     def in_turn(self, rows: Tensor, labels: Tensor, lambdas: Sequence[float]) -> LogisticFit:
-        """One set, lambdas from strong to weak, each started from the one before: fits [1, L]."""
+        """One set, lambdas from strong to weak, each started from the last: -> fits [1, L]."""
         coordinates, back = principal_coordinates(rows.unsqueeze(0))
         fits: dict[float, Minimum] = {}
         start: Tensor | None = None
@@ -158,8 +158,9 @@ class _Solver:
             strengths = torch.tensor([strength], dtype=torch.float64, device=rows.device)
             fits[strength] = self._minimise(coordinates, labels.unsqueeze(0), strengths, start)
             start = fits[strength].points
-        ordered = (fits[strength] for strength in lambdas)
-        found = Minimum(*(torch.cat(parts) for parts in zip(*ordered, strict=True)))
+        found = Minimum(
+            *(torch.cat(parts) for parts in zip(*(fits[v] for v in lambdas), strict=True))
+        )
         points = found.points.view(1, len(lambdas), self.num_classes, -1)
         weight = points.to(back.dtype) @ back.unsqueeze(1)
         return LogisticFit(weight.to(rows.dtype), *(part.unsqueeze(0) for part in found[1:]))
@@ -172,7 +173,7 @@ class _Solver:
             start = rows.new_zeros(len(rows), self.num_classes * rows.shape[-1])
         spent = 0
         for dtype, _ in groupby(self._precisions(rows)):
-            objective = _Softmax.of(
+            objective = Softmax.of(
                 rows.to(dtype),
                 labels,
                 strengths,
@@ -196,61 +197,6 @@ class _Solver:
         return (rows.dtype,) if rows.device.type == "mps" else (rows.dtype, torch.float64)
 
 
-class _Softmax(NamedTuple):
-    """The objectives of P problems over R coordinates, for `minimise`."""
-
-    rows: Tensor  # [P, n, R]
-    labels: Tensor  # [P, n]
-    strengths: Tensor  # lambda, float64 [P]
-    variances: Tensor  # mean squares of coordinates, [P, 1, R]
-    label_sums: Tensor  # mean of rows of each class, over n, [P, C, R]
-    tolerance: float
-
-    @classmethod
-    def of(
-        cls, rows: Tensor, labels: Tensor, strengths: Tensor, *, num_classes: int, tolerance: float
-    ) -> "_Softmax":
-        problems, count, rank = rows.shape
-        sums = rows.new_zeros(problems, num_classes, rank)
-        sums.scatter_add_(1, labels.unsqueeze(-1).expand(-1, -1, rank), rows)
-        variances = rows.square().mean(dim=1, keepdim=True)
-        return cls(rows, labels, strengths, variances, sums / count, tolerance)
-
-    def keep(self, problems: Tensor) -> "_Softmax":
-        parts = {name: getattr(self, name)[problems] for name in self._fields[:-1]}
-        return self._replace(**parts)
-
-    def solved(self, values: Tensor, gradients: Tensor) -> Tensor:
-        squares = gradients.square().sum(dim=1, dtype=torch.float64)
-        return squares <= 2 * self.strengths * self.tolerance * values
-
-    def evaluate(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        problems, count, _ = self.rows.shape
-        weight = points.view_as(self.label_sums)
-        loss = torch.zeros_like(self.strengths)
-        gradient = torch.zeros_like(weight)
-        mean, square = weight.new_zeros(2, problems, weight.shape[1])
-        step = max(1, _BLOCK[points.device.type] // (problems * weight.shape[1]))
-        for rows, labels in zip(
-            self.rows.split(step, dim=1), self.labels.split(step, dim=1), strict=True
-        ):
-            logits = rows @ weight.mT  # [P, n, C]
-            top = logits.amax(dim=-1, keepdim=True)
-            loss -= logits.gather(-1, labels.unsqueeze(-1)).sum(dim=(1, 2), dtype=torch.float64)
-            probs = logits.sub_(top).exp_()
-            total = probs.sum(dim=-1, keepdim=True)
-            loss += (total.log() + top).sum(dim=(1, 2), dtype=torch.float64)
-            probs /= total
-            mean += probs.sum(dim=1)
-            square += probs.square().sum(dim=1)
-            gradient += probs.mT @ rows
-        strengths = self.strengths.to(points.dtype)[:, None, None]
-        gradient = gradient / count - self.label_sums + strengths * weight
-        values = loss / count + self.strengths / 2 * points.square().sum(dim=1, dtype=torch.float64)
-        spread = ((mean - square) / count).unsqueeze(-1)  # mean p (1 - p), [P, C, 1]
-        return values, gradient.flatten(1), (spread * self.variances + strengths).flatten(1)
-
-
 @contextmanager
 def _exact_matmul() -> Iterator[None]:
     """Products in full precision whatever the trainer chose (TF32 keeps 10 bits)."""
@@ -266,10 +212,11 @@ def _warn_unless_converged(fit: LogisticFit, max_evaluations: int) -> None:
     left = ~fit.converged
     if bool(left.any()):
         log.warning(
-            "logistic regression: %d of %d fits did not converge in %d evaluations "
-            "(largest gradient norm %.1e)",
+            "logistic regression: %d of %d fits did not converge (%d evaluations of at most %d, "
+            "largest gradient norm %.1e)",
             int(left.sum()),
             left.numel(),
+            int(fit.evaluations[left].max()),
             max_evaluations,
             float(fit.gradient_norm[left].max()),
         )

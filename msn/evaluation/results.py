@@ -1,68 +1,98 @@
-"""What a person and a program get from an evaluation: a table and lowshot.json."""
+"""What an evaluation leaves in the run directory: tables, a curve, fitted heads."""
 
+import io
 import json
-import os
 import platform
-import tempfile
+import re
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-_PACKAGES = ("torch", "torchvision", "timm", "lightning")
+from msn.evaluation.curves import draw_curve
+from msn.evaluation.rows import Head, Result
+from msn.evaluation.table import csv_table, markdown_table, table_of
+from msn.weights.files import save_tensors, write_bytes
+
+_FILE_WIDTH = 200  # characters of a line where the output is no terminal
+_DISTRIBUTION = "msn-pretraining"
+_VERSIONS = ("torch", "torchvision", "timm", "numpy")
 
 
-def write_results(path: Path, rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> None:
-    """Write lowshot.json whole or not at all.
+def print_table(results: Sequence[Result], title: str) -> None:
+    """Print the table to standard output, on one line a row wherever that goes."""
+    rows = [result.row for result in results]
+    # A table cut at 80 columns because the output goes to a file helps nobody.
+    wide = None if Console().is_terminal else _FILE_WIDTH
+    Console(width=wide).print(table_of(rows, title))
+
+
+def write_results(path: Path, results: Sequence[Result], config: Mapping[str, Any]) -> None:
+    """Write lowshot.json, beside it .csv, .md, .png and .svg, and heads in `heads/`.
+
+    Each file is whole or not there; the JSON comes last, as the sign that all are.
 
     Args:
-        path: the file.
-        rows: see `msn.evaluation.lowshot.KShot.rows`.
-        config: resolved settings that the rows come from.
+        path: the JSON file, in the run directory.
+        results: rows with their heads.
+        config: plain data, kept in the JSON file.
 
     Raises:
-        OSError: if it cannot be written.
+        UserError: if the directory cannot be written.
     """
-    versions = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
-    content = {"rows": list(rows), "config": dict(config), "versions": versions}
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    rows = []
+    for result in results:
+        head = None if result.head is None else f"heads/{head_name(result)}"
+        rows.append({**result.row, "head": head})
+        if result.head is not None and head is not None:
+            save_head(path.parent / head, result.head, result.row)
+    write_bytes(path.with_suffix(".csv"), csv_table(rows).encode())
+    write_bytes(path.with_suffix(".md"), markdown_table(rows).encode())
+    for suffix in ("png", "svg"):
+        picture = io.BytesIO()
+        if draw_curve(rows, picture, suffix):
+            write_bytes(path.with_suffix(f".{suffix}"), picture.getvalue())
+    content = {"rows": rows, "config": dict(config), "versions": versions()}
+    text = json.dumps(content, indent=1, allow_nan=False, default=str) + "\n"
+    write_bytes(path, text.encode())
+
+
+def save_head(path: Path, head: Head, row: Mapping[str, Any]) -> None:
+    """Write a head that `msn.weights` can fold into an exported classifier.
+
+    The safetensors file holds `weight` [C, D] and, with an intercept, `bias` [C]; its metadata
+    `msn` says what features the head wants.
+    """
+    tensors = (
+        {"weight": head.weight} if head.bias is None else {"weight": head.weight, "bias": head.bias}
+    )
+    about = {
+        "format": 1,
+        "classes": list(head.classes),
+        "feature": head.feature,
+        "centred": head.centred,
+        "normalised": head.normalised,
+        "split": head.split,
+        **{key: row[key] for key in ("backbone", "classifier", "labels", "lambda") if key in row},
+    }
+    save_tensors(path, tensors, {"msn": json.dumps(about)})
+
+
+def head_name(result: Result) -> str:
+    """File name of a head: backbone, classifier and labels."""
+    row = result.row
+    parts = [row["backbone"], row["classifier"], row["labels"].replace("%", "pc")]
+    parts += [row["variant"]] if "variant" in row else []
+    return "_".join(re.sub(r"[^\w.-]+", "-", str(part)) for part in parts) + ".safetensors"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what makes the numbers."""
+    found = {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}}
     try:
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(content, file, indent=1)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Print one line a backbone: mean and standard deviation over splits, in percent."""
-    columns = list(dict.fromkeys((row["classifier"], row["labels"]) for row in rows))
-    table = Table(title=title)
-    table.add_column("backbone")
-    for classifier, labels in columns:
-        table.add_column(_heading(classifier, labels, rows), justify="right")
-    for backbone in dict.fromkeys(row["backbone"] for row in rows):
-        cells = {
-            (row["classifier"], row["labels"]): _cell(row)
-            for row in rows
-            if row["backbone"] == backbone
-        }
-        table.add_row(backbone, *(cells.get(column, "") for column in columns))
-    Console().print(table)
-
-
-def _heading(classifier: str, labels: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    if classifier == "knn":
-        k = next(row["neighbours"] for row in rows if row["classifier"] == "knn")
-        return f"{k}-NN\n{labels} labels"
-    per_class = f"{labels} a class" if labels.isdigit() else f"{labels} labels"
-    return f"{classifier}\n{per_class}"
-
-
-def _cell(row: Mapping[str, Any]) -> str:
-    mean = f"{100 * row['top1_mean']:.1f}"
-    return mean if row["splits"] == 1 else f"{mean} +- {100 * row['top1_std']:.1f}"
+        found["msn"] = version(_DISTRIBUTION)
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        found["msn"] = "not installed"
+    return found

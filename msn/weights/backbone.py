@@ -1,16 +1,15 @@
 """`backbone.safetensors`, and the backbone as people use it: an nn.Module with its transform."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
-from torchvision import transforms
 
 from msn.method.vit import VisionTransformer
 from msn.weights.files import save_tensors
+from msn.weights.preprocessing import image_transform
 from msn.weights.reading import read_weights
 from msn.weights.weights import FORMAT, IMAGENET_MEAN, IMAGENET_STD, Weights
 
@@ -62,21 +61,6 @@ def load_backbone(path: str | Path, *, num_heads: int | None = None) -> Backbone
     return Backbone(read_weights(path, num_heads=num_heads)).eval()
 
 
-def image_transform(
-    image_size: int, *, mean: tuple[float, ...], std: tuple[float, ...]
-) -> Callable[[Image.Image], Tensor]:
-    """Resize the short side to 256/224 of the size, centre crop, normalise (paper A.2)."""
-    return transforms.Compose(
-        [
-            _to_rgb,
-            transforms.Resize(round(image_size * 256 / 224)),
-            transforms.CenterCrop(image_size),
-            transforms.ToTensor(),
-            transforms.Normalize(mean, std),
-        ]
-    )
-
-
 def save_backbone(path: str | Path, trunk: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     """Write `backbone.safetensors`: a trunk in timm's names that says what it is.
 
@@ -96,7 +80,3 @@ def complete_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
     model = dict(meta["model"])
     defaults = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
     return {"format": FORMAT, "model": model, **defaults, **meta}
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    return image.convert("RGB")

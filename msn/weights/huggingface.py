@@ -12,6 +12,7 @@ from torch import Tensor
 
 from msn.errors import UserError
 from msn.method.vit import LAYER_NORM_EPS
+from msn.weights.preprocessing import short_side
 
 # model_type -> what `Weights.source` calls it.
 MODEL_TYPES = {
@@ -111,7 +112,7 @@ def model_config(model: Mapping[str, int | float], classes: Sequence[str] | None
 def preprocessor_config(
     image_size: int, *, mean: Sequence[float], std: Sequence[float]
 ) -> dict[str, Any]:
-    """`preprocessor_config.json`: shortest edge to 256/224 of the size, then a centre crop.
+    """`preprocessor_config.json`: shortest edge as `short_side` says, then a centre crop.
 
     BitImageProcessor does both in transformers 4 and 5; ViTImageProcessor squashes.
     """
@@ -119,7 +120,7 @@ def preprocessor_config(
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": round(image_size * 256 / 224)},
+        "size": {"shortest_edge": short_side(image_size)},
         "resample": 2,  # bilinear, as the evaluation transform
         "do_center_crop": True,
         "crop_size": {"height": image_size, "width": image_size},

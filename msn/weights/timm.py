@@ -9,6 +9,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch import Tensor
 
 from msn.errors import UserError
+from msn.weights.preprocessing import short_side
 
 # Any plain ViT of timm would do: model_args overrides all six numbers.
 ARCHITECTURE = "vit_small_patch16_224"
@@ -18,7 +19,7 @@ def config(
     model: Mapping[str, int | float], *, mean: Sequence[float], std: Sequence[float], licence: str
 ) -> dict[str, Any]:
     """`config.json` that `timm.create_model("local-dir:DIR", pretrained=True)` rebuilds."""
-    size = model["img_size"]
+    size = int(model["img_size"])
     return {
         "architecture": ARCHITECTURE,
         "num_classes": 0,
@@ -31,7 +32,7 @@ def config(
             "input_size": [3, size, size],
             "fixed_input_size": True,
             "interpolation": "bilinear",
-            "crop_pct": 224 / 256,
+            "crop_pct": size / short_side(size),
             "crop_mode": "center",
             "mean": list(mean),
             "std": list(std),

@@ -102,12 +102,14 @@ def test_checkpoints_that_are_none(command, tmp_path):
     ("arguments", "message"),
     [
         ([], "checkpoint must be given"),
-        (["checkpoint=[a,b]"], "name:path"),
+        (["checkpoint=[a:x,a:y]"], "the name a is taken"),
+        (["checkpoint=[a:]"], "write name:path"),
         (["checkpoint=[random:x]"], "taken"),
         (["checkpoint=x", "baselines=[best]"], "baselines must be among"),
-        (["checkpoint=x", "protocol.feature=best"], "feature must be"),
+        (["checkpoint=x", "protocol.features.feature=best"], "feature must be"),
+        (["checkpoint=x", "logger=tensorboard"], "logger must be wandb"),
         (["checkpoint=x", "protocol.splits=0"], "protocol.splits must be >= 1"),
-        (["checkpoint=x", "protocol.lambd=0"], "protocol.lambd must be > 0"),
+        (["checkpoint=x", "protocol.logistic.lambd=0"], "lambd must be > 0"),
         (["checkpont=x"], "unknown key checkpont"),
     ],
 )

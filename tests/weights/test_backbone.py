@@ -1,14 +1,16 @@
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from torchvision.transforms.functional import pil_to_tensor
 
 import msn
-from msn.data.transforms import evaluation_transform
 from msn.errors import UserError
 from msn.weights import Backbone, save_backbone
+from msn.weights.weights import IMAGENET_MEAN, IMAGENET_STD
 from tests.weights.builders import (
     images,
     make_network,
@@ -38,13 +40,29 @@ def test_five_lines_give_features(tmp_path):
     assert backbone.meta["epoch"] == 3
 
 
-@pytest.mark.parametrize("size", [32, 96, 224])
-def test_the_transform_is_that_of_the_evaluation(tmp_path, size):
+@pytest.mark.parametrize(("size", "short"), [(32, 32), (96, 110), (224, 256)])
+def test_the_transform_is_the_paper_s_and_takes_small_images_whole(tmp_path, size, short):
     backbone = msn.load_backbone(save_run(tmp_path, make_trunk(img_size=size)))
-    ours = evaluation_transform(size)
     for photo in load_sample_images().images:
         for image in (Image.fromarray(photo), Image.fromarray(photo).rotate(90, expand=True)):
-            torch.testing.assert_close(backbone.transform(image), ours(image), rtol=0, atol=1e-6)
+            scale = short / min(image.size)
+            resized = image.resize([int(side * scale) for side in image.size], Image.BILINEAR)
+            left, top = (round((side - size) / 2) for side in resized.size)
+            pixels = np.asarray(resized.crop((left, top, left + size, top + size))) / 255
+            expected = (pixels - IMAGENET_MEAN) / np.asarray(IMAGENET_STD)
+            torch.testing.assert_close(
+                backbone.transform(image).double(),
+                torch.from_numpy(expected).permute(2, 0, 1),
+                rtol=0,
+                atol=1e-5,
+            )
+
+
+def test_an_image_of_the_size_of_a_small_backbone_is_not_touched(tmp_path):
+    image = Image.fromarray(load_sample_images().images[0][:32, :32])
+    seen = msn.load_backbone(save_run(tmp_path, make_trunk())).transform(image)
+    mean, std = (torch.tensor(part)[:, None, None] for part in (IMAGENET_MEAN, IMAGENET_STD))
+    assert torch.allclose(seen * std + mean, pil_to_tensor(image) / 255, atol=1e-6)
 
 
 def test_the_transform_takes_gray_images_and_travels_to_workers(tmp_path):

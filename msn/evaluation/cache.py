@@ -1,0 +1,96 @@
+"""Features on disk, in parts that are whole or not there: what is damaged is computed again."""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1
+
+
+class FeatureCache:
+    """Parts of one feature matrix under a key of everything that made it.
+
+    Args:
+        directory: of all caches; one folder a key is made in it.
+        key: plain data that determines the features: weights, preprocessing, file list.
+    """
+
+    def __init__(self, directory: Path, key: Mapping[str, Any]) -> None:
+        text = json.dumps({"format": _FORMAT, **key}, sort_keys=True)
+        self.digest = hashlib.sha256(text.encode()).hexdigest()
+        self.directory = directory / self.digest[:32]
+
+    def load(self, part: int, rows: int) -> Tensor | None:
+        """Read a part of so many rows; None if it is missing, truncated, altered or not ours."""
+        path = self._path(part)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                features = file.get_tensor("features")
+        except (SafetensorError, OSError) as error:
+            log.warning("feature cache: %s is damaged and made again (%s)", path, error)
+            return None
+        whole = (
+            metadata.get("key") == self.digest
+            and features.shape[0] == rows
+            and metadata.get("sha256") == _digest_of(features)
+        )
+        if not whole:
+            log.warning("feature cache: %s is not what was written and made again", path)
+            return None
+        return features
+
+    def store(self, part: int, features: Tensor) -> None:
+        """Write a part, all or nothing; a cache that cannot be written is a cache not used."""
+        metadata = {"key": self.digest, "sha256": _digest_of(features)}
+        data = safetensors.torch.save({"features": features}, metadata)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.directory, delete=False) as file:
+                file.write(data)
+            os.replace(file.name, self._path(part))
+        except OSError as error:
+            log.warning("feature cache: cannot write below %s (%s)", self.directory, error)
+
+    def _path(self, part: int) -> Path:
+        return self.directory / f"part-{part:05d}.safetensors"
+
+
+def weights_key(module: nn.Module) -> str:
+    """Digest of every parameter and buffer with its name: other weights, other features."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
+        digest.update(_bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def names_key(names: Sequence[str]) -> str:
+    """Digest of a file list, in order."""
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(os.fsencode(name) + b"\0")
+    return digest.hexdigest()
+
+
+def _digest_of(tensor: Tensor) -> str:
+    return hashlib.sha256(_bytes_of(tensor)).hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes()

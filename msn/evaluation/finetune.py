@@ -1,0 +1,275 @@
+"""Fine-tuning the whole backbone with timm's parts (paper A.4): with all labels, or with few."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+from timm.optim import param_groups_layer_decay
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from msn.data.subsets import fraction_of_each_class, k_shot
+from msn.errors import UserError
+from msn.evaluation.augment import AugmentedImages, epoch_batches, in_pieces, seeded
+from msn.evaluation.backbones import FrozenBackbone, Subject
+from msn.evaluation.features import FeatureSettings, LabelledSet, Runtime, TransformedImages
+from msn.evaluation.progress import Progress
+from msn.evaluation.protocol import Plan, Protocol, all_labels
+from msn.evaluation.recipe import Recipe
+from msn.evaluation.rows import Result, make_row
+from msn.evaluation.sets import ChosenImages, LabelSet
+from msn.method.vit import resize_position_embeddings
+from msn.schema import refuse_unknown, take
+
+_TRAINING = 8  # keeps draws of dropped paths and mixtures apart from others of the same seed
+_HEAD_STD = 2e-5
+
+
+class FineTune(Protocol):
+    """Train every weight of a backbone and a new linear head on the labelled images.
+
+    Args:
+        recipe: see `Recipe`.
+        shots: labelled images a class; None takes `fraction`.
+        fraction: share of every class in (0, 1]; 1 labels all.
+        splits: seeded label sets, each fine-tuned by itself; 1 where all are labelled.
+        seed: of the first set, and of the training.
+        features: `image_size`, `batch_size` (images a forward pass; larger batches are
+            accumulated, which is exact without BatchNorm) and `precision`.
+    """
+
+    def __init__(
+        self,
+        *,
+        recipe: dict[str, Any],
+        shots: int | None,
+        fraction: float,
+        splits: int,
+        seed: int,
+        features: dict[str, Any],
+    ) -> None:
+        super().__init__(features)
+        refuse_unknown("protocol.recipe", recipe, Recipe)
+        self.recipe = Recipe(**take("protocol.recipe", recipe, Recipe))
+        if not 0 < fraction <= 1:
+            raise UserError(f"protocol.fraction must be in (0, 1], got {fraction}")
+        if splits < 1 or (shots is not None and shots < 1):
+            raise UserError(f"protocol: splits and shots must be >= 1, got {splits} and {shots}")
+        self.shots, self.fraction, self.splits, self.seed = shots, fraction, splits, seed
+
+    def label_sets(self, train: LabelledSet) -> list[LabelSet]:
+        """Seeded sets of k images a class or a share of each, or all images."""
+        sets = []
+        for seed in range(self.seed, self.seed + self.splits):
+            if self.shots is not None:
+                chosen = k_shot(train.labels, [self.shots], seed=seed, classes=train.classes)
+                sets.append(LabelSet(str(self.shots), f"seed {seed}", chosen[self.shots]))
+            elif self.fraction < 1:
+                positions = fraction_of_each_class(
+                    train.labels, self.fraction, seed=seed, classes=train.classes
+                )
+                sets.append(LabelSet(f"{100 * self.fraction:g}%", f"seed {seed}", positions))
+            else:
+                return [all_labels(train)]
+        return sets
+
+    def run(
+        self, subject: Subject, plan: Plan, test: LabelledSet, runtime: Runtime
+    ) -> list[Result]:
+        """Fine-tune once for each label set; raw pixels have nothing to tune."""
+        if not isinstance(subject, FrozenBackbone):
+            return []
+        correct = []
+        for number, labelled in enumerate(plan.sets):
+            images = ChosenImages(plan.images, labelled.positions)
+            training = FineTuning(
+                subject,
+                images,
+                self.recipe,
+                features=self.features,
+                seed=self.seed + number,
+                runtime=runtime,
+            )
+            training.run()
+            correct.append(training.predict(test) == test.labels)
+        row = make_row(
+            backbone=subject.name,
+            classifier="finetune",
+            labels=plan.sets[0].labels,
+            correct=torch.stack(correct),
+            splits=[labelled.split for labelled in plan.sets],
+            labelled_images=len(plan.sets[0].positions),
+            epochs=self.recipe.epochs,
+        )
+        return [Result(row)]
+
+
+class FineTuning:
+    """One backbone on one label set.
+
+    Args:
+        subject: where to start; it is left as it is.
+        images: labelled images.
+        recipe: hyper-parameters.
+        features: images a forward pass and precision.
+        seed: of head, order, views, mixtures and dropped paths.
+        runtime: the first device trains; `shared` splits each batch over the processes.
+
+    Attributes:
+        model: timm's vision transformer with a head.
+
+    Raises:
+        UserError: there are not two images for every process.
+    """
+
+    def __init__(
+        self,
+        subject: FrozenBackbone,
+        images: LabelledSet,
+        recipe: Recipe,
+        *,
+        features: FeatureSettings,
+        seed: int,
+        runtime: Runtime,
+    ) -> None:
+        self.subject, self.images, self.recipe, self.seed = subject, images, recipe, seed
+        self.runtime, self.device = runtime, runtime.devices[0]
+        self.rank, self.world = 0, 1
+        if runtime.shared:
+            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        # Mixup pairs the images of a piece, so each piece has an even number.
+        even = 2 * self.world
+        self.batch_size = min(recipe.batch_size, len(images)) // even * even
+        if self.batch_size == 0:
+            raise UserError(
+                f"fine-tuning needs at least {even} labelled images, there are {len(images)}"
+            )
+        self.piece_size = max(2, features.batch_size // 2 * 2)
+        self.half = features.precision == "bf16"
+        classes = len(images.classes)
+        self.model = classifier_of(subject, classes, drop_path=recipe.drop_path, seed=seed)
+        self.model.to(self.device)
+        self.mixture = recipe.mixture(classes)
+        self.steps_per_epoch = len(images) // self.batch_size
+
+    def run(self) -> None:
+        """Train; every process ends with the same weights.
+
+        Raises:
+            UserError: the loss is no longer finite.
+        """
+        model: nn.Module = self.model
+        if self.world > 1:
+            model = DistributedDataParallel(self.model)
+        optimiser = torch.optim.AdamW(self._groups(), lr=self.recipe.lr)
+        total = self.recipe.epochs * self.steps_per_epoch * self.batch_size
+        title = f"{self.subject.name}: fine-tuning"
+        step = 0
+        with seeded(self.seed, _TRAINING, self.rank), Progress(title, total, self.rank == 0) as bar:
+            model.train()
+            for epoch in range(self.recipe.epochs):
+                for pieces in self._batches(epoch):
+                    rate = self.recipe.learning_rate(step, self.steps_per_epoch)
+                    for group in optimiser.param_groups:
+                        group["lr"] = rate * group["lr_scale"]
+                    optimiser.zero_grad()
+                    if not math.isfinite(self._accumulate(model, pieces)):
+                        raise UserError(
+                            f"{title} diverged in epoch {epoch + 1}; lower protocol.recipe.lr"
+                        )
+                    optimiser.step()
+                    step += 1
+                    bar.advance(self.batch_size)
+        self.model.eval()
+
+    @torch.no_grad()
+    def predict(self, test: LabelledSet) -> Tensor:
+        """Classes of the centre crops of some images, [m], on the CPU."""
+        views = TransformedImages(test, self.subject.transform)
+        workers = self.runtime.num_workers
+        loader = DataLoader(views, batch_size=self.piece_size, num_workers=workers)
+        found = []
+        for images in loader:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+                found.append(self.model(images.to(self.device)).argmax(dim=1).cpu())
+        return torch.cat(found)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Parameters by layer, each group with its `lr_scale`."""
+        return param_groups_layer_decay(
+            self.model,
+            self.recipe.weight_decay,
+            no_weight_decay_list=self.model.no_weight_decay(),
+            layer_decay=self.recipe.layer_decay,
+        )
+
+    def _batches(self, epoch: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """This process's share of every batch of an epoch, in pieces of views and labels."""
+        views = AugmentedImages(
+            self.images,
+            torch.arange(len(self.images)),
+            self.recipe.transform(self.subject),
+            seed=self.seed,
+            epoch=epoch,
+        )
+        batches = epoch_batches(len(self.images), self.batch_size, seed=self.seed, epoch=epoch)
+        pieces = [in_pieces(batch[self.rank :: self.world], self.piece_size) for batch in batches]
+        loader = iter(
+            DataLoader(
+                views,
+                batch_sampler=[piece for batch in pieces for piece in batch],
+                num_workers=self.runtime.num_workers,
+                pin_memory=self.device.type == "cuda",
+            )
+        )
+        for batch in pieces:
+            yield [next(loader) for _ in batch]
+
+    def _accumulate(self, model: nn.Module, pieces: list[tuple[Tensor, Tensor]]) -> float:
+        """Gradients of this process's mean loss; without BatchNorm pieces are exact."""
+        count = sum(len(labels) for _, labels in pieces)
+        total = 0.0
+        for images, labels in pieces:
+            images, targets = images.to(self.device), labels.to(self.device)
+            smoothing = self.recipe.label_smoothing
+            if self.mixture is not None:
+                images, targets = self.mixture(images, targets)
+                smoothing = 0.0  # the mixture has smoothed already
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+                scores = model(images)
+            loss = F.cross_entropy(scores.float(), targets, label_smoothing=smoothing)
+            loss = loss * (len(labels) / count)
+            loss.backward()
+            total += loss.item()
+        return total
+
+
+def classifier_of(
+    subject: FrozenBackbone, num_classes: int, *, drop_path: float, seed: int
+) -> TimmVisionTransformer:
+    """timm's vision transformer with the weights of a backbone and a new, nearly zero head.
+
+    Position embeddings are resized as in pretraining where the image size is another.
+    """
+    size = subject.image_size
+    model = TimmVisionTransformer(
+        **{**subject.trunk.model_config, "img_size": size},  # type: ignore[arg-type]
+        num_classes=num_classes,
+        global_pool="token",
+        drop_path_rate=drop_path,
+    )
+    weights = {name: tensor.clone() for name, tensor in subject.trunk.state_dict().items()}
+    side = size // subject.trunk.patch_size
+    if size != subject.trunk.img_size:
+        weights["pos_embed"] = resize_position_embeddings(weights["pos_embed"], (side, side))
+    head = torch.randn(
+        num_classes, subject.trunk.embed_dim, generator=torch.Generator().manual_seed(seed)
+    )
+    weights |= {"head.weight": _HEAD_STD * head, "head.bias": torch.zeros(num_classes)}
+    model.load_state_dict(weights, strict=True)
+    return model

@@ -1,0 +1,297 @@
+"""Classifiers on frozen features: logistic regression with an honest lambda, and kNN.
+
+lambda is either the paper's fixed value or chosen by cross-validation inside the labelled set
+alone. Test images never see the choice. Both are reported: the fixed value makes the row, the
+cross-validated one stands in the row's `cross_validated`; without a fixed value that makes the row.
+
+As in the reference, strengths are given as `lambd` = lambda * n, which means the same for every
+number of labels (scikit-learn's C = 1 / lambd).
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from msn.errors import UserError
+from msn.evaluation.knn import knn_predictions
+from msn.evaluation.logistic import LogisticFit, centre_and_normalise, fit_logistic
+from msn.evaluation.rows import Head, Result, make_row
+from msn.evaluation.selection import Fold, best_lambds, folds_of
+from msn.evaluation.sets import FeatureSet, LabelSet
+
+# Numbers of labelled rows gathered at once.
+_MAX_GATHERED = 2**28
+# Certified relative gap at which a candidate's held-out accuracy no longer changes noticeably.
+_SELECTION_TOLERANCE = 1e-3
+
+
+class Logistic:
+    """Settings of the logistic regression of a protocol.
+
+    Args:
+        lambd: fixed lambda * n, > 0; None takes the cross-validated one.
+        lambd_grid: values that cross-validation chooses from; None does without.
+        folds: >= 2; a set with fewer images a class has as many folds as these.
+        intercept: append a constant to the rows; regularised like the other weights.
+        tolerance: certified (objective - optimum) / objective.
+        max_evaluations: passes over the labelled rows.
+
+    Raises:
+        UserError: a number is out of range, or there is neither a value nor a grid.
+    """
+
+    def __init__(
+        self,
+        *,
+        lambd: float | None,
+        lambd_grid: Sequence[float] | None,
+        folds: int,
+        intercept: bool,
+        tolerance: float,
+        max_evaluations: int,
+    ) -> None:
+        if lambd is None and not lambd_grid:
+            raise UserError("protocol.logistic: give lambd, or lambd_grid to choose from")
+        for value in [*([] if lambd is None else [lambd]), *(lambd_grid or [])]:
+            if not value > 0:
+                raise UserError(f"protocol.logistic: lambd must be > 0, got {value}")
+        if folds < 2:
+            raise UserError(f"protocol.logistic.folds must be >= 2, got {folds}")
+        if not tolerance > 0 or max_evaluations < 1:
+            raise UserError("protocol.logistic: tolerance must be > 0 and max_evaluations >= 1")
+        self.lambd, self.lambd_grid, self.folds = lambd, sorted(lambd_grid or []), folds
+        self.intercept = intercept
+        self.tolerance, self.max_evaluations = tolerance, max_evaluations
+
+    def prepare(self, features: Tensor) -> Tensor:
+        """Rows as they are fitted: centred, normalised, with a constant where wanted."""
+        rows = centre_and_normalise(features)
+        return torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1) if self.intercept else rows
+
+    def fit(
+        self,
+        rows: Tensor,
+        labels: Tensor,
+        *,
+        num_classes: int,
+        lambds: Sequence[float],
+        tolerance: float,
+    ) -> LogisticFit:
+        """Fit sets of one size, [S, n, D] and [S, n], for every lambd."""
+        return fit_logistic(
+            rows,
+            labels,
+            num_classes=num_classes,
+            lambdas=[lambd / rows.shape[1] for lambd in lambds],
+            tolerance=tolerance,
+            max_evaluations=self.max_evaluations,
+        )
+
+
+def logistic_results(
+    backbone: str,
+    sets: Sequence[LabelSet],
+    train: FeatureSet,
+    test: FeatureSet,
+    *,
+    settings: Logistic,
+    feature: str,
+    device: torch.device,
+    classifier: str = "logistic",
+) -> list[Result]:
+    """A result for each number of labels, over all its label sets.
+
+    Args:
+        backbone: its name.
+        sets: label sets; those of one `labels` make a row.
+        train: features that the positions of the sets point into.
+        test: held-out features.
+        settings: of the regression.
+        feature: kind of the features, kept with the heads.
+        device: where to solve.
+        classifier: what the table calls it.
+    """
+    problem = _Problem(train, test, settings, device)
+    results = []
+    for name in dict.fromkeys(labelled.labels for labelled in sets):
+        group = [labelled for labelled in sets if labelled.labels == name]
+        fixed = None if settings.lambd is None else [settings.lambd] * len(group)
+        chosen = problem.cross_validate(group)
+        lambds = fixed or chosen
+        if lambds is None:
+            raise UserError(
+                f"protocol.logistic.lambd=null: with {name} labels no class has two images, which "
+                "cross-validation needs; give protocol.logistic.lambd"
+            )
+        fits = problem.fit(group, lambds)
+        more: dict[str, Any] = {"lambda_choice": "fixed" if fixed else "cross-validation"}
+        if fixed and chosen:
+            same = chosen == fixed
+            more["cross_validated"] = _summary(fits if same else problem.fit(group, chosen), chosen)
+        row = make_row(
+            backbone=backbone,
+            classifier=classifier,
+            labels=name,
+            correct=fits.correct,
+            splits=[labelled.split for labelled in group],
+            lambda_=sum(fits.lambdas) / len(fits.lambdas),
+            lambd=lambds[0] if len(set(lambds)) == 1 else lambds,
+            labelled_images=len(group[0].positions),
+            converged=fits.converged,
+            feature=feature,
+            **more,
+        )
+        bias = fits.weight[:, -1] if settings.intercept else None
+        weight = fits.weight[:, :-1] if settings.intercept else fits.weight
+        head = Head(weight, bias, train.classes, feature, True, True, group[0].split)
+        results.append(Result(row, head))
+    return results
+
+
+def knn_results(
+    backbone: str,
+    labelled: LabelSet,
+    train: FeatureSet,
+    test: FeatureSet,
+    *,
+    neighbours: Sequence[int],
+    temperature: float | None,
+    device: torch.device,
+) -> list[Result]:
+    """A result for each number of neighbours; several are told apart by `variant`."""
+    references, labels = train.features[labelled.positions], train.labels[labelled.positions]
+    predictions = knn_predictions(
+        references.to(device),
+        labels.to(device),
+        test.features.to(device),
+        neighbours=neighbours,
+        temperature=temperature,
+        num_classes=len(train.classes),
+    ).cpu()
+    votes = "majority" if temperature is None else f"temperature {temperature:g}"
+    return [
+        Result(
+            make_row(
+                backbone=backbone,
+                classifier="knn",
+                labels=labelled.labels,
+                correct=(predicted == test.labels).unsqueeze(0),
+                splits=[labelled.split],
+                labelled_images=len(labels),
+                neighbours=k,
+                votes=votes,
+                **({"variant": f"k={k}"} if len(neighbours) > 1 else {}),
+            )
+        )
+        for k, predicted in zip(neighbours, predictions, strict=True)
+    ]
+
+
+class _Fits(NamedTuple):
+    """Classifiers of some label sets, as the table sees them."""
+
+    weight: Tensor  # of the first set, [C, D]
+    correct: Tensor  # bool [S, m]
+    lambdas: list[float]  # lambda of each set
+    converged: bool
+
+
+class _Problem:
+    """Prepared rows of both pools, and what is asked of them."""
+
+    def __init__(
+        self, train: FeatureSet, test: FeatureSet, settings: Logistic, device: torch.device
+    ) -> None:
+        self.settings, self.num_classes = settings, len(train.classes)
+        self.rows = settings.prepare(train.features.to(device))
+        self.labels = train.labels.to(device)
+        self.test_rows = settings.prepare(test.features.to(device))
+        self.test_labels = test.labels.to(device)
+
+    def fit(self, group: Sequence[LabelSet], lambds: Sequence[float]) -> _Fits:
+        """Fit every set with its own lambd and classify the test images."""
+        correct = torch.empty(len(group), len(self.test_rows), dtype=torch.bool)
+        converged, first = True, self.rows
+        sizes = [len(labelled.positions) for labelled in group]
+        # Sets of one size and strength are solved side by side.
+        for (_, lambd), members in _grouped(list(zip(sizes, lambds, strict=True))):
+            for some in self._chunks(members, sizes[members[0]]):
+                positions = torch.stack([group[i].positions for i in some]).to(self.rows.device)
+                fit = self._solve(positions, [lambd], self.settings.tolerance)
+                converged &= bool(fit.converged.all())
+                for i, weight in zip(some, fit.weight[:, 0], strict=True):
+                    correct[i] = (self._scores(weight).argmax(1) == self.test_labels).cpu()
+                    first = weight if i == 0 else first
+        lambdas = [lambd / size for lambd, size in zip(lambds, sizes, strict=True)]
+        return _Fits(first.cpu(), correct, lambdas, converged)
+
+    def cross_validate(self, group: Sequence[LabelSet]) -> list[float] | None:
+        """The lambd that each set chooses by itself; None where it cannot or need not."""
+        grid = self.settings.lambd_grid
+        if not grid:
+            return None
+        folds: list[Fold] = []
+        for number, labelled in enumerate(group):
+            folds += folds_of(self.labels[labelled.positions].cpu(), self.settings.folds, of=number)
+        if {fold.of for fold in folds} != set(range(len(group))):
+            return None
+        right = torch.zeros(len(group), len(grid), dtype=torch.float64)
+        loss = torch.zeros_like(right)
+        sizes = [len(fold.train) for fold in folds]
+        for size, members in _grouped(sizes):
+            for some in self._chunks(members, size):
+                trained = [group[folds[i].of].positions[folds[i].train] for i in some]
+                positions = torch.stack(trained).to(self.rows.device)
+                tolerance = max(self.settings.tolerance, _SELECTION_TOLERANCE)
+                fit = self._solve(positions, grid, tolerance)
+                for i, weights in zip(some, fit.weight, strict=True):
+                    held_out = group[folds[i].of].positions[folds[i].held_out]
+                    hits, losses = self._held_out(weights, held_out)
+                    right[folds[i].of] += hits
+                    loss[folds[i].of] += losses
+        return best_lambds(right, loss, grid)
+
+    def _solve(self, positions: Tensor, lambds: Sequence[float], tolerance: float) -> LogisticFit:
+        return self.settings.fit(
+            self.rows[positions],
+            self.labels[positions],
+            num_classes=self.num_classes,
+            lambds=lambds,
+            tolerance=tolerance,
+        )
+
+    def _held_out(self, weights: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Hits and log losses of held-out images, summed, for weights [L, C, D]: each [L]."""
+        positions = positions.to(self.rows.device)
+        scores = self.rows[positions] @ weights.mT  # [L, v, C]
+        labels = self.labels[positions].expand(len(weights), -1)
+        log_probs = scores.log_softmax(dim=-1).gather(-1, labels.unsqueeze(-1))
+        hits = (scores.argmax(dim=-1) == labels).sum(dim=1)
+        return hits.double().cpu(), -log_probs.double().sum(dim=(1, 2)).cpu()
+
+    def _scores(self, weight: Tensor) -> Tensor:
+        return self.test_rows @ weight.T
+
+    def _chunks(self, members: list[int], size: int) -> list[list[int]]:
+        step = max(1, _MAX_GATHERED // (size * self.rows.shape[1]))
+        return [members[at : at + step] for at in range(0, len(members), step)]
+
+
+def _grouped(keys: Sequence[Any]) -> list[tuple[Any, list[int]]]:
+    """Positions of equal keys, in order of the keys."""
+    order = sorted(range(len(keys)), key=lambda i: keys[i])
+    return [(key, list(members)) for key, members in groupby(order, key=lambda i: keys[i])]
+
+
+def _summary(fits: _Fits, lambds: list[float]) -> dict[str, Any]:
+    top1 = fits.correct.double().mean(dim=1)
+    return {
+        "lambd": lambds,
+        "lambda": fits.lambdas,
+        "top1_mean": float(top1.mean()),
+        "top1_std": float(top1.std()) if len(top1) > 1 else 0.0,
+        "top1": [float(value) for value in top1],
+    }

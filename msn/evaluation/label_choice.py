@@ -1,0 +1,160 @@
+"""Which images to label first: the most typical ones, spread over what the backbone tells apart.
+
+Legend: n images, D feature width, K prototypes, N images to label.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from msn.errors import UserError
+
+METHODS = ("prototypes", "medoids")
+
+_ROUNDS = 100  # k-medoids has always come to rest in fewer
+
+
+class Choice(NamedTuple):
+    """Images worth a label, in the order in which they should get one."""
+
+    positions: Tensor
+    """[N]."""
+    groups: Tensor
+    """The prototype or cluster that each stands for, [N]."""
+    sizes: Tensor
+    """Images in that group, [N]."""
+
+
+def cover_prototypes(cosines: Tensor, features: Tensor, budget: int) -> Choice:
+    """Choose the most typical images of the used prototypes.
+
+    Every image belongs to its nearest prototype. A budget below the number of used prototypes goes
+    to a subset that represents the others (k-medoids over prototypes, weighted by use); a larger
+    one is shared out by use, and a prototype with several places spreads them over its images.
+
+    Args:
+        cosines: of projections and prototypes, [n, K].
+        features: of the same images, for spreading inside a prototype, [n, D].
+        budget: N, in [1, n].
+
+    Raises:
+        UserError: the budget is out of range.
+    """
+    _check_budget(budget, len(cosines))
+    nearest = cosines.max(dim=1)
+    use = torch.bincount(nearest.indices, minlength=cosines.shape[1])
+    used = torch.nonzero(use)[:, 0]
+    if budget < len(used):
+        # Prototypes are near each other where the same images are near both.
+        profiles = F.normalize((cosines - cosines.mean(dim=0))[:, used].T, dim=1)
+        chosen = used[_medoids(profiles, budget, use[used].to(profiles.dtype))]
+        places = torch.zeros_like(use).index_fill_(0, chosen, 1)
+    else:
+        places = share_out(use, budget)
+    rows = _unit_rows(features)
+    positions, groups = [], []
+    for prototype in torch.nonzero(places)[:, 0].tolist():
+        members = torch.nonzero(nearest.indices == prototype)[:, 0]
+        wanted = int(places[prototype])
+        if wanted == 1:
+            best = members[nearest.values[members].argmax()].unsqueeze(0)
+        else:
+            best = members[_medoids(rows[members], wanted, torch.ones_like(rows[members][:, 0]))]
+        positions.append(best)
+        groups.append(torch.full_like(best, prototype))
+    return _largest_first(torch.cat(positions), torch.cat(groups), use)
+
+
+def k_medoids(features: Tensor, budget: int) -> Choice:
+    """Choose the medoids of N clusters of centred, normalised features under cosine.
+
+    Args:
+        features: [n, D].
+        budget: N, in [1, n].
+
+    Raises:
+        UserError: the budget is out of range.
+    """
+    _check_budget(budget, len(features))
+    rows = _unit_rows(features)
+    positions = _medoids(rows, budget, torch.ones_like(rows[:, 0]))
+    groups = (rows @ rows[positions].T).argmax(dim=1)
+    sizes = torch.bincount(groups, minlength=budget)
+    return _largest_first(positions, torch.arange(budget), sizes)
+
+
+def share_out(use: Tensor, budget: int) -> Tensor:
+    """Places for each prototype: one if it is used, the rest where most images share a place.
+
+    Args:
+        use: images of each prototype, [K].
+        budget: at least the number of used prototypes, at most the number of images.
+
+    Returns:
+        Places, [K], none above `use`.
+    """
+    places = (use > 0).long()
+    while int(places.sum()) < budget:
+        per_place = torch.where(places < use, use / places.clamp_min(1), -1.0)
+        places[per_place.argmax()] += 1
+    return places
+
+
+def _medoids(rows: Tensor, count: int, weights: Tensor) -> Tensor:
+    """Weighted k-medoids of unit rows under cosine: rows [n, D], weights [n] -> positions [count].
+
+    Starts from greedy choices (each the row that helps the badly represented most), so it needs no
+    seed; the medoid of a cluster is the member of largest cosine with the members' sum.
+    """
+    medoids = _greedy(rows, count, weights)
+    for _ in range(_ROUNDS):
+        cluster = (rows @ rows[medoids].T).argmax(dim=1)
+        cluster[medoids] = torch.arange(count)  # also where rows are equal
+        sums = torch.zeros(count, rows.shape[1], dtype=rows.dtype)
+        sums.index_add_(0, cluster, rows * weights.unsqueeze(1))
+        fit = (rows * sums[cluster]).sum(dim=1)
+        best = torch.full((count,), -torch.inf, dtype=fit.dtype)
+        best.scatter_reduce_(0, cluster, fit, "amax")
+        # Of equal members the first; the present medoid stays unless another is better.
+        order = torch.nonzero(fit >= best[cluster]).flatten().flip(0)
+        after = medoids.clone()
+        after[cluster[order]] = order
+        stay = fit[medoids] >= fit[after]
+        after[stay] = medoids[stay]
+        if torch.equal(after, medoids):
+            break
+        medoids = after
+    return medoids
+
+
+def _greedy(rows: Tensor, count: int, weights: Tensor) -> Tensor:
+    """Start with the most central row, go on with the worst represented one (farthest first).
+
+    Outliers that this picks are pulled back into their clusters by the rounds that follow.
+    """
+    first = (rows @ (rows * weights.unsqueeze(1)).sum(dim=0)).argmax()
+    chosen, nearest = [int(first)], rows @ rows[first]
+    while len(chosen) < count:
+        distance = weights * (1 - nearest)
+        distance[chosen] = -1.0
+        chosen.append(int(distance.argmax()))
+        nearest = torch.maximum(nearest, rows @ rows[chosen[-1]])
+    return torch.tensor(chosen)
+
+
+def _unit_rows(features: Tensor) -> Tensor:
+    """Centred as a cloud, which removes what all images share, then normalised."""
+    return F.normalize(features - features.mean(dim=0), dim=1)
+
+
+def _largest_first(positions: Tensor, groups: Tensor, sizes: Tensor) -> Choice:
+    order = torch.argsort(sizes[groups], descending=True, stable=True)
+    groups = groups[order]
+    return Choice(positions[order], groups, sizes[groups])
+
+
+def _check_budget(budget: int, count: int) -> None:
+    if not 1 <= budget <= count:
+        raise UserError(f"budget={budget}: must be in [1, {count}] (images)")

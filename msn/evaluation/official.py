@@ -1,0 +1,212 @@
+"""The label lists of the paper for ImageNet-1k: read from a directory, or fetched once and checked.
+
+The lists carry the licence of the reference repository, so they are not shipped.
+"""
+
+import hashlib
+import logging
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from msn.data.index import cache_folder
+from msn.data.subsets import positions_of, read_names
+from msn.errors import UserError
+from msn.evaluation.features import LabelledSet
+from msn.evaluation.sets import LabelSet
+from msn.weights.files import write_bytes
+
+log = logging.getLogger(__name__)
+
+REPOSITORY = "https://raw.githubusercontent.com/facebookresearch/msn/main"
+ONE_PERCENT = "1%"
+_SPLITS = (1, 2, 3)
+_TIMEOUT_S = 60
+
+
+class OfficialList(NamedTuple):
+    """One list of the reference repository."""
+
+    labels: str
+    """`1`, `2`, `5` images a class, or `1%`."""
+    split: int
+    file: str
+    sha256: str
+
+    @property
+    def path(self) -> str:
+        """Where it lies in the reference repository."""
+        return f"imagenet_subsets{self.split}/{self.file}"
+
+
+OFFICIAL_LISTS = (
+    OfficialList(
+        "1",
+        1,
+        "1imgs_class.txt",
+        "ffa4f960419ce75479a2af80d632c7a98756b624aad2399a334a3549584ab426",
+    ),
+    OfficialList(
+        "1",
+        2,
+        "1imgs_class.txt",
+        "7f13beaba20a6e6413cc98bcaefb084961d4c7f1938a3b7e2f20464d5575cf43",
+    ),
+    OfficialList(
+        "1",
+        3,
+        "1imgs_class.txt",
+        "d77d56527da4842b96a7bbbc14f846c4e637a95b43df592e11770d26997b5b5f",
+    ),
+    OfficialList(
+        "2",
+        1,
+        "2imgs_class.txt",
+        "9b0c2d1957ad7a1135773a868afbaeaa6d50d30b4ec54d1b0bf759879a3c0933",
+    ),
+    OfficialList(
+        "2",
+        2,
+        "2imgs_class.txt",
+        "35b93fb0d809b17a30420a507b2fd356f22152671567f4b9704735e1e379b440",
+    ),
+    OfficialList(
+        "2",
+        3,
+        "2imgs_class.txt",
+        "400ae5a31e01bc1a034c392c2bdbdfaab45699dc4f59392e65acfcaae172cf1b",
+    ),
+    OfficialList(
+        "5",
+        1,
+        "5imgs_class.txt",
+        "f8daf7e637fafe92e7567016db43e6db2c816f7bbf8ce60f5cf59c0788f12890",
+    ),
+    OfficialList(
+        "5",
+        2,
+        "5imgs_class.txt",
+        "284603d071f36b298c893d2df8fda2d1a110f680a25d0f8b1faa9acea20fcc04",
+    ),
+    # Misnamed there: it has five images a class.
+    OfficialList(
+        "5",
+        3,
+        "3imgs_class.txt",
+        "eaab6e72d1ea83c3624f5d28a8c217568ea138ea7c5cacfa0cdcd206b5fd8e24",
+    ),
+    OfficialList(
+        ONE_PERCENT,
+        1,
+        "1percent.txt",
+        "71e82a48ba78252683ae334c4d019ebd5c6e855b9599c1389fbe83eb9549cf17",
+    ),
+)
+
+
+def official_sets(
+    directory: Path | None, train: LabelledSet, *, shots: Sequence[int], one_percent: bool
+) -> list[LabelSet]:
+    """The official label sets within a training pool, ordered by size, then split.
+
+    Args:
+        directory: with `splitN/` or `imagenet_subsetsN/`; None fetches what the cache lacks.
+        train: ImageNet's training images, or any that bear the listed names.
+        shots: which of 1, 2, 5 images a class.
+        one_percent: whether to include the 1 % list.
+
+    Raises:
+        UserError: a list is missing or cannot be fetched, names images or classes that are not
+            there, or does not hold k images of every class.
+    """
+    wanted = {*map(str, shots), *([ONE_PERCENT] if one_percent else [])}
+    lists = [entry for entry in OFFICIAL_LISTS if entry.labels in wanted]
+    if directory is None:
+        directory = fetch_lists(cache_folder() / "imagenet_subsets", lists)
+    # Building the names of 1.28 million images once is enough.
+    names, sets = train.names, []
+    for entry in lists:
+        path = find_list(directory, entry)
+        listed = read_names(path)
+        positions = positions_of(listed, names, classes=train.classes, where=str(path))
+        found = LabelSet(entry.labels, f"split {entry.split}", positions)
+        _check_balance(found, train, path)
+        sets.append(found)
+    return sets
+
+
+def find_list(directory: Path, entry: OfficialList) -> Path:
+    """Where a list is below a directory, under any of the names in use.
+
+    Raises:
+        UserError: the directory or the list is not there.
+    """
+    if not directory.is_dir():
+        raise UserError(f"protocol.lists_dir={directory}: there is no such directory")
+    files = dict.fromkeys((entry.file, f"{entry.labels}imgs_class.txt"))
+    folders = (f"imagenet_subsets{entry.split}", f"split{entry.split}")
+    candidates = [directory / folder / file for folder in folders for file in files]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise UserError(
+        f"protocol.lists_dir={directory}: has neither {folders[0]}/{entry.file} nor "
+        f"{folders[1]}/{entry.file}"
+    )
+
+
+def fetch_lists(directory: Path, lists: Sequence[OfficialList], *, url: str | None = None) -> Path:
+    """Fetch those lists that a directory lacks, and check every one against its digest.
+
+    Args:
+        directory: where they are kept, laid out as in the reference repository.
+        lists: which ones.
+        url: where the repository's files are; None takes $MSN_SUBSETS_URL, else GitHub.
+
+    Returns:
+        The directory.
+
+    Raises:
+        UserError: a list cannot be fetched, or is not the one that the paper used.
+    """
+    url = (url or os.environ.get("MSN_SUBSETS_URL") or REPOSITORY).rstrip("/")
+    for entry in lists:
+        path = directory / entry.path
+        if path.is_file() and _digest(path.read_bytes()) == entry.sha256:
+            continue
+        source = f"{url}/{entry.path}"
+        log.info("fetching %s", source)
+        try:
+            with urllib.request.urlopen(source, timeout=_TIMEOUT_S) as answer:  # noqa: S310
+                content = answer.read()
+        except (urllib.error.URLError, OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise UserError(
+                f"cannot fetch {source} ({reason}); give protocol.lists_dir=DIR with the lists"
+            ) from error
+        if _digest(content) != entry.sha256:
+            raise UserError(f"{source}: is not the list of the paper (its SHA-256 differs)")
+        write_bytes(path, content)
+    return directory
+
+
+def _check_balance(found: LabelSet, train: LabelledSet, path: Path) -> None:
+    """k images of every class, or at least one of each in the 1 % list."""
+    counts = torch.bincount(train.labels[found.positions], minlength=len(train.classes))
+    want = None if found.labels == ONE_PERCENT else int(found.labels)
+    wrong = counts == 0 if want is None else counts != want
+    if bool(wrong.any()):
+        label = int(torch.nonzero(wrong)[0, 0])
+        raise UserError(
+            f"{path}: {int(counts[label])} images of class {train.classes[label]}, must be "
+            f"{'at least 1' if want is None else want}"
+        )
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

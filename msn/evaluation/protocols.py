@@ -1,0 +1,349 @@
+"""Protocols on frozen features; `linear.py` and `finetune.py` hold those that train on images."""
+
+import logging
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msn.data.subsets import (
+    fraction_of_each_class,
+    k_shot,
+    positions_of,
+    read_names,
+    write_names,
+)
+from msn.errors import UserError
+from msn.evaluation.features import LabelledSet
+from msn.evaluation.frozen import knn_results, logistic_results
+from msn.evaluation.official import ONE_PERCENT, official_sets
+from msn.evaluation.protocol import FeatureProtocol, Plan, all_labels, build_logistic
+from msn.evaluation.rows import Result
+from msn.evaluation.sets import FeatureSet, LabelSet
+
+log = logging.getLogger(__name__)
+
+
+class _FewLabels(FeatureProtocol):
+    """Logistic regression on few labels, and optionally kNN on all."""
+
+    def __init__(
+        self,
+        logistic: Mapping[str, Any],
+        knn_neighbours: int | None,
+        features: Mapping[str, Any],
+        write_lists: str | None = None,
+    ) -> None:
+        super().__init__(features)
+        self.write_lists = write_lists
+        self.logistic = build_logistic(logistic)
+        if knn_neighbours is not None and knn_neighbours < 1:
+            raise UserError(
+                f"protocol.knn_neighbours must be >= 1, or null for no kNN, got {knn_neighbours}"
+            )
+        self.knn_neighbours = knn_neighbours
+
+    @abstractmethod
+    def few_labels(self, train: LabelledSet) -> list[LabelSet]:
+        """The sets for logistic regression."""
+
+    def plan(self, train: LabelledSet) -> Plan:
+        """Choose the labelled images, and keep lists of them where that is wanted."""
+        plan = super().plan(train)
+        if self.write_lists is not None:
+            names = plan.images.names
+            for labelled in self._few(plan.sets):
+                path = Path(self.write_lists) / _list_name(labelled)
+                write_names(path, [names[i] for i in labelled.positions.tolist()])
+        return plan
+
+    def _few(self, sets: Sequence[LabelSet]) -> list[LabelSet]:
+        """The sets for logistic regression among all that `label_sets` gave."""
+        return list(sets) if self.knn_neighbours is None else list(sets)[:-1]
+
+    def label_sets(self, train: LabelledSet) -> list[LabelSet]:
+        """Sets with few labels, and all images where kNN is wanted."""
+        sets = self.few_labels(train)
+        if self.knn_neighbours is None:
+            return sets
+        if len(train) < self.knn_neighbours:
+            raise UserError(
+                f"protocol.knn_neighbours={self.knn_neighbours}: there are only {len(train)} "
+                "labelled images"
+            )
+        return [*sets, all_labels(train)]
+
+    def results(
+        self,
+        backbone: str,
+        sets: Sequence[LabelSet],
+        train: FeatureSet,
+        test: FeatureSet,
+        *,
+        feature: str,
+        device: torch.device,
+    ) -> list[Result]:
+        """Rows `logistic` for few labels and a row `knn` for all."""
+        found = logistic_results(
+            backbone,
+            self._few(sets),
+            train,
+            test,
+            settings=self.logistic,
+            feature=feature,
+            device=device,
+        )
+        if self.knn_neighbours is None:
+            return found
+        neighbours = [self.knn_neighbours]
+        return found + knn_results(
+            backbone, sets[-1], train, test, neighbours=neighbours, temperature=None, device=device
+        )
+
+
+class KShot(_FewLabels):
+    """k labelled images of every class, several seeded draws, nested: 1 is part of 2 is part of 5.
+
+    Args:
+        shots: numbers of images a class.
+        splits: draws of each.
+        seed: of the first draw; the others count on from it.
+        lists: files of image names, one set each, instead of draws; None draws.
+        write_lists: directory in which the names of every set are kept; None keeps none.
+        logistic: settings, see `frozen.Logistic`.
+        knn_neighbours: of a kNN (cosine, majority) on all labels; None leaves it out.
+        features: settings, see `FeatureSettings`.
+    """
+
+    def __init__(
+        self,
+        *,
+        shots: list[int],
+        splits: int,
+        seed: int,
+        lists: list[str] | None,
+        write_lists: str | None,
+        logistic: dict[str, Any],
+        knn_neighbours: int | None,
+        features: dict[str, Any],
+    ) -> None:
+        super().__init__(logistic, knn_neighbours, features, write_lists)
+        if splits < 1:
+            raise UserError(f"protocol.splits must be >= 1, got {splits}")
+        if not shots or min(shots) < 1:
+            raise UserError(f"protocol.shots must be a list of numbers >= 1, got {shots}")
+        if lists is not None and not lists:
+            raise UserError("protocol.lists=[]: name at least one file, or null to draw")
+        if lists is not None and write_lists is not None:
+            raise UserError("protocol.write_lists: protocol.lists are there already; give one")
+        self.shots, self.splits, self.seed = sorted(set(shots)), splits, seed
+        self.lists = lists
+
+    def few_labels(self, train: LabelledSet) -> list[LabelSet]:
+        """Seeded sets in the order of their size, or the sets of the given lists."""
+        if self.lists is not None:
+            return sorted((_listed(Path(path), train) for path in self.lists), key=_size)
+        draws = {
+            seed: k_shot(train.labels, self.shots, seed=seed, classes=train.classes)
+            for seed in range(self.seed, self.seed + self.splits)
+        }
+        return [
+            LabelSet(str(k), f"seed {seed}", draw[k])
+            for k in self.shots
+            for seed, draw in draws.items()
+        ]
+
+    def check(self, labels: Tensor, classes: Sequence[str]) -> None:
+        """Refuse what draws cannot be made from; lists are read by `plan`, which has the names."""
+        if self.lists is None:
+            super().check(labels, classes)
+
+
+class Fraction(_FewLabels):
+    """A share of every class, at least one image of each, in several seeded draws.
+
+    Args:
+        fractions: shares in (0, 1].
+        splits: draws of each share below 1.
+        seed: of the first draw; the others count on from it.
+        write_lists: directory in which the names of every set are kept; None keeps none.
+        logistic: settings, see `frozen.Logistic`.
+        knn_neighbours: of a kNN on all labels; None leaves it out.
+        features: settings, see `FeatureSettings`.
+    """
+
+    def __init__(
+        self,
+        *,
+        fractions: list[float],
+        splits: int,
+        seed: int,
+        write_lists: str | None,
+        logistic: dict[str, Any],
+        knn_neighbours: int | None,
+        features: dict[str, Any],
+    ) -> None:
+        super().__init__(logistic, knn_neighbours, features, write_lists)
+        if splits < 1:
+            raise UserError(f"protocol.splits must be >= 1, got {splits}")
+        if not fractions or not all(0 < share <= 1 for share in fractions):
+            raise UserError(
+                f"protocol.fractions must be a list of shares in (0, 1], got {fractions}"
+            )
+        self.fractions, self.splits, self.seed = sorted(set(fractions)), splits, seed
+
+    def few_labels(self, train: LabelledSet) -> list[LabelSet]:
+        """Seeded sets in the order of their size."""
+        return [
+            LabelSet(
+                f"{100 * share:g}%",
+                f"seed {seed}",
+                fraction_of_each_class(train.labels, share, seed=seed, classes=train.classes),
+            )
+            for share in self.fractions
+            for seed in range(self.seed, self.seed + (self.splits if share < 1 else 1))
+        ]
+
+
+class ImageNetLowShot(_FewLabels):
+    """The paper's table: 1, 2, 5 images a class in three official splits, and the official 1 %.
+
+    Args:
+        lists_dir: where the official lists are, `splitN/` or `imagenet_subsetsN/` below it. None
+            fetches them once from the reference's repository and keeps them in the user's cache.
+        shots: which of 1, 2, 5.
+        one_percent: whether to include the 1 % list.
+        logistic: settings for 1, 2, 5, see `frozen.Logistic`.
+        one_percent_lambd: `logistic.lambd` for the 1 %; the author's value for ViT-S/16.
+        knn_neighbours: of a kNN on all labels; None leaves it (and 1.28 M images) out.
+        features: settings, see `FeatureSettings`.
+    """
+
+    def __init__(
+        self,
+        *,
+        lists_dir: str | None,
+        shots: list[int],
+        one_percent: bool,
+        logistic: dict[str, Any],
+        one_percent_lambd: float | None,
+        knn_neighbours: int | None,
+        features: dict[str, Any],
+    ) -> None:
+        super().__init__(logistic, knn_neighbours, features)
+        self.one_percent_logistic = build_logistic({**logistic, "lambd": one_percent_lambd})
+        if not set(shots) <= {1, 2, 5} or not (shots or one_percent):
+            raise UserError(
+                f"protocol.shots must be among 1, 2, 5 (the official lists), got {shots}"
+            )
+        self.lists_dir, self.one_percent = lists_dir, one_percent
+        self.shots = sorted(set(shots))
+
+    def few_labels(self, train: LabelledSet) -> list[LabelSet]:
+        """The official sets, three for each of 1, 2, 5, one for 1 %."""
+        return official_sets(
+            None if self.lists_dir is None else Path(self.lists_dir),
+            train,
+            shots=self.shots,
+            one_percent=self.one_percent,
+        )
+
+    def check(self, labels: Tensor, classes: Sequence[str]) -> None:
+        """Names are needed to check official lists: `plan` does."""
+
+    def results(
+        self,
+        backbone: str,
+        sets: Sequence[LabelSet],
+        train: FeatureSet,
+        test: FeatureSet,
+        *,
+        feature: str,
+        device: torch.device,
+    ) -> list[Result]:
+        """Rows `logistic` for 1, 2, 5 and 1 %, each with its own lambda, and `knn`."""
+        percent = [labelled for labelled in sets if labelled.labels == ONE_PERCENT]
+        others = [labelled for labelled in sets if labelled.labels != ONE_PERCENT]
+        found = super().results(backbone, others, train, test, feature=feature, device=device)
+        settings = self.one_percent_logistic
+        last = logistic_results(
+            backbone, percent, train, test, settings=settings, feature=feature, device=device
+        )
+        at = len(found) if self.knn_neighbours is None else len(found) - 1
+        return found[:at] + last + found[at:]
+
+
+class KNN(FeatureProtocol):
+    """k nearest neighbours on all labels.
+
+    Args:
+        neighbours: numbers k, a row each.
+        temperature: of the votes exp(cosine / temperature); None counts votes equally.
+        features: settings, see `FeatureSettings`.
+    """
+
+    def __init__(
+        self, *, neighbours: list[int], temperature: float | None, features: dict[str, Any]
+    ) -> None:
+        super().__init__(features)
+        if not neighbours or min(neighbours) < 1:
+            raise UserError(f"protocol.neighbours must be a list of numbers >= 1, got {neighbours}")
+        if temperature is not None and not temperature > 0:
+            raise UserError(f"protocol.temperature must be > 0, or null, got {temperature}")
+        self.neighbours, self.temperature = sorted(set(neighbours)), temperature
+
+    def label_sets(self, train: LabelledSet) -> list[LabelSet]:
+        """All images."""
+        if len(train) < max(self.neighbours):
+            raise UserError(
+                f"protocol.neighbours={self.neighbours}: there are only {len(train)} images"
+            )
+        return [all_labels(train)]
+
+    def results(
+        self,
+        backbone: str,
+        sets: Sequence[LabelSet],
+        train: FeatureSet,
+        test: FeatureSet,
+        *,
+        feature: str,  # noqa: ARG002
+        device: torch.device,
+    ) -> list[Result]:
+        """A row `knn` for each number of neighbours."""
+        return knn_results(
+            backbone,
+            sets[0],
+            train,
+            test,
+            neighbours=self.neighbours,
+            temperature=self.temperature,
+            device=device,
+        )
+
+
+def _listed(path: Path, train: LabelledSet) -> LabelSet:
+    """A label set from a file of names, called by its images a class where these are equal."""
+    names = read_names(path)
+    positions = positions_of(names, train.names, classes=train.classes, where=str(path))
+    counts = torch.bincount(train.labels[positions], minlength=len(train.classes))
+    without = [name for name, count in zip(train.classes, counts, strict=True) if not count]
+    if without:
+        log.warning("%s lists no image of %d classes (first: %s)", path, len(without), without[0])
+    same = int(counts.min()) == int(counts.max())
+    return LabelSet(str(int(counts[0])) if same else f"{len(names)} images", str(path), positions)
+
+
+def _list_name(labelled: LabelSet) -> str:
+    """Where a set's list is kept, in the manner of the official ones."""
+    folder = labelled.split.replace(" ", "_")
+    if labelled.labels.endswith("%"):
+        return f"{folder}/{labelled.labels[:-1]}percent.txt"
+    return f"{folder}/{labelled.labels}imgs_class.txt"
+
+
+def _size(labelled: LabelSet) -> int:
+    return len(labelled.positions)

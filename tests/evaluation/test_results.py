@@ -1,0 +1,102 @@
+import csv
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from msn.errors import UserError
+from msn.evaluation.lowshot import evaluate
+from msn.evaluation.results import write_results
+from msn.evaluation.rows import bootstrap_interval, make_row
+from msn.evaluation.table import markdown_table
+from msn.weights.classifier import read_classifier
+from tests.evaluation.test_protocols import kshot
+from tests.evaluation.toys import MODEL, ToyImages, toy_backbone
+
+SCHEMA = {"backbone", "classifier", "labels", "splits", "top1_mean", "top1_std", "lambda"}
+
+
+@pytest.fixture(scope="module")
+def results():
+    return evaluate(
+        kshot(),
+        [toy_backbone(), toy_backbone(1, "other")],
+        ToyImages(6),
+        ToyImages(5, seed=1),
+        num_workers=0,
+        device=torch.device("cpu"),
+    )
+
+
+def test_json_csv_markdown_and_pictures_say_the_same(tmp_path, results):
+    write_results(tmp_path / "lowshot.json", results, {"seed": 0})
+    content = json.loads((tmp_path / "lowshot.json").read_text())
+    assert set(content) == {"rows", "config", "versions"}
+    assert len(content["rows"]) == 6
+    with (tmp_path / "lowshot.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    table = (tmp_path / "lowshot.md").read_text()
+    for row, line in zip(content["rows"], lines, strict=True):
+        assert set(row) >= SCHEMA
+        assert 0 <= row["top1_mean"] <= 1
+        low, high = row["interval"]
+        assert low <= row["top1_mean"] <= high
+        assert float(line["top1_mean"]) == row["top1_mean"]
+        assert f"{100 * row['top1_mean']:.1f}" in table
+    assert Image.open(tmp_path / "lowshot.png").size[0] > 500
+    assert "<svg" in (tmp_path / "lowshot.svg").read_text()
+
+
+@pytest.mark.parametrize("suffix", ["json", "csv", "md", "png", "svg"])
+def test_two_writings_are_equal_byte_for_byte(tmp_path, results, suffix):
+    for name in ("a", "b"):
+        write_results(tmp_path / name / "lowshot.json", results, {"seed": 0})
+    one, other = (tmp_path / name / f"lowshot.{suffix}" for name in ("a", "b"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_kept_heads_classify_as_the_table_says(tmp_path, results):
+    write_results(tmp_path / "lowshot.json", results, {})
+    row = json.loads((tmp_path / "lowshot.json").read_text())["rows"][0]
+    head = read_classifier(tmp_path / row["head"], MODEL["embed_dim"])
+    backbone, test = toy_backbone(), ToyImages(5, seed=1)
+    with torch.no_grad():
+        images = torch.stack([backbone.transform(test[i]) for i in range(len(test))])
+        rows = backbone.trunk.forward_features(images, norm=False)[:, 0]
+    rows = torch.nn.functional.normalize(rows - rows.mean(dim=1, keepdim=True), dim=1)
+    correct = (rows @ head.weight.T).argmax(dim=1) == test.labels
+    assert float(correct.double().mean()) == pytest.approx(row["top1"][0], abs=1e-9)
+    assert list(head.classes) == test.classes
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path, results):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file"):
+        write_results(tmp_path / "file" / "lowshot.json", results, {})
+
+
+def test_the_interval_is_that_of_a_binomial():
+    correct = torch.rand(1, 400, generator=torch.Generator().manual_seed(0)) < 0.8
+    low, high = bootstrap_interval(correct)
+    mean = float(correct.double().mean())
+    half = 1.96 * (mean * (1 - mean) / 400) ** 0.5
+    assert low == pytest.approx(mean - half, abs=0.008)
+    assert high == pytest.approx(mean + half, abs=0.008)
+    assert bootstrap_interval(correct) == (low, high)
+
+
+def test_a_row_that_did_not_converge_says_so_loudly():
+    row = make_row(
+        backbone="msn",
+        classifier="logistic",
+        labels="1",
+        correct=torch.ones(2, 4, dtype=torch.bool),
+        splits=["a", "b"],
+        lambda_=0.1,
+        lambd=1.0,
+        lambda_choice="fixed",
+        converged=False,
+    )
+    assert "NOT CONVERGED" in markdown_table([row])
+    assert "NOT CONVERGED" not in markdown_table([{**row, "converged": True}])

@@ -1,0 +1,157 @@
+import json
+import shutil
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors import safe_open
+from sklearn.datasets import load_sample_images
+
+from msn.commands import embed
+from msn.errors import UserError
+from msn.weights import load_backbone
+from tests.weights.builders import make_trunk, save_run
+
+COUNT = 7
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run, and crops of a photograph in two nested folders."""
+    save_run(tmp_path / "run", make_trunk())
+    photo = Image.fromarray(load_sample_images().images[0])
+    for index in range(COUNT):
+        path = tmp_path / "images" / "ab"[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photo.crop((40 * index, 10, 40 * index + 90, 100)).save(path)
+    return tmp_path
+
+
+def run(folder, **changes):
+    settings = {
+        "checkpoint": str(folder / "run"),
+        "data": {"root": str(folder / "images"), "num_workers": 0},
+        "out": str(folder / "features.safetensors"),
+        "feature": "class_token",
+        "batch_size": 2,
+        "device": "cpu",
+        "overwrite": False,
+        "model": {"num_heads": None},
+        **changes,
+    }
+    embed.run(OmegaConf.create(settings))
+
+
+def read(folder):
+    with safe_open(folder / "features.safetensors", "pt") as file:
+        return file.get_tensor("features"), json.loads(file.metadata()["ids"]), file.metadata()
+
+
+@pytest.mark.parametrize("feature", ["class_token", "class_token_norm", "patch_mean"])
+def test_each_row_is_the_feature_of_the_image_with_its_id(folder, feature):
+    run(folder, feature=feature)
+    features, ids, metadata = read(folder)
+    assert ids == sorted(f"{'ab'[i % 2]}/{i}.png" for i in range(COUNT))
+    assert json.loads(metadata["msn"])["feature"] == feature
+    backbone = load_backbone(folder / "run")
+    for row, name in zip(features, ids, strict=True):
+        pixels = backbone.transform(Image.open(folder / "images" / name))[None]
+        with torch.no_grad():
+            before, after = (backbone.forward_features(pixels, norm=n)[0] for n in (False, True))
+        expected = {
+            "class_token": before[0],
+            "class_token_norm": after[0],
+            "patch_mean": after[1:].mean(dim=0),
+        }
+        torch.testing.assert_close(row, expected[feature], rtol=0, atol=1e-5)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "features.safetensors",
+        "images",
+        "run",
+    ]
+
+
+def test_a_stopped_job_goes_on_where_it_was(folder, monkeypatch, capsys):
+    monkeypatch.setattr(embed, "PIECE", 2)
+    run(folder)
+    whole, ids, _ = read(folder)
+    (folder / "features.safetensors").unlink()
+    computed, stop_after = [], 2
+    compute = embed.forward_feature
+
+    def counted(backbone, images, feature):
+        if len(computed) == stop_after:
+            raise KeyboardInterrupt
+        computed.append(len(images))
+        return compute(backbone, images, feature)
+
+    monkeypatch.setattr(embed, "forward_feature", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder)
+    assert not (folder / "features.safetensors").exists()
+    stop_after = 100
+    run(folder)
+    assert "resuming: 4 of 7 images are done" in capsys.readouterr().out
+    assert sum(computed) == COUNT
+    assert torch.equal(read(folder)[0], whole)
+    assert read(folder)[1] == ids
+
+
+def test_pieces_of_another_backbone_are_not_taken_over(folder, monkeypatch):
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(embed, "PIECE", 2)
+    join = embed._join
+    monkeypatch.setattr(embed, "_join", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder)
+    monkeypatch.setattr(embed, "_join", join)
+    save_run(folder / "run", make_trunk(seed=9))
+    run(folder)
+    found = read(folder)[0]
+    for left in folder.glob(".*.part"):
+        shutil.rmtree(left)
+    run(folder, overwrite=True)
+    assert torch.equal(found, read(folder)[0])
+
+
+def test_unreadable_images_are_left_out_and_named(folder, capsys):
+    (folder / "images" / "a" / "0.png").write_bytes(b"no image")
+    run(folder)
+    features, ids, _ = read(folder)
+    assert len(features) == len(ids) == COUNT - 1
+    assert "a/0.png" not in ids
+    assert "left out, cannot be read: a/0.png" in capsys.readouterr().out
+
+
+def test_a_list_of_paths_keeps_its_order(folder):
+    names = ["images/b/3.png", "images/a/0.png"]
+    (folder / "list.txt").write_text("\n".join(names))
+    run(folder, data={"root": str(folder / "list.txt"), "num_workers": 0})
+    assert read(folder)[1] == names
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"feature": "pixels"}, "feature must be class_token"),
+        ({"feature": "last_9"}, "this backbone has 2 blocks"),
+        ({"batch_size": 0}, "batch_size must be a whole number >= 1"),
+        ({"device": "abacus"}, "device=abacus is not to be had"),
+        ({"data": {"root": "nowhere", "num_workers": 0}}, "no such folder"),
+        ({"checkpoint": "nowhere"}, "no such file"),
+    ],
+)
+def test_wrong_settings_say_what_is_allowed(folder, changes, message):
+    with pytest.raises(UserError, match=message):
+        run(folder, **changes)
+    assert sorted(path.name for path in folder.iterdir()) == ["images", "run"]
+
+
+def test_an_existing_file_is_kept(folder):
+    (folder / "features.safetensors").write_text("mine")
+    with pytest.raises(UserError, match="overwrite=true"):
+        run(folder)
+    assert (folder / "features.safetensors").read_text() == "mine"
