@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,9 @@ def test_digits_head_predicts_the_same_through_auto_model_for_image_classificati
     fit = LogisticRegression(C=100, fit_intercept=False, max_iter=500)
     fit.fit(rows[:300].numpy(), digits.target[:300])
     ours = fit.predict(rows[300:].numpy())
+    best = np.sort(fit.decision_function(rows[300:].numpy()), axis=1)
+    clear = best[:, -1] - best[:, -2] > 1e-2  # two libraries' rounding may turn a tie
+    assert clear.sum() >= 90
     assert (ours == digits.target[300:400]).mean() > 0.2  # ten classes; a random trunk
     path = head_file(tmp_path / "head.safetensors", torch.tensor(fit.coef_).float())
     head = read_classifier(path, 64)
@@ -49,7 +53,8 @@ def test_digits_head_predicts_the_same_through_auto_model_for_image_classificati
     inputs = processor([p.convert("RGB") for p in pictures[300:]], return_tensors="pt")
     with torch.no_grad():
         theirs = model(**inputs).logits.argmax(dim=1).tolist()
-    assert [int(model.config.id2label[k]) for k in theirs] == ours.tolist()
+    named = np.array([int(model.config.id2label[k]) for k in theirs])
+    assert (named == ours)[clear].all()
     assert_same(read_weights(tmp_path / "hf").trunk, weights.trunk)
 
 
