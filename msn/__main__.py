@@ -15,6 +15,7 @@ COMMANDS = {
     "verify": "verify",
     "embed": "embed",
     "suggest_labels": "suggest_labels",
+    "make_shards": "make_shards",
     "bench": "bench",
 }
 

@@ -34,7 +34,8 @@ class MSNDataModule(LightningDataModule):
     """Images in, views out.
 
     Args:
-        source: `digits`, `folder`, `imagenet`, `cifar10`, `cifar100`, `stl10` or `list`.
+        source: `digits`, `folder`, `imagenet`, `cifar10`, `cifar100`, `stl10`,
+            `list` or `shards`.
         root: where the source's files are; None for digits.
         val_root: where held-out images are; None looks for `val` beside `train` below the root,
             else holds out a share of every class.

@@ -6,6 +6,7 @@ milliseconds and all workers and processes share the same pages.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -13,14 +14,21 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from msn.data.decode import SUFFIXES
 
@@ -29,7 +37,7 @@ log = logging.getLogger(__name__)
 _FORMAT = 1
 _THREADS = 16
 _CACHE_FROM = 10_000  # images; smaller folders are read again faster than a cache is worth
-_SETTLED_NS = 2_000_000_000  # a directory changed this shortly before a scan may change unseen
+SETTLED_NS = 2_000_000_000  # a directory changed this shortly before a scan may change unseen
 
 
 class StringTable(Sequence[str]):
@@ -78,7 +86,7 @@ def scan_folder(root: str, cache_from: int = _CACHE_FROM) -> StringTable:
     paths, folders = _walk(root)
     table = StringTable.from_strings(sorted(paths))
     if len(table) >= cache_from:
-        settled = all(stamp < started - _SETTLED_NS for stamp in folders.values())
+        settled = all(stamp < started - SETTLED_NS for stamp in folders.values())
         if settled:
             _store_cached(root, table, folders)
         log.info("found %d images below %s in %.1f s", len(table), root, _since(started))
@@ -93,11 +101,7 @@ def _walk(root: str) -> tuple[list[str], dict[str, int]]:
     """Read the tree with many threads: relative image paths, folders with change times in ns."""
     paths: list[str] = []
     folders: dict[str, int] = {}
-    console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    progress = Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty())
-    with progress, ThreadPoolExecutor(_THREADS) as pool:
-        task = progress.add_task("looking for images")
+    with progress_bar("looking for images") as advance, ThreadPoolExecutor(_THREADS) as pool:
         pending = {pool.submit(_list_folder, root, "", frozenset())}
         while pending:
             done, pending = wait(pending, return_when=FIRST_COMPLETED)
@@ -106,8 +110,7 @@ def _walk(root: str) -> tuple[list[str], dict[str, int]]:
                 folders[folder] = stamp
                 paths += files
                 pending |= {pool.submit(_list_folder, root, name, seen) for name in inner}
-            text = f"looking for images: {len(paths)} in {len(folders)} folders"
-            progress.update(task, description=text)
+            advance(f"looking for images: {len(paths)} in {len(folders)} folders")
     return paths, folders
 
 
@@ -132,6 +135,28 @@ def _list_folder(
                 elif entry.is_dir():
                     inner.append(prefix + name)
     return folder, status.st_mtime_ns, files, inner, above | {identity}
+
+
+@contextlib.contextmanager
+def progress_bar(text: str, total: int | None = None) -> Iterator[Callable[[str], None]]:
+    """Show that something goes on, on a terminal alone; the yielded function takes one step.
+
+    Args:
+        text: what is going on.
+        total: steps until the end; None where nobody knows.
+    """
+    columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}")]
+    columns += [BarColumn()] if total is not None else []
+    progress = Progress(
+        *columns,
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+    with progress:
+        task = progress.add_task(text, total=total)
+        yield lambda text: progress.update(task, description=text, advance=1)
 
 
 def cache_folder() -> Path:

@@ -9,11 +9,12 @@ import numpy as np
 
 from msn.data.bundled import digits_source, torchvision_source
 from msn.data.dataset import Subset
-from msn.data.sources import FileSource, Source, check_folder, folder_source, list_source
+from msn.data.shards import shard_source
+from msn.data.sources import Source, check_folder, folder_source, list_source
 from msn.data.splits import hold_out_per_class, split_digits
 from msn.errors import UserError
 
-SOURCES = ("digits", "folder", "imagenet", "cifar10", "cifar100", "stl10", "list")
+SOURCES = ("digits", "folder", "imagenet", "cifar10", "cifar100", "stl10", "list", "shards")
 
 
 class Pools(NamedTuple):
@@ -93,13 +94,15 @@ def _train_and_val(root: str, val_root: str | None) -> tuple[str, str | None]:
     return root, val_root
 
 
-def _read(source: str, root: str, *, key: str, use_labels: bool) -> FileSource:
+def _read(source: str, root: str, *, key: str, use_labels: bool) -> Source:
+    if source == "shards":
+        return shard_source(root, key=key, use_labels=use_labels)
     if source == "list":
         return list_source(root, key=key, root=None)
     return folder_source(root, key=key, use_labels=use_labels)
 
 
-def _with_held_out(train: FileSource, held_out: FileSource) -> Pools:
+def _with_held_out(train: Source, held_out: Source) -> Pools:
     """Pair two sources whose classes must mean the same."""
     if train.labels is None or held_out.labels is None:
         return Pools(Subset(train), None, None)

@@ -150,12 +150,27 @@ def labels_from_folders(paths: Sequence[str]) -> tuple[np.ndarray | None, list[s
     """
     classes: dict[str, int] = {}
     labels = np.empty(len(paths), np.int64)
-    for i, path in enumerate(paths):
-        folder, slash, _ = path.partition("/")
+    begin = 0
+    while begin < len(paths):
+        folder, slash, _ = paths[begin].partition("/")
         if not slash:
             return None, []
-        labels[i] = classes.setdefault(folder, len(classes))
+        end = _end_of_run(paths, begin, folder + slash)
+        labels[begin:end] = classes.setdefault(folder, len(classes))
+        begin = end
     return (labels, list(classes)) if len(classes) > 1 else (None, [])
+
+
+def _end_of_run(paths: Sequence[str], begin: int, prefix: str) -> int:
+    """One past the last of the paths from `begin` on that start alike; they are sorted."""
+    step = 1
+    while begin + step < len(paths) and paths[begin + step].startswith(prefix):
+        step *= 2
+    low, high = begin + step // 2, min(begin + step, len(paths))  # low starts so, high does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if paths[middle].startswith(prefix) else (low, middle)
+    return high
 
 
 def list_source(file: str, *, key: str, root: str | None) -> FileSource:

@@ -1,0 +1,160 @@
+"""`python -m msn bench what=views|decode`: images/s of one core from files to views."""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sklearn
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from msn.data.collate import ImageBatch
+from msn.data.dataset import Subset, TrainingSet
+from msn.data.decode import decode, full_size
+from msn.data.device_views import make_batched_views
+from msn.data.index import StringTable
+from msn.data.recipe import pil_recipe
+from msn.data.reference_views import make_reference_views
+from msn.data.sampler import BatchKey
+from msn.data.sources import FileSource, folder_source
+from msn.data.views import ViewSettings
+from msn.errors import UserError
+
+DECODING = ("decode", "worker", "pil_recipe")
+CPU = torch.device("cpu")
+_ROUNDS = 5  # the median of so many; every round measures everything once
+_BATCH = 40  # images of a batch on the CPU
+_CUDA_BATCH = 256
+_MOST_IMAGES = 120  # of a folder that are measured
+
+Measure = Callable[[], None]
+
+
+def run(settings: dict[str, Any], console: Console) -> list[dict[str, Any]]:
+    """Measure every way from files to views on one core, and on the GPU where there is one.
+
+    Args:
+        settings: `images` (a folder; None takes scikit-learn's two photographs) and `views`.
+        console: where the table is shown.
+
+    Returns:
+        Rows with name, images_per_s, ratio_to_pil and milliseconds an image.
+
+    Raises:
+        UserError: a setting is wrong, or the folder holds no readable image.
+    """
+    return measure_and_show(settings, console, only=None)
+
+
+def measure_and_show(
+    settings: dict[str, Any], console: Console, *, only: tuple[str, ...] | None
+) -> list[dict[str, Any]]:
+    """Measure the named ways, or all of them."""
+    views = ViewSettings(**settings["views"])
+    source = _photos(settings["images"])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        ways = _ways(source, views)
+        ways = {name: way for name, way in ways.items() if only is None or name in only}
+        milliseconds = _median_times(ways, len(source))
+    finally:
+        torch.set_num_threads(threads)
+    pil = milliseconds["pil_recipe"]
+    rows: list[dict[str, Any]] = [
+        {"name": n, "images_per_s": 1000 / t, "ratio_to_pil": pil / t, "milliseconds": t}
+        for n, t in milliseconds.items()
+    ]
+    _show(rows, source, views, console)
+    return rows
+
+
+def _photos(folder: str | None) -> FileSource:
+    root = str(Path(sklearn.__file__).parent / "datasets" / "images") if folder is None else folder
+    source = folder_source(root, key="images", use_labels=False)
+    chosen = np.linspace(0, len(source) - 1, min(_MOST_IMAGES, len(source))).astype(int)
+    names = [source.name(int(i)) for i in chosen]
+    if folder is None:
+        names = names * (_BATCH // len(names))
+    paths = StringTable.from_strings(names)
+    return FileSource(where=root, root=source.root, paths=paths, labels=None, classes=[])
+
+
+def _ways(source: FileSource, views: ViewSettings) -> dict[str, Measure]:
+    """What is measured; each reads every image once, so that times are comparable."""
+    paths = [Path(source.root, source.name(i)) for i in range(len(source))]
+    images = TrainingSet(Subset(source), views, seed=0, reduce=True)
+    whole = TrainingSet(Subset(source), views, seed=0, reduce=False)
+    recipe = pil_recipe(views)
+
+    def batches(data: TrainingSet, size: int = _BATCH) -> list[ImageBatch]:
+        starts = range(0, len(source), size)
+        parts = [np.arange(at, min(at + size, len(source))) for at in starts]
+        return [data[BatchKey(0, number, part)] for number, part in enumerate(parts)]
+
+    bad = [image for batch in batches(images) for image in batch.bad]
+    if bad:
+        raise UserError(f"images={source.where}: {bad[0].path} cannot be read ({bad[0].reason})")
+
+    def batched_on_cuda() -> None:
+        for batch in batches(images, _CUDA_BATCH):
+            pixels = batch.pixels.pin_memory().cuda(non_blocking=True)
+            make_batched_views(batch._replace(pixels=pixels), views, dtype=torch.bfloat16)
+        torch.cuda.synchronize()
+
+    def each(function: Callable[[Any], object], items: Callable[[], list[Any]]) -> Measure:
+        def run_all() -> None:
+            for item in items():
+                function(item)
+
+        return run_all
+
+    def reference(batch: ImageBatch) -> object:
+        return make_reference_views(batch, views, device=CPU, dtype=torch.float32)
+
+    def batched(batch: ImageBatch) -> object:
+        return make_batched_views(batch, views, dtype=torch.float32)
+
+    ways: dict[str, Measure] = {
+        "decode": each(lambda path: decode(path.read_bytes(), full_size), lambda: paths),
+        "worker": lambda: (batches(images), None)[1],
+        "pil_recipe": each(lambda path: recipe(path.read_bytes()), lambda: paths),
+        "reference_views": each(reference, lambda: batches(whole)),
+        "batched_views_cpu": each(batched, lambda: batches(images)),
+    }
+    if torch.cuda.is_available():
+        ways["batched_views_cuda"] = batched_on_cuda
+    return ways
+
+
+def _median_times(ways: dict[str, Measure], num_images: int) -> dict[str, float]:
+    """Milliseconds an image; the ways take turns, so that a slow moment hits all of them alike."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for round_number in range(1 + _ROUNDS):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if round_number:  # the first warms up
+                times[name].append(1000 * (time.perf_counter() - start) / num_images)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _show(
+    rows: list[dict[str, Any]], source: FileSource, views: ViewSettings, console: Console
+) -> None:
+    title = (
+        f"{len(source)} images of {source.where}, one core: {1 + views.rand_views} views of "
+        f"{views.rand_size} px and {views.focal_views} of {views.focal_size} px"
+    )
+    table = Table(title=title)
+    table.add_column("what")
+    for name in ("images/s", "ms an image", "x PIL recipe"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        numbers = (row["images_per_s"], row["milliseconds"], row["ratio_to_pil"])
+        table.add_row(row["name"], *(f"{number:.2f}" for number in numbers))
+    console.print(table)

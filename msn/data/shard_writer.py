@@ -1,0 +1,98 @@
+"""Write a folder of images as tar shards that `msn.data.shards` and WebDataset read."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import tarfile
+from pathlib import Path
+
+from msn.data.index import progress_bar
+from msn.data.shards import CLASSES_FILE
+from msn.data.sources import FileSource
+from msn.errors import UserError
+
+log = logging.getLogger(__name__)
+
+SHARD_NAME = "shard-{:06d}.tar"
+
+
+def write_shards(source: FileSource, out: Path, *, images_per_shard: int) -> list[Path]:
+    """Copy every file of a source, as it is, into shards; with labels, `.cls` files beside them.
+
+    The order stays, so that a run on the shards sees the batches of a run on the folder. Files that
+    cannot be opened are left out and named. Nothing stands under its final name before it is whole.
+
+    Args:
+        source: image files.
+        out: a folder that is made; it must hold no shard yet.
+        images_per_shard: >= 1.
+
+    Returns:
+        The shards.
+
+    Raises:
+        UserError: a wrong number, shards in `out` already, or no space left.
+    """
+    if images_per_shard < 1:
+        raise UserError(f"images_per_shard={images_per_shard}: must be >= 1")
+    if out.exists() and (not out.is_dir() or any(out.glob("*.tar"))):
+        raise UserError(f"out={out}: holds shards already, or is a file; choose a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    if source.labels is not None:
+        names = "".join(f"{name}\n" for name in source.classes)
+        (out / CLASSES_FILE).write_bytes(os.fsencode(names))
+    shards: list[Path] = []
+    taken: set[str] = set()
+    with progress_bar("writing shards", total=len(source)) as advance:
+        for begin in range(0, len(source), images_per_shard):
+            path = out / SHARD_NAME.format(len(shards))
+            partial = path.with_suffix(".partial")
+            try:
+                with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as tar:
+                    for i in range(begin, min(begin + images_per_shard, len(source))):
+                        _add(tar, source, i, taken)
+                        advance("writing shards")
+            except OSError as error:
+                partial.unlink(missing_ok=True)
+                raise UserError(f"{error.filename or path}: {error.strerror or error}") from None
+            partial.replace(path)
+            shards.append(path)
+    return shards
+
+
+def _add(tar: tarfile.TarFile, source: FileSource, i: int, taken: set[str]) -> None:
+    try:
+        data = Path(source.root, source.name(i)).read_bytes()
+    except OSError as error:
+        log.warning("left out: %s (%s)", source.name(i), error.strerror or error)
+        return
+    stem, extension = os.path.splitext(_relative(source, i))
+    key = _key(stem, taken)
+    _add_bytes(tar, key + extension, data)
+    if source.labels is not None:
+        _add_bytes(tar, key + ".cls", b"%d" % source.labels[i])
+
+
+def _relative(source: FileSource, i: int) -> str:
+    """The name inside the shard: a list may name absolute paths or climb up, a tar must not."""
+    parts = [part for part in source.name(i).split("/") if part not in ("", ".", "..")]
+    return "/".join(parts)
+
+
+def _key(stem: str, taken: set[str]) -> str:
+    """A sample's key: WebDataset ends it at the first dot, and each must be there once."""
+    folder, slash, file = stem.rpartition("/")
+    base = folder + slash + file.replace(".", "_")
+    key, number = base, 1
+    while key in taken:
+        key, number = f"{base}_{number}", number + 1
+    taken.add(key)
+    return key
+
+
+def _add_bytes(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)  # no times and owners: the same folder always gives the same bytes
+    tar.addfile(member, io.BytesIO(data))
