@@ -1,69 +1,140 @@
-"""What a run tells while it trains: loss terms, schedules, use of prototypes, speed."""
+"""What a run tells while it trains: loss terms, use of prototypes, features, schedules, speed."""
 
-import time
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
-from msn.method.distributed import all_reduce_mean, all_reduce_sum, num_processes
-from msn.method.loss import LossTerms
+from msn.data.views import Views
+from msn.method.distributed import num_processes
 from msn.training.module import MSNModule
+from msn.training.statistics import (
+    Bucket,
+    StepClock,
+    StepMeans,
+    Window,
+    step_scalars,
+    strongest_prototypes,
+)
 
 
 class Monitors(Callback):
-    """Log every `log_every_n_steps` steps and at the end of an epoch.
+    """Log every `log_every_n_steps` steps and at the end of an epoch, over all processes.
 
-    Nothing is computed, reduced or brought to the host in between. Names: `train/*` loss terms,
-    `collapse/*` use of prototypes, `schedule/*`, `speed/*`.
+    In between figures are added up on the device; nothing is reduced or brought to the host. Names:
+    `train/*`, `collapse/*` (use of prototypes), `features/*`, `schedule/*`, `speed/*`; the table in
+    docs/monitoring.md says what each is.
 
     Attributes:
         latest: what was logged last.
+        rows: what was logged in this epoch, oldest first.
     """
 
     def __init__(self) -> None:
         self.latest: dict[str, float] = {}
-        self._since = 0.0
+        self.rows: list[dict[str, float]] = []
+        self._means = StepMeans()
+        self._window: Window | None = None
+        self._features: Tensor | None = None
+        self._hook: torch.utils.hooks.RemovableHandle | None = None
         self._images = 0
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        assert isinstance(pl_module, MSNModule)
+        # The target trunk's class tokens pass here anyway: features without a further pass.
+        self._hook = pl_module.network.target.head.register_forward_pre_hook(self._keep_features)
+        self._clock = StepClock(pl_module.device)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        if self._hook is not None:
+            self._hook.remove()
+
+    def on_exception(  # noqa: D102
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self.on_train_end(trainer, pl_module)
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        self._since, self._images = time.perf_counter(), 0
+        self.rows = []
+        self._images = 0
+        self._clock.restart()
+
+    def on_train_batch_start(  # noqa: D102
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._clock.step_begins()
 
     def on_train_batch_end(  # noqa: D102
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, MSNModule)
-        terms: LossTerms = outputs["terms"]
-        self._images += terms.targets.shape[0] * num_processes()
+        self._clock.step_ends()
+        self._add(pl_module, outputs, batch)
+        self._images += batch.target.shape[0] * num_processes()
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.global_step % interval and not trainer.is_last_batch:
             return
+        assert self._window is not None
         self.latest = {
             "epoch": trainer.current_epoch,
-            **_measured(terms, pl_module.grad_norm),
+            **_to_host(self._means.take() | self._window.figures()),
             **_scheduled(pl_module, trainer.global_step - 1),
-            # After the values have reached the host, so that the work itself is timed.
-            "speed/images_per_s": self._images / (time.perf_counter() - self._since),
+            **self._speed(),  # after values have reached the host, so that the work is timed
         }
+        self.rows.append(self.latest)
         for logger in trainer.loggers:
             logger.log_metrics(self.latest, step=trainer.global_step)
-        self._since, self._images = time.perf_counter(), 0
+
+    @torch.no_grad()
+    def _add(self, module: MSNModule, outputs: Any, batch: Views) -> None:
+        terms, features = outputs["terms"], self._features
+        assert features is not None
+        prototypes = module.network.prototypes
+        if self._window is None:
+            self._window = Window(prototypes.shape[0], features.shape[1])
+        strongest = terms.targets.argmax(dim=-1)
+        nearest = strongest_prototypes(outputs["projections"].anchor, prototypes)
+        scalars = step_scalars(terms, nearest, strongest, batch.rand.shape[0])
+        self._means.add({**scalars, "train/grad_norm": module.grad_norm})
+        self._window.add(terms, strongest, features, processes=num_processes())
+        self._features = None
+
+    def _speed(self) -> dict[str, float]:
+        seconds, waiting = self._clock.read()
+        speed = {"speed/images_per_s": self._images / seconds, "speed/data_wait": waiting}
+        self._images = 0
+        self._clock.restart()
+        return speed
+
+    def _keep_features(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._features = inputs[0].detach().flatten(0, -2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums and window, plain: a run resumed within an interval logs what it would have."""
+        window = self._window
+        return {
+            "means": (self._means.names, self._means.sums, self._means.steps),
+            "window": None
+            if window is None
+            else (window.num_prototypes, window.width, *map(_plain, (window.older, window.newer))),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what was added up before the checkpoint."""
+        means = self._means
+        means.names, means.sums, means.steps = state_dict["means"]
+        if state_dict["window"] is not None:
+            num_prototypes, width, older, newer = state_dict["window"]
+            self._window = Window(num_prototypes, width)
+            self._window.older = None if older is None else Bucket(*older)
+            self._window.newer = None if newer is None else Bucket(*newer)
 
 
-def _measured(terms: LossTerms, grad_norm: Tensor) -> dict[str, float]:
-    """Means over processes, brought to the host in one copy."""
-    named = {
-        "train/loss": terms.loss,
-        "train/cross_entropy": terms.cross_entropy,
-        "train/me_max": terms.me_max,
-        "train/entropy": terms.entropy,
-        "train/grad_norm": grad_norm,
-        "collapse/target_max_prob": terms.targets.max(dim=-1).values.mean(),
-        "collapse/prototypes_used": prototypes_used(terms.targets),
-    }
-    values = torch.stack([value.detach().float() for value in named.values()])
-    return dict(zip(named, all_reduce_mean(values).tolist(), strict=True))
+def _to_host(figures: dict[str, Tensor]) -> dict[str, float]:
+    """All figures in one copy."""
+    values = torch.stack([value.float() for value in figures.values()])
+    return dict(zip(figures, values.tolist(), strict=True))
 
 
 def _scheduled(module: MSNModule, step: int) -> dict[str, float]:
@@ -71,14 +142,5 @@ def _scheduled(module: MSNModule, step: int) -> dict[str, float]:
     return {f"schedule/{name}": value for name, value in module.schedule.at(step)._asdict().items()}
 
 
-def prototypes_used(targets: Tensor) -> Tensor:
-    """Prototypes that are the strongest of some image of this batch, over all processes, scalar.
-
-    Args:
-        targets: [B, K].
-    """
-    counts = torch.zeros(targets.shape[1], device=targets.device)
-    counts.index_add_(
-        0, targets.argmax(dim=-1), torch.ones(targets.shape[0], device=targets.device)
-    )
-    return (all_reduce_sum(counts) > 0).sum().float()
+def _plain(bucket: Bucket | None) -> tuple[Any, ...] | None:
+    return None if bucket is None else tuple(bucket)

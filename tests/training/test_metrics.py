@@ -1,14 +1,6 @@
-"""What is logged: by hand on a small batch."""
-
-import torch
+"""metrics.csv: rows, late columns, resumes."""
 
 from msn.training.metrics import MetricsCSV, read_metrics
-from msn.training.monitors import prototypes_used
-
-
-def test_prototypes_used_counts_the_strongest_of_each_image():
-    targets = torch.tensor([[0.9, 0.1, 0.0], [0.8, 0.2, 0.0], [0.0, 0.4, 0.6]])
-    assert prototypes_used(targets).item() == 2
 
 
 def test_rows_are_appended_and_late_columns_added(tmp_path):

@@ -1,0 +1,229 @@
+"""Figures of a training step that stay on the device until a row is logged.
+
+Legend: V anchor views, R of them rand, B images of this process, P projection width, K prototypes,
+D feature width.
+"""
+
+import math
+import time
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from msn.method.distributed import all_reduce_mean, all_reduce_sum
+from msn.method.loss import LossTerms
+
+# A window holds at least so many images a prototype and a feature dimension, at most twice that.
+IMAGES_PER_PROTOTYPE, IMAGES_PER_DIMENSION = 8, 4
+
+
+class StepMeans:
+    """Means of scalars over the steps since the last row, over all processes."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.sums: Tensor | None = None
+        self.steps = 0
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Add the scalars of a step; every step brings the same names."""
+        row = torch.stack([value.detach().float() for value in values.values()])
+        self.names = list(values)
+        self.sums = row if self.sums is None else self.sums.to(row.device) + row
+        self.steps += 1
+
+    def take(self) -> dict[str, Tensor]:
+        """The means, still on the device; starts anew."""
+        assert self.sums is not None
+        means = all_reduce_mean(self.sums / self.steps)
+        self.sums, self.steps = None, 0
+        return dict(zip(self.names, means.unbind(), strict=True))
+
+
+class Window:
+    """Use of prototypes and geometry of features over the last images of all processes.
+
+    Two buckets: when the newer one holds enough images the older one is dropped, so that a window
+    never is a handful of images, whatever the interval of rows, and memory stays constant.
+
+    Args:
+        num_prototypes: K.
+        width: D.
+    """
+
+    def __init__(self, num_prototypes: int, width: int) -> None:
+        self.num_prototypes, self.width = num_prototypes, width
+        self.enough = max(IMAGES_PER_PROTOTYPE * num_prototypes, IMAGES_PER_DIMENSION * width)
+        self.older: Bucket | None = None
+        self.newer: Bucket | None = None
+
+    def add(self, terms: LossTerms, strongest: Tensor, features: Tensor, *, processes: int) -> None:
+        """Add the images of a step.
+
+        Args:
+            terms: of the loss.
+            strongest: prototype of the largest target probability of each image, [B].
+            features: of the target's unmasked view, any scale, [B, D].
+            processes: number of them, each with as many images.
+        """
+        if self.newer is not None and self.newer.images * processes >= self.enough:
+            self.older, self.newer = self.newer, None
+        if self.newer is None:
+            self.newer = _empty_bucket(self.num_prototypes, self.width, features.device)
+        self.newer = self.newer.add(terms, strongest, features)
+
+    def figures(self) -> dict[str, Tensor]:
+        """Use of prototypes and geometry of features, on the device; see docs/monitoring.md."""
+        assert self.newer is not None
+        total = self.newer if self.older is None else self.newer.plus(self.older)
+        used, targets, predictions = all_reduce_sum(total.use).unbind()
+        target_entropy, prediction_entropy = (_entropy(x / x.sum()) for x in (targets, predictions))
+        moments = all_reduce_sum(total.moments)
+        gram = moments[1:]
+        images = gram.diagonal().sum().clamp_min(1e-12)  # rows have length 1
+        means = moments[0] / images
+        variances = (gram.diagonal() / images - means.square()).clamp_min(0)
+        return {
+            "collapse/prototypes_used": (used > 0).sum(),
+            "collapse/prototype_perplexity": target_entropy.exp(),
+            "collapse/mean_prediction_entropy": prediction_entropy / math.log(self.num_prototypes),
+            "features/rankme": _effective_rank(gram),
+            "features/std": variances.sqrt().mean() * math.sqrt(self.width),
+        }
+
+
+class Bucket(NamedTuple):
+    """Sums over images."""
+
+    use: Tensor
+    """Images whose strongest prototype it is, targets, mean predictions: [3, K]."""
+    moments: Tensor
+    """Sum and second moments of unit-length features, [1 + D, D]."""
+    images: int
+
+    def add(self, terms: LossTerms, strongest: Tensor, features: Tensor) -> "Bucket":
+        """This bucket and the images of a step."""
+        images = features.shape[0]
+        ones = torch.ones(images, device=features.device)
+        use = torch.stack(
+            [
+                torch.zeros_like(self.use[0]).index_add_(0, strongest, ones),
+                terms.targets.sum(dim=0).float(),
+                terms.mean_prediction.float() * images,
+            ]
+        )
+        unit = F.normalize(features.detach().to(self.moments.dtype), dim=1)
+        moments = torch.cat([unit.sum(dim=0, keepdim=True), unit.T @ unit])
+        return self.plus(Bucket(use, moments, images))
+
+    def plus(self, other: "Bucket") -> "Bucket":
+        """Sum of two buckets."""
+        device = other.use.device
+        return Bucket(
+            self.use.to(device) + other.use,
+            self.moments.to(device) + other.moments,
+            self.images + other.images,
+        )
+
+
+def step_scalars(
+    terms: LossTerms, anchor_strongest: Tensor, strongest: Tensor, rand_views: int
+) -> dict[str, Tensor]:
+    """Scalars of a step on this process.
+
+    Args:
+        terms: of the loss.
+        anchor_strongest: strongest prototype of each anchor view, [V, B], rand views first.
+        strongest: of each image's target, [B].
+        rand_views: R.
+    """
+    agreement = (anchor_strongest == strongest).float().mean(dim=1)  # [V]
+    scalars = {
+        "train/loss": terms.loss,
+        "train/cross_entropy": terms.cross_entropy,
+        "train/cross_entropy_floor": _entropy(terms.targets).mean(),
+        "train/me_max": terms.me_max,
+        "train/entropy": terms.entropy,
+        "collapse/target_max_prob": terms.targets.max(dim=-1).values.mean(),
+    }
+    if rand_views:
+        scalars["collapse/agreement_rand"] = agreement[:rand_views].mean()
+    if rand_views < len(agreement):
+        scalars["collapse/agreement_focal"] = agreement[rand_views:].mean()
+    return scalars
+
+
+def strongest_prototypes(projections: Tensor, prototypes: Tensor) -> Tensor:
+    """Number of the prototype of the largest cosine, [..., P] and [K, P] -> [...]."""
+    # The scale of a projection does not change which prototype is nearest.
+    with torch.autocast(device_type=projections.device.type, enabled=False):
+        return (projections.float() @ F.normalize(prototypes.float(), dim=1).T).argmax(dim=-1)
+
+
+class StepClock:
+    """Where the time goes: training steps, or waiting for data and making views.
+
+    On CUDA the device's own time line is read (events), because the host runs ahead of it.
+
+    Args:
+        device: that trains.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+        self.restart()
+
+    def restart(self) -> None:
+        """Start a new interval now."""
+        self._since = time.perf_counter()
+        self._ended: Any = self._now()
+        self._waits: list[Any] = []
+
+    def step_begins(self) -> None:
+        """The step's views are there."""
+        now = self._now()
+        self._waits.append((self._ended, now) if self._on_cuda else now - self._ended)
+
+    def step_ends(self) -> None:
+        """The step is taken."""
+        self._ended = self._now()
+
+    def read(self) -> tuple[float, float]:
+        """Seconds of the interval and the share of them between steps; after a synchronisation."""
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        if self._on_cuda:
+            waited = sum(end.elapsed_time(begin) for end, begin in self._waits) / 1000
+        else:
+            waited = sum(self._waits)
+        return seconds, min(1.0, waited / seconds)
+
+    def _now(self) -> Any:
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _empty_bucket(num_prototypes: int, width: int, device: torch.device) -> Bucket:
+    # Second moments of collapsed features need the digits; MPS has no float64.
+    precise = torch.float32 if device.type == "mps" else torch.float64
+    return Bucket(
+        torch.zeros(3, num_prototypes, device=device),
+        torch.zeros(1 + width, width, dtype=precise, device=device),
+        0,
+    )
+
+
+def _entropy(probs: Tensor) -> Tensor:
+    """In nats, [..., K] -> [...]."""
+    return -torch.special.xlogy(probs, probs).sum(dim=-1)
+
+
+def _effective_rank(gram: Tensor) -> Tensor:
+    """RankMe from second moments X^T X, whose eigenvalues are the squared singular values of X."""
+    host = gram.cpu() if gram.device.type == "mps" else gram  # MPS has no eigenvalues
+    values = torch.linalg.eigvalsh(host).clamp_min(0).sqrt().to(gram.device)
+    return _entropy(values / values.sum().clamp_min(1e-12)).exp()

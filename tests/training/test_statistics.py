@@ -1,0 +1,117 @@
+"""What is logged, against slow twins on small batches."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from msn.method.geometry import rankme
+from msn.method.loss import MSNLoss
+from msn.training.statistics import (
+    IMAGES_PER_PROTOTYPE,
+    StepClock,
+    StepMeans,
+    Window,
+    step_scalars,
+    strongest_prototypes,
+)
+
+LOSS = MSNLoss(
+    temperature=0.1,
+    me_max_weight=1.0,
+    entropy_weight=0.0,
+    use_sinkhorn=False,
+    sinkhorn_iterations=3,
+)
+
+
+@pytest.fixture
+def step():
+    generator = torch.Generator().manual_seed(0)
+    anchor, target, prototypes = (
+        torch.randn(*shape, generator=generator) for shape in [(3, 6, 4), (6, 4), (5, 4)]
+    )
+    return LOSS(anchor, target, prototypes, 0.25), anchor, prototypes
+
+
+def test_agreement_is_counted_per_kind_of_view_and_the_floor_is_the_targets_entropy(step):
+    terms, anchor, prototypes = step
+    nearest = strongest_prototypes(anchor, prototypes)
+    cosines = F.normalize(anchor, dim=-1) @ F.normalize(prototypes, dim=-1).T
+    assert torch.equal(nearest, cosines.argmax(-1))
+    strongest = terms.targets.argmax(-1)
+    scalars = step_scalars(terms, nearest, strongest, rand_views=1)
+    same = [[int(a == s) for a, s in zip(row, strongest, strict=True)] for row in nearest]
+    assert scalars["collapse/agreement_rand"] == pytest.approx(sum(same[0]) / 6)
+    assert scalars["collapse/agreement_focal"] == pytest.approx((sum(same[1]) + sum(same[2])) / 12)
+    floor = sum(-p * math.log(p) for row in terms.targets.tolist() for p in row if p > 0) / 6
+    assert scalars["train/cross_entropy_floor"] == pytest.approx(floor, rel=1e-5)
+    assert scalars["train/cross_entropy"] >= scalars["train/cross_entropy_floor"]
+
+
+def test_no_focal_views_no_figure_of_them(step):
+    terms, anchor, prototypes = step
+    nearest = strongest_prototypes(anchor[:1], prototypes)
+    assert "collapse/agreement_focal" not in step_scalars(terms, nearest, nearest[0], rand_views=1)
+
+
+def test_means_run_over_the_steps_of_an_interval():
+    means = StepMeans()
+    for value in (1.0, 2.0, 6.0):
+        means.add({"a": torch.tensor(value), "b": torch.tensor(-value)})
+    assert {name: value.item() for name, value in means.take().items()} == {"a": 3.0, "b": -3.0}
+    means.add({"a": torch.tensor(5.0), "b": torch.tensor(5.0)})
+    assert means.take()["a"].item() == 5.0
+
+
+def test_a_window_s_figures_are_those_of_its_images_put_together(step):
+    terms, _, _ = step
+    strongest = terms.targets.argmax(-1)
+    features = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)) + 1
+    window = Window(5, 4)
+    window.add(terms, strongest, 3 * features, processes=1)
+    window.add(terms, strongest, -features, processes=1)
+    figures = window.figures()
+    rows = F.normalize(torch.cat([features, -features]), dim=1)
+    assert figures["features/rankme"].item() == pytest.approx(rankme(rows), rel=1e-5)
+    std = rows.std(dim=0, correction=0).mean() * math.sqrt(4)
+    assert figures["features/std"].item() == pytest.approx(std.item(), rel=1e-5)
+    assert figures["collapse/prototypes_used"] == len(set(strongest.tolist()))
+    mean = terms.targets.mean(0)
+    perplexity = math.exp(-(mean * mean.log()).sum())
+    assert figures["collapse/prototype_perplexity"].item() == pytest.approx(perplexity, rel=1e-5)
+    prediction = terms.mean_prediction
+    entropy = -(prediction * prediction.log()).sum() / math.log(5)
+    assert figures["collapse/mean_prediction_entropy"].item() == pytest.approx(entropy.item())
+
+
+def test_features_of_one_direction_have_rank_one_and_no_spread(step):
+    terms, _, _ = step
+    window = Window(5, 4)
+    window.add(terms, terms.targets.argmax(-1), torch.ones(6, 4), processes=1)
+    figures = window.figures()
+    assert figures["features/rankme"].item() == pytest.approx(1, abs=1e-3)
+    assert figures["features/std"].item() == pytest.approx(0, abs=1e-3)
+
+
+def test_a_window_forgets_old_images_and_never_shrinks_to_a_handful(step):
+    terms, _, _ = step
+    window = Window(5, 4)
+    held = []
+    for _ in range(60):
+        window.add(terms, terms.targets.argmax(-1), torch.randn(6, 4), processes=1)
+        buckets = (window.older, window.newer)
+        held.append(sum(bucket.images for bucket in buckets if bucket is not None))
+    assert max(held) < 2 * IMAGES_PER_PROTOTYPE * 5 + 2 * 6
+    assert min(held[20:]) >= IMAGES_PER_PROTOTYPE * 5
+
+
+def test_the_clock_tells_waiting_from_training(monkeypatch):
+    now = iter([0, 0, 3, 4, 7, 8, 8])  # restart reads twice; waits of 3 s, steps of 1 s
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(now)))
+    clock = StepClock(torch.device("cpu"))
+    for _ in range(2):
+        clock.step_begins()
+        clock.step_ends()
+    assert clock.read() == (8.0, 6 / 8)
