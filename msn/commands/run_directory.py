@@ -9,7 +9,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from msn.errors import UserError
-from msn.training.checkpointing import newest_checkpoint, write_durably
+from msn.training.checkpointing import newest_valid_checkpoint
+from msn.training.durable import write_durably
 
 STATUS_FILE = "run.json"
 # Processes that the trainer starts itself inherit the directory that the first one chose.
@@ -50,23 +51,30 @@ class RunDirectory:
 def choose_run_directory(config: DictConfig) -> RunDirectory:
     """The directory of a run: `run.dir`, else `run.root/experiment/run.name`, else a new number.
 
+    Of several processes one chooses, see `msn.training.launch.agree`; processes that the trainer
+    starts itself take what the one that started them has chosen.
+
     Raises:
-        UserError: if a finished run or something else stands there, or `resume` is not allowed.
+        UserError: if a finished run or something else stands there, or `resume` does not allow it.
     """
-    if config.resume not in ("auto", "never"):
-        raise UserError(f"resume must be auto or never, got {config.resume}")
-    inherited = os.environ.get(ENVIRONMENT)
-    if inherited and os.environ.get("LOCAL_RANK", "0") != "0":
-        return RunDirectory(Path(inherited), newest_checkpoint(Path(inherited) / "checkpoints"))
+    if is_inherited():
+        path, resume_from = json.loads(os.environ[ENVIRONMENT])
+        return RunDirectory(Path(path), None if resume_from is None else Path(resume_from))
     parent = Path(config.run.root) / config.run.experiment
     if config.run.dir is None and config.run.name is None:
         path = _new_number(parent)
     else:
         path = Path(config.run.dir) if config.run.dir is not None else parent / config.run.name
-    run = _existing(path, str(config.resume)) or RunDirectory(path, None)
+    run = _existing(path, str(config.resume.mode)) or RunDirectory(path, None)
     _check_writable(run.path)
-    os.environ[ENVIRONMENT] = str(run.path.absolute())
+    resume_from = None if run.resume_from is None else str(run.resume_from.absolute())
+    os.environ[ENVIRONMENT] = json.dumps([str(run.path.absolute()), resume_from])
     return run
+
+
+def is_inherited() -> bool:
+    """Whether the trainer of another process has started this one."""
+    return ENVIRONMENT in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def read_status(path: Path) -> dict[str, Any]:
@@ -87,7 +95,7 @@ def _existing(path: Path, resume: str) -> RunDirectory | None:
         raise UserError(f"{path} holds a finished run: choose another run.name or run.dir")
     if status == "unfinished" and resume == "never":
         raise UserError(f"{path} holds an unfinished run and resume=never")
-    return RunDirectory(path, newest_checkpoint(path / "checkpoints"))
+    return RunDirectory(path, newest_valid_checkpoint(path / "checkpoints"))
 
 
 def _new_number(parent: Path) -> Path:

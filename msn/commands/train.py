@@ -1,29 +1,39 @@
 """`python train.py`: compose -> build -> fit -> result."""
 
 import logging
+import os
+import sys
 import warnings
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning.pytorch import Trainer, seed_everything
-from omegaconf import DictConfig
+from lightning.pytorch.callbacks import Checkpoint
+from omegaconf import DictConfig, OmegaConf
 
 from msn.commands.entry import build, to_plain
 from msn.commands.result import finish
-from msn.commands.run_directory import RunDirectory, choose_run_directory
+from msn.commands.run_directory import RunDirectory, choose_run_directory, is_inherited
 from msn.data.datamodule import MSNDataModule
 from msn.errors import UserError
 from msn.evaluation.protocol import Protocol
+from msn.method.distributed import process_index
 from msn.training.checkpointing import step_of
+from msn.training.launch import agree, fit_devices, read_launch, starts_processes
 from msn.training.metrics import MetricsCSV
 from msn.training.module import MSNModule
+from msn.training.preemption import EXIT_CODE, Preempted, Preemption, requeue_slurm_job
 from msn.training.progress import build_progress
+from msn.training.resume import check_same_run, identity_of
 from msn.weights import initialise, read_weights
 
 
 def run(config: DictConfig) -> None:
     """Pretrain, export the backbone, print the low-shot table.
 
-    Everything that can be wrong is found before the run directory is made.
+    Everything that can be wrong is found before the run directory is made. A run that a signal
+    interrupts is saved and ends the process with `preemption.EXIT_CODE`.
 
     Raises:
         UserError: if a setting, a path or a file is wrong.
@@ -31,20 +41,41 @@ def run(config: DictConfig) -> None:
     settings = to_plain(config)
     _quieten()
     seed_everything(_seed(settings["seed"]), verbose=False)
-    directory = choose_run_directory(config)
+    preemption: Preemption = build(config, "callbacks.preemption")
+    preemption.install()
+    try:
+        _run(config, settings, preemption)
+    except Preempted as stop:
+        _leave(stop)
+    finally:
+        preemption.uninstall()
+
+
+def _run(config: DictConfig, settings: dict[str, Any], preemption: Preemption) -> None:
     data: MSNDataModule = build(config, "data")
     module: MSNModule = build(config, "module")
-    if settings["init"] is not None and directory.resume_from is None:
-        _initialise(module, str(settings["init"]), settings["model"]["num_heads"])
     protocol: Protocol = build(config, "protocol")
     labelled = data.labelled_sets()
     if labelled is not None:
         protocol.check(labelled[0].labels, labelled[0].classes)
-    trainer = _build_trainer(config, directory, data, module)
+    trainer = _build_trainer(config, data, module)
+    directory = agree(trainer, module, lambda: choose_run_directory(config))
+    module.checkpoint_info.update(
+        data=_describe_data(settings), init=settings["init"], identity=identity_of(settings)
+    )
+    data.run_dir, data.force_resume = directory.path, settings["resume"]["force"]
+    if directory.resume_from is not None:
+        check_same_run(
+            directory.resume_from,
+            module.checkpoint_info["identity"],
+            module.state_dict(),
+            force=data.force_resume,
+        )
+    elif settings["init"] is not None:
+        _initialise(module, str(settings["init"]), settings["model"]["num_heads"])
+    _attach(config, trainer, directory, preemption)
     if trainer.is_global_zero:
         directory.create(config)
-    data.run_dir = directory.path
-    module.checkpoint_info.update(data=_describe_data(settings), init=settings["init"])
     _describe_run(trainer, directory, data, module)
     trainer.fit(module, datamodule=data, ckpt_path=directory.resume_from)
     if trainer.interrupted:
@@ -54,34 +85,68 @@ def run(config: DictConfig) -> None:
     trainer.strategy.barrier()
 
 
-def _build_trainer(
-    config: DictConfig, directory: RunDirectory, data: MSNDataModule, module: MSNModule
-) -> Trainer:
-    metrics = MetricsCSV(path=directory.path / "metrics.csv")
-    if directory.resume_from is not None:
-        metrics.resume_at(step_of(directory.resume_from))
-    loggers = [
-        metrics,
-        *(build(config, f"logger.{name}", save_dir=str(directory.path)) for name in config.logger),
-    ]
-    runtime: dict[str, dict[str, Any]] = {"checkpoint": {"directory": directory.checkpoints}}
-    callbacks = [
-        build(config, f"callbacks.{name}", **runtime.get(str(name), {}))
-        for name in config.callbacks
-    ]
-    trainer: Trainer = build(
-        config,
-        "trainer",
-        callbacks=[*callbacks, build_progress()],
-        loggers=loggers,
-        run_dir=directory.path,
+def _build_trainer(config: DictConfig, data: MSNDataModule, module: MSNModule) -> Trainer:
+    """The trainer, still without what needs the run directory."""
+    launch = read_launch(os.environ)
+    devices, num_nodes = fit_devices(
+        launch, to_plain(config, "trainer")["devices"], config.trainer.num_nodes
     )
+    config = OmegaConf.masked_copy(config, [str(key) for key in config])
+    config.trainer.devices, config.trainer.num_nodes = devices, num_nodes
+    trainer: Trainer = build(
+        config, "trainer", callbacks=[build_progress()], loggers=[], run_dir=config.run.root
+    )
+    if starts_processes(trainer) and _is_multirun():
+        raise UserError(
+            "--multirun cannot start the several processes that each of its runs needs: use "
+            "hydra/launcher=submitit_slurm, or torchrun without --multirun, or trainer.devices=1"
+        )
     order = data.sampler(rank=trainer.global_rank, world_size=trainer.world_size)
     steps = len(order)
     if isinstance(config.trainer.limit_train_batches, int):
         steps = min(steps, config.trainer.limit_train_batches)
     module.plan_schedule(epochs=config.trainer.max_epochs, steps_per_epoch=steps)
     return trainer
+
+
+def _attach(
+    config: DictConfig, trainer: Trainer, directory: RunDirectory, preemption: Preemption
+) -> None:
+    """Give the trainer its callbacks and loggers, which write into the run directory."""
+    metrics = MetricsCSV(path=directory.path / "metrics.csv")
+    if directory.resume_from is not None:
+        metrics.resume_at(step_of(directory.resume_from))
+    trainer.loggers = [
+        metrics,
+        *(build(config, f"logger.{name}", save_dir=str(directory.path)) for name in config.logger),
+    ]
+    runtime: dict[str, dict[str, Any]] = {"checkpoint": {"directory": directory.checkpoints}}
+    callbacks = [
+        preemption
+        if name == "preemption"
+        else build(config, f"callbacks.{name}", **runtime.get(str(name), {}))
+        for name in config.callbacks
+    ]
+    # Checkpoints come last, as in Lightning, so that what the others have done is in them.
+    callbacks.sort(key=lambda callback: isinstance(callback, Checkpoint))
+    trainer.callbacks[:0] = callbacks  # type: ignore[attr-defined]
+    trainer.callbacks.sort(key=lambda callback: isinstance(callback, Checkpoint))  # type: ignore[attr-defined]
+
+
+def _leave(stop: Preempted) -> None:
+    """Say what was saved, requeue, and end the process with its documented code."""
+    if is_inherited():
+        sys.exit(0)  # the process that started this one speaks, and its observer expects a 0
+    if process_index() == 0:
+        print(f"interrupted: {stop}; the same command with its run.name or run.dir goes on")
+        print(f"run directory: {stop.checkpoint.parent.parent}", flush=True)
+        if stop.requeue and (said := requeue_slurm_job()) is not None:
+            print(said, flush=True)
+    sys.exit(EXIT_CODE)
+
+
+def _is_multirun() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def _initialise(module: MSNModule, path: str, num_heads: int) -> None:

@@ -1,8 +1,8 @@
-"""Checkpoints that survive: written beside their place, made durable, then put in place at once."""
+"""Checkpoints: written off the training thread, kept or removed by rule, found again when whole."""
 
-import os
+import logging
 import re
-import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,23 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
 
 from msn.errors import UserError
+from msn.training.durable import damage, remove_stale, write_checkpoint, write_durably
+from msn.training.rng import gather_random_states, restore_random_state
+
+__all__ = [
+    "DurableCheckpointIO",
+    "PeriodicCheckpoint",
+    "checkpoints",
+    "newest_checkpoint",
+    "newest_valid_checkpoint",
+    "step_of",
+    "write_durably",
+]
+
+log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"epoch-(\d+)-step-(\d+)\.ckpt")
 
@@ -22,14 +37,33 @@ class DurableCheckpointIO(CheckpointIO):
 
     Lightning's own writer stages in $TMPDIR, where another file system makes the move a copy, never
     syncs, and can swallow a failed save.
+
+    Attributes:
+        on_written: where set, saving returns as soon as the data is copied to the host; a thread
+            writes it and then calls this with the path, and with the OSError if there was one.
     """
+
+    def __init__(self) -> None:
+        self.on_written: Callable[[Path, OSError | None], None] | None = None
+        self._thread: threading.Thread | None = None
 
     def save_checkpoint(  # noqa: D102
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, lambda file: torch.save(checkpoint, file))
+        self.wait()
+        if self.on_written is None:
+            write_checkpoint(Path(path), checkpoint)
+            return
+        arguments = (Path(path), copy_to_host(checkpoint), self.on_written)
+        # Not a daemon: a process that ends in order finishes its checkpoint first.
+        self._thread = threading.Thread(target=_write_and_tell, args=arguments, name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is durable, or has failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     def load_checkpoint(  # noqa: D102
         self,
@@ -43,44 +77,53 @@ class DurableCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:  # noqa: D102
         Path(path).unlink(missing_ok=True)
 
+    def teardown(self) -> None:  # noqa: D102
+        self.wait()
 
-def write_durably(path: Path, write: Callable[[Any], Any]) -> None:
-    """Write a file so that after a crash the old or the new one stands there, whole.
 
-    Args:
-        path: where the file shall stand; its directory exists.
-        write: writes the content to the binary file that it is given.
-
-    Raises:
-        OSError: whatever the system said; the old file is untouched then.
-    """
-    descriptor, temporary = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
-    )
+def _write_and_tell(
+    path: Path, checkpoint: dict[str, Any], tell: Callable[[Path, OSError | None], None]
+) -> None:
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        write_checkpoint(path, checkpoint)
+    except OSError as error:
+        tell(path, error)
+    else:
+        tell(path, None)
+
+
+def copy_to_host(data: Any) -> Any:
+    """Nested plain data with every tensor copied to host memory that nobody else writes to."""
+    copied = _copy_to_host(data)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return copied
+
+
+def _copy_to_host(data: Any) -> Any:
+    if isinstance(data, Tensor):
+        host = torch.empty_like(data, device="cpu", pin_memory=data.is_cuda)
+        return host.copy_(data.detach(), non_blocking=True)
+    if isinstance(data, dict):
+        return type(data)((key, _copy_to_host(value)) for key, value in data.items())
+    if isinstance(data, (list, tuple)):
+        return type(data)(_copy_to_host(value) for value in data)
+    return data
 
 
 class PeriodicCheckpoint(Checkpoint):
-    """Save at epoch ends, keep the newest and, if wished, every n-th for good.
+    """Save now and then, keep the newest and, if wished, every n-th epoch's for good.
+
+    A save that fails is told and the run goes on; older checkpoints stay. With random states of all
+    processes inside, a resumed run goes on exactly.
 
     Args:
-        directory: where files go, named `epoch-E-step-S.ckpt` after E finished epochs.
+        directory: where files go, named `epoch-E-step-S.ckpt` after E finished epochs, S steps.
         every_n_epochs: >= 1; the last epoch is always saved.
+        every_n_steps: also in the middle of epochs, >= 1; None does not.
         keep_last: newest files to keep, >= 1.
         keep_every_n_epochs: epochs whose files are never deleted, >= 1; None keeps none for good.
+        max_failures: failed saves in a row after which the run stops, >= 1.
 
     Raises:
         UserError: if a number is out of its range.
@@ -91,29 +134,109 @@ class PeriodicCheckpoint(Checkpoint):
         *,
         directory: str | Path,
         every_n_epochs: int,
+        every_n_steps: int | None,
         keep_last: int,
         keep_every_n_epochs: int | None,
+        max_failures: int,
     ) -> None:
         super().__init__()
         numbers = {
             "every_n_epochs": every_n_epochs,
+            "every_n_steps": 1 if every_n_steps is None else every_n_steps,
             "keep_last": keep_last,
-            "keep_every_n_epochs": keep_every_n_epochs or 1,
+            "keep_every_n_epochs": 1 if keep_every_n_epochs is None else keep_every_n_epochs,
+            "max_failures": max_failures,
         }
         for name, value in numbers.items():
             if value < 1:
                 raise UserError(f"callbacks.checkpoint.{name} must be >= 1, got {value}")
         self.directory = Path(directory)
-        self.every_n_epochs, self.keep_last = every_n_epochs, keep_last
-        self.keep_every_n_epochs = keep_every_n_epochs
+        self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
+        self.keep_last, self.keep_every_n_epochs = keep_last, keep_every_n_epochs
+        self.max_failures = max_failures
+        self._failures: list[str] = []
+        self._random_states: list[dict[str, Any]] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
+        if trainer.is_global_zero:
+            remove_stale(self.directory)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        if self._random_states is not None:
+            restore_random_state(self._random_states, trainer.global_rank)
+            self._random_states = None
+
+    def on_save_checkpoint(  # noqa: D102
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["random_states"] = gather_random_states()
+
+    def on_load_checkpoint(  # noqa: D102
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._random_states = checkpoint.get("random_states")
+
+    def on_train_batch_end(  # noqa: D102
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        # In an epoch's last step the epoch end, which comes at once, is the place to save.
+        if due and not trainer.is_last_batch:
+            self.save(trainer, finished_epochs=trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        epoch = trainer.current_epoch + 1
-        if epoch % self.every_n_epochs and epoch != trainer.max_epochs:
-            return
-        trainer.save_checkpoint(self.directory / f"epoch-{epoch}-step-{trainer.global_step}.ckpt")
-        if trainer.is_global_zero:
+        epoch, last_batch = trainer.current_epoch + 1, trainer.global_step
+        due = self.every_n_steps is not None and last_batch % self.every_n_steps == 0
+        if due or epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs:
+            self.save(trainer, finished_epochs=epoch)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self._writer(trainer).wait()
+
+    def on_exception(  # noqa: D102
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._writer(trainer).wait()
+
+    def save(self, trainer: Trainer, *, finished_epochs: int, wait: bool = False) -> Path:
+        """Save at a step boundary; to be called by all processes.
+
+        Args:
+            trainer: of the run.
+            finished_epochs: epochs that are over.
+            wait: return only when the file is durable.
+
+        Raises:
+            UserError: if this many saves in a row have failed, or, with `wait`, this one.
+        """
+        writer = self._writer(trainer)
+        writer.on_written = self._on_written
+        path = self.directory / f"epoch-{finished_epochs}-step-{trainer.global_step}.ckpt"
+        if not wait:
+            writer.wait()
+            self._stop_together(trainer, self.max_failures)
+        trainer.save_checkpoint(path)
+        if wait:
+            writer.wait()
+            self._stop_together(trainer, 1)
+        return path
+
+    def _stop_together(self, trainer: Trainer, allowed_failures: int) -> None:
+        """Only process 0 writes, and all must stop if it cannot."""
+        failures: list[str] = trainer.strategy.broadcast(self._failures)
+        if len(failures) >= allowed_failures:
+            raise UserError(failures[-1])
+
+    def _on_written(self, path: Path, error: OSError | None) -> None:
+        if error is None:
+            self._failures.clear()
             self._remove_old()
+            return
+        reason = error.strerror or str(error)
+        self._failures.append(f"checkpoint {path} could not be written: {reason}")
+        newest = newest_checkpoint(self.directory)
+        there = f"the newest is {newest.name}" if newest else "there is none yet"
+        log.error("%s; training goes on, %s", self._failures[-1], there)
 
     def _remove_old(self) -> None:
         kept_for_good = self.keep_every_n_epochs
@@ -124,6 +247,11 @@ class PeriodicCheckpoint(Checkpoint):
         ]
         for path in removable[: -self.keep_last]:
             path.unlink(missing_ok=True)
+
+    def _writer(self, trainer: Trainer) -> DurableCheckpointIO:
+        writer = trainer.strategy.checkpoint_io
+        assert isinstance(writer, DurableCheckpointIO)
+        return writer
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -138,6 +266,19 @@ def newest_checkpoint(directory: Path) -> Path | None:
     """The newest checkpoint file of a directory, None if there is none."""
     files = checkpoints(directory)
     return files[-1] if files else None
+
+
+def newest_valid_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint file that is whole; damaged ones are named in the log and passed over.
+
+    Reads each file that it considers once.
+    """
+    for path in reversed(checkpoints(directory)):
+        reason = damage(path)
+        if reason is None:
+            return path
+        log.warning("checkpoint %s is damaged (%s): skipped", path, reason)
+    return None
 
 
 def step_of(path: Path) -> int:

@@ -51,7 +51,12 @@ def test_the_newest_files_and_every_nth_are_kept(tmp_path):
         (tmp_path / f"epoch-{epoch}-step-{10 * epoch}.ckpt").touch()
     (tmp_path / "notes.txt").touch()
     callback = PeriodicCheckpoint(
-        directory=tmp_path, every_n_epochs=1, keep_last=2, keep_every_n_epochs=3
+        directory=tmp_path,
+        every_n_epochs=1,
+        every_n_steps=None,
+        keep_last=2,
+        keep_every_n_epochs=3,
+        max_failures=3,
     )
     callback._remove_old()
     kept = [path.name.split("-step")[0] for path in checkpoints(tmp_path)]

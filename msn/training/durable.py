@@ -1,0 +1,158 @@
+"""Files that are whole after a crash, and that tell when they were damaged later."""
+
+import errno
+import hashlib
+import os
+import shutil
+import struct
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+
+SLACK = 1 << 20  # bytes that must stay free beside a checkpoint: names, tables, other small files
+_SEAL = b"sha256:"
+_COMMENT = struct.Struct("<H")  # length of the comment that ends a zip archive
+
+
+def write_durably(path: Path, write: Callable[[Any], Any]) -> None:
+    """Write a file so that after a crash the old or the new one stands there, whole.
+
+    Args:
+        path: where the file shall stand; its directory exists.
+        write: writes the content to the binary file that it is given.
+
+    Raises:
+        OSError: whatever the system said; the old file is untouched then.
+    """
+    descriptor, temporary = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
+    )
+    try:
+        with os.fdopen(descriptor, "w+b") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write plain data with a checksum in it; `torch.load` reads the file as it is.
+
+    Args:
+        path: the file; directories above it are made.
+        checkpoint: tensors, numbers, strings, and lists, tuples and dicts of them.
+
+    Raises:
+        OSError: whatever the system said, or that too little space is free; an older file of that
+            name is untouched then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    needed = tensor_bytes(checkpoint) + SLACK
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        reason = f"{os.strerror(errno.ENOSPC)} ({free >> 20} MB free, {needed >> 20} MB needed)"
+        raise OSError(errno.ENOSPC, reason, str(path))
+
+    def write(file: IO[bytes]) -> None:
+        hashing = _Hashing(file)
+        torch.save(checkpoint, cast("IO[bytes]", hashing))  # torch only writes and flushes
+        _seal(file, hashing.digest.hexdigest())
+
+    write_durably(path, write)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint file, None if nothing is.
+
+    A file without a checksum, written by something else, is trusted if it is a whole archive.
+    """
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size < 22 or not zipfile.is_zipfile(file):
+                return "not a whole checkpoint file"
+            seal_length = len(_SEAL) + hashlib.sha256().digest_size * 2
+            file.seek(max(0, size - seal_length))
+            seal = file.read()
+            if not seal.startswith(_SEAL):
+                return _damage_without_seal(path)
+            file.seek(0)
+            digest = _digest(file, size - seal_length - _COMMENT.size)
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    same = digest == seal[len(_SEAL) :].decode(errors="replace")
+    return None if same else "its checksum does not match"
+
+
+def tensor_bytes(data: Any) -> int:
+    """Bytes of all tensors in nested plain data."""
+    if isinstance(data, Tensor):
+        return data.numel() * data.element_size()
+    if isinstance(data, dict):
+        return sum(tensor_bytes(value) for value in data.values())
+    if isinstance(data, (list, tuple)):
+        return sum(tensor_bytes(value) for value in data)
+    return 0
+
+
+def remove_stale(directory: Path) -> None:
+    """Remove what writers that were killed left behind in a directory."""
+    for path in directory.glob(".*.tmp") if directory.is_dir() else []:
+        path.unlink(missing_ok=True)
+
+
+class _Hashing:
+    """A file that is only written to, and the digest of what was written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _seal(file: IO[bytes], digest: str) -> None:
+    """Put the digest into the archive's comment, which readers of archives pass over."""
+    comment = _SEAL + digest.encode()
+    file.seek(-_COMMENT.size, os.SEEK_END)
+    assert file.read() == _COMMENT.pack(0), "torch.save wrote an archive with a comment"
+    file.seek(-_COMMENT.size, os.SEEK_END)
+    file.write(_COMMENT.pack(len(comment)) + comment)
+
+
+def _digest(file: IO[bytes], size: int) -> str:
+    """Of the file as torch wrote it: `size` bytes and an empty comment."""
+    digest = hashlib.sha256()
+    while size > 0:
+        block = file.read(min(size, 1 << 22))
+        if not block:
+            break
+        digest.update(block)
+        size -= len(block)
+    digest.update(_COMMENT.pack(0))
+    return digest.hexdigest()
+
+
+def _damage_without_seal(path: Path) -> str | None:
+    try:
+        torch.load(path, map_location="meta", weights_only=True)
+    except Exception as error:  # torch names no class for damaged files
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return None

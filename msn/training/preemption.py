@@ -1,0 +1,157 @@
+"""Signals of a cluster: a flag, an agreement of all processes, a checkpoint, an exit code."""
+
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from msn.method.distributed import num_processes
+from msn.training.checkpointing import PeriodicCheckpoint
+
+log = logging.getLogger(__name__)
+
+EXIT_CODE = 75
+"""Of a run that was interrupted, saved, and goes on when the command is given again."""
+
+# Larger wins where processes got different ones: SIGUSR1 is the one that also asks for a requeue.
+_SIGNALS = {signal.SIGTERM: 1, signal.SIGUSR1: 2}
+# Launchers and clusters deliver one wish several times (to the group, by srun, by the agent).
+_SAME_WISH_SECONDS = 0.5
+
+
+class Preempted(Exception):  # noqa: N818
+    """The run was asked to stop, and all of it is saved.
+
+    Attributes:
+        checkpoint: what was saved.
+        requeue: whether the signal asks for a requeue.
+    """
+
+    def __init__(self, checkpoint: Path, *, requeue: bool) -> None:
+        super().__init__(f"saved {checkpoint}")
+        self.checkpoint, self.requeue = checkpoint, requeue
+
+
+class Preemption(Callback):
+    """On SIGTERM or SIGUSR1 save at the next step boundary, in all processes, and stop.
+
+    The handler only sets a flag. Flags are exchanged in the background of the next step, over a
+    group of the CPU, so that neither a host waits for a device nor a step for a message. A second
+    signal ends the process at once; the last checkpoint stays whole.
+
+    Args:
+        requeue: under SLURM, SIGUSR1 also requeues the job.
+
+    Attributes:
+        received: 0, or the number of the wish that a signal brought.
+    """
+
+    def __init__(self, *, requeue: bool) -> None:
+        self.requeue = requeue
+        self.received = 0
+        self._at = 0.0
+        self._before: dict[signal.Signals, Any] = {}
+        self._group: Any = None
+        self._exchange: tuple[Any, torch.Tensor] | None = None
+
+    def install(self) -> None:
+        """Listen from now on, so that a signal that comes while data are read is not lost."""
+        for number in _SIGNALS:
+            self._before[number] = signal.signal(number, self._on_signal)
+
+    def uninstall(self) -> None:
+        """Give the signals back to whom they belonged."""
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        self._before.clear()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
+        # Lightning's handlers write checkpoints and call collectives inside the handler, and its
+        # loop broadcasts process 0's flag, and waits for the device, in each step.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        if not self._before:
+            self.install()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
+        self.uninstall()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        if num_processes() > 1:
+            self._group = dist.new_group(backend="gloo")
+
+    def on_train_batch_end(  # noqa: D102
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        wish = self._agreed()
+        if wish and trainer.is_last_batch:
+            self.received = wish  # the epoch end, which comes at once, is the place to save
+        elif wish:
+            self._save_and_stop(trainer, wish, finished_epochs=trainer.current_epoch)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        wish = self._agreed(last=True)
+        if wish:
+            self._save_and_stop(trainer, wish, finished_epochs=trainer.current_epoch + 1)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.received and now - self._at > _SAME_WISH_SECONDS:
+            os._exit(128 + number)
+        if not self.received:
+            self._at = now
+        self.received = max(self.received, _SIGNALS[signal.Signals(number)])
+
+    def _agreed(self, *, last: bool = False) -> int:
+        """The wish that all processes know of: that of the step before, on several processes."""
+        if self._group is None:
+            return self.received
+        agreed = self._finish_exchange()
+        flag = torch.tensor([max(self.received, agreed)])
+        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._exchange = (work, flag)
+        return self._finish_exchange() if last else agreed
+
+    def _finish_exchange(self) -> int:
+        if self._exchange is None:
+            return 0
+        (work, flag), self._exchange = self._exchange, None
+        work.wait()
+        return int(flag)
+
+    def _save_and_stop(self, trainer: Trainer, wish: int, *, finished_epochs: int) -> None:
+        (saver,) = (c for c in trainer.callbacks if isinstance(c, PeriodicCheckpoint))  # type: ignore[attr-defined]
+        path = saver.save(trainer, finished_epochs=finished_epochs, wait=True)
+        requeue = self.requeue and wish == _SIGNALS[signal.SIGUSR1]
+        raise Preempted(path, requeue=requeue)
+
+
+def requeue_slurm_job() -> str | None:
+    """Ask SLURM to run this job again; the job's script must name its run.
+
+    Returns:
+        What happened, for the log; None outside SLURM.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return None
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    if not re.fullmatch(r"[0-9_]+", job):
+        return f"not requeued: SLURM calls this job {job!r}"
+    if shutil.which("scontrol") is None:
+        return f"job {job} not requeued: there is no scontrol here"
+    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    if done.returncode:
+        return f"job {job} not requeued: {done.stderr.strip() or done.returncode}"
+    return f"job {job} requeued"

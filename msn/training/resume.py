@@ -1,0 +1,85 @@
+"""What must be the same for a run to go on exactly, and the check that it is."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msn.errors import UserError
+
+# Groups of settings whose every value counts; the numbers that decide what a step does.
+_WHOLE = ("model", "method", "data.views")
+_SINGLE = (
+    *("seed", "trainer.max_epochs", "trainer.limit_train_batches"),
+    *("data.source", "data.hold_out", "data.split_seed", "data.use_labels", "data.image_size"),
+    *("data.global_batch_size", "data.backend"),
+)
+
+
+def identity_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that decide a run's numbers, by their full keys.
+
+    Not among them, because they change no number: where files are, workers, processes, chunks;
+    nor the precision and device, which a run may have to change.
+
+    Args:
+        settings: the resolved configuration of a training run.
+    """
+    flat = dict(_flat("", settings))
+    return {
+        key: value
+        for key, value in flat.items()
+        if key in _SINGLE or any(key.startswith(f"{group}.") for group in _WHOLE)
+    }
+
+
+def check_same_run(
+    checkpoint: Path,
+    identity: Mapping[str, Any],
+    shapes: Mapping[str, Tensor],
+    *,
+    force: bool,
+) -> None:
+    """Refuse to go on with a checkpoint of a run that was set up differently.
+
+    Args:
+        checkpoint: of the run so far.
+        identity: `identity_of` the run now.
+        shapes: the module's state now, of which the shapes are read.
+        force: accept all differences under which the weights fit.
+
+    Raises:
+        UserError: that names the first key that differs.
+    """
+    content = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
+    before = content.get("msn", {}).get("identity")
+    differing = [] if before is None else _differing(before, identity)
+    if differing and not force:
+        key, then, now = differing[0]
+        more = f" ({len(differing)} keys differ)" if len(differing) > 1 else ""
+        raise UserError(
+            f"cannot resume {checkpoint}: {key} was {then} and is {now} now{more}; "
+            "resume.force=true resumes all the same"
+        )
+    for name, value in content["state_dict"].items():
+        now_shape = list(shapes[name].shape) if name in shapes else None
+        if now_shape != list(value.shape):
+            key = next((key for key, *_ in differing if key.startswith(("model", "method"))), "?")
+            raise UserError(
+                f"cannot resume {checkpoint}: with another {key} its weights do not fit ({name} is "
+                f"{list(value.shape)}, must be {now_shape}); init={checkpoint} starts a new run"
+            )
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    keys = [*before, *(key for key in now if key not in before)]
+    return [(key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)]
+
+
+def _flat(prefix: str, value: Any) -> list[tuple[str, Any]]:
+    if not isinstance(value, Mapping):
+        return [(prefix, value)]
+    dot = f"{prefix}." if prefix else ""
+    return [pair for key, part in value.items() for pair in _flat(f"{dot}{key}", part)]
