@@ -196,5 +196,6 @@ def _quieten() -> None:
         ".*does not have many workers.*",
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
         ".*exists and is not empty.*",
+        ".*your dataloader is not resumable.*",  # the data module holds the position
     ):
         warnings.filterwarnings("ignore", message)

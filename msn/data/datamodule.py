@@ -162,6 +162,8 @@ class MSNDataModule(LightningDataModule):
             num_workers=self.num_workers,
             collate_fn=_as_it_is,  # type: ignore[arg-type]
             pin_memory=torch.cuda.is_available(),
+            # Its own, so that making an iterator draws nothing from the run's global generator.
+            generator=torch.Generator(),
             persistent_workers=several,
             prefetch_factor=self.prefetch_batches if several else None,
         )

@@ -63,14 +63,22 @@ def check_same_run(
             f"cannot resume {checkpoint}: {key} was {then} and is {now} now{more}; "
             "resume.force=true resumes all the same"
         )
-    for name, value in content["state_dict"].items():
-        now_shape = list(shapes[name].shape) if name in shapes else None
-        if now_shape != list(value.shape):
-            key = next((key for key, *_ in differing if key.startswith(("model", "method"))), "?")
-            raise UserError(
-                f"cannot resume {checkpoint}: with another {key} its weights do not fit ({name} is "
-                f"{list(value.shape)}, must be {now_shape}); init={checkpoint} starts a new run"
-            )
+    misfit = _misfit(content["state_dict"], shapes)
+    if misfit is not None:
+        key = next((key for key, *_ in differing if key.startswith(("model", "method"))), "?")
+        raise UserError(
+            f"cannot resume {checkpoint}: with another {key} its weights do not fit ({misfit}); "
+            f"init={checkpoint} starts a new run from them"
+        )
+
+
+def _misfit(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> str | None:
+    """The first tensor that is not in both states with the same shape, and its shapes."""
+    for name in [*before, *(name for name in now if name not in before)]:
+        shapes = [list(state[name].shape) if name in state else None for state in (before, now)]
+        if shapes[0] != shapes[1]:
+            return f"{name} is {shapes[0]}, must be {shapes[1]}"
+    return None
 
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

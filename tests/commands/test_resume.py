@@ -1,49 +1,134 @@
-"""A run that was cut off goes on where it stood and ends with the weights of one that was not."""
+"""A run that was cut off goes on where it stood and ends with the numbers of one that was not."""
 
+import json
+import os
+import signal
+
+import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback
 
-from msn.training.checkpointing import PeriodicCheckpoint
+from msn.commands import train
+from msn.training.checkpointing import checkpoints, newest_checkpoint
 from msn.training.metrics import read_metrics
-from msn.weights import read_weights
+from msn.training.preemption import EXIT_CODE
 from tests.commands.conftest import TINY
 
+# Three epochs of three steps; RuntimeErrors and signals come where `disturb` says.
 ARGUMENTS = [
     *TINY,
     "trainer.max_epochs=3",
+    "trainer.limit_train_batches=3",
     "trainer.log_every_n_steps=1",
     "callbacks.checkpoint.every_n_epochs=1",
 ]
 
 
-def test_a_resumed_run_ends_bit_equal_to_an_undisturbed_one(command, tmp_path, monkeypatch):
-    code, _, _ = command("train", *ARGUMENTS, f"run.dir={tmp_path / 'straight'}")
-    assert code == 0
+class Disturb(Callback):
+    """Draws from the global generators in each step, as a user's code may, and acts after one."""
+
+    def __init__(self, step=None, act=None):
+        self.step, self.act = step, act
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        noise = torch.rand(()) + float(np.random.rand())  # noqa: NPY002
+        pl_module.network.prototypes.data.mul_(1 + 1e-3 * noise)
+        if trainer.global_step == self.step:
+            self.act()
+
+
+@pytest.fixture
+def run(command, monkeypatch):
+    """Run train.py without the evaluation at its end, disturbed after a step."""
+
+    def end(settings, directory, data, module, protocol):
+        directory.write_status("finished")
+
+    monkeypatch.setattr(train, "finish", end)
+
+    def go(*arguments, step=None, act=None):
+        attach = train._attach
+
+        def attach_too(config, trainer, *rest):
+            attach(config, trainer, *rest)
+            trainer.callbacks.insert(0, Disturb(step, act))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "_attach", attach_too)
+            return command("train", *arguments)
+
+    return go
+
+
+def power_cut():
+    raise RuntimeError("power cut")
+
+
+def differing(first, second, where=""):
+    """Paths below which two nested structures are not bit-equal."""
+    if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
+        return [d for k in first for d in differing(first[k], second[k], f"{where}/{k}")]
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
+        pairs = zip(first, second, strict=True)
+        return [d for i, (a, b) in enumerate(pairs) for d in differing(a, b, f"{where}/{i}")]
+    if isinstance(first, torch.Tensor):
+        return [] if torch.equal(first, second) else [where]
+    return [] if first == second else [where]
+
+
+def end_state(directory):
+    return torch.load(newest_checkpoint(directory / "checkpoints"), weights_only=True)
+
+
+def test_a_run_stopped_at_an_epoch_s_end_and_in_its_middle_ends_bit_equal(run, tmp_path):
+    code, _, err = run(*ARGUMENTS, f"run.dir={tmp_path / 'straight'}")
+    assert code == 0, err
     cut = [*ARGUMENTS, f"run.root={tmp_path}", "run.name=cut"]
-    save = PeriodicCheckpoint.on_train_epoch_end
-
-    def save_and_fail(self, trainer, pl_module):
-        save(self, trainer, pl_module)
-        if trainer.current_epoch == 1:
-            raise RuntimeError("power cut")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PeriodicCheckpoint, "on_train_epoch_end", save_and_fail)
-        with pytest.raises(RuntimeError, match="power cut"):
-            command("train", *cut)
     directory = tmp_path / "digits" / "cut"
-    assert not (directory / "backbone.safetensors").exists()
-    code, out, _ = command("train", *cut)
-    assert code == 0
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(*cut, step=4, act=power_cut)  # goes back to the end of the first epoch
+    assert [path.name for path in checkpoints(directory / "checkpoints")] == ["epoch-1-step-3.ckpt"]
+    code, out, _ = run(*cut, step=5, act=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert code == EXIT_CODE
     assert "resuming from" in out
-    straight, resumed = (
-        read_weights(path / "backbone.safetensors").trunk
-        for path in (tmp_path / "straight", directory)
-    )
-    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert newest_checkpoint(directory / "checkpoints").name == "epoch-1-step-5.ckpt"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    code, _, _ = run(*cut, "data.num_workers=2")
+    assert code == 0
+    assert json.loads((directory / "run.json").read_text())["status"] == "finished"
+    straight, resumed = end_state(tmp_path / "straight"), end_state(directory)
+    assert straight["global_step"] == 9
+    assert sorted(differing(straight, resumed)) == []
     rows = [read_metrics(path / "metrics.csv") for path in (tmp_path / "straight", directory)]
     assert [row["step"] for row in rows[1]] == [row["step"] for row in rows[0]]
     assert [row["train/loss"] for row in rows[1]] == [row["train/loss"] for row in rows[0]]
+
+
+def test_a_run_that_was_set_up_differently_is_not_resumed(run, tmp_path):
+    where = [*ARGUMENTS, f"run.dir={tmp_path / 'run'}"]
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(*where, step=4, act=power_cut)
+    code, _, err = run(*where, "method.lr=0.1")
+    assert code == 2
+    assert "method.lr was 0.003 and is 0.1" in err
+    code, out, _ = run(*where, "method.lr=0.1", "resume.force=true")
+    assert code == 0
+    assert "resuming from" in out
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(run, tmp_path, caplog):
+    where = [*ARGUMENTS, f"run.dir={tmp_path / 'run'}"]
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(*where, step=7, act=power_cut)
+    newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    code, out, _ = run(*where)
+    assert code == 0
+    assert f"{newest} is damaged (its checksum does not match): skipped" in caplog.text
+    assert "epoch-1-step-3.ckpt" in out
 
 
 def test_an_unfinished_run_is_not_touched_when_resume_is_never(command, tmp_path):
