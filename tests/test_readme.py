@@ -3,9 +3,15 @@
 import re
 
 import pytest
+import torch
+from PIL import Image
 
 from msn.commands.entry import compose, config_directory
+from msn.weights import save_backbone
+from msn.weights.classifier import Classifier
+from msn.weights.export import export
 from tests.conftest import ROOT
+from tests.weights.conftest import make_weights
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
@@ -19,8 +25,29 @@ def test_quick_start_is_two_lines():
     assert lines[1].endswith("&& pytest")
 
 
+@pytest.fixture(scope="module")
+def after_a_run(tmp_path_factory):
+    """What the README's commands leave: a run, a photograph and two exports."""
+    where = tmp_path_factory.mktemp("readme")
+    weights = make_weights()
+    run = where / "runs" / "digits" / "0"
+    save_backbone(
+        run / "backbone.safetensors", weights.trunk, weights.meta | {"model": weights.model}
+    )
+    classes = ("a", "b", "c")
+    head = Classifier(torch.randn(3, 32), None, classes, "class_token", True, True)
+    settings = {"image_size": None, "overwrite": False, "lowshot": None}
+    export(weights, format="timm", out=where / "exported" / "timm", head=None, **settings)
+    export(weights, format="huggingface", out=where / "exported" / "hf", head=head, **settings)
+    Image.new("RGB", (40, 30), (90, 120, 30)).save(where / "photo.jpg")
+    return where
+
+
 @pytest.mark.parametrize("code", [code for language, code in BLOCKS if language == "python"])
-def test_python_snippets_run(code):
+def test_python_snippets_run(code, after_a_run, monkeypatch):
+    if "transformers" in code:
+        pytest.importorskip("transformers")
+    monkeypatch.chdir(after_a_run)
     exec(compile(code, "README.md", "exec"), {})
 
 

@@ -21,7 +21,7 @@ from msn.data.datamodule import resolve_workers
 from msn.data.decode import BadImageError
 from msn.data.sources import Source, folder_source, list_source
 from msn.errors import UserError
-from msn.evaluation.cache import names_key, weights_key
+from msn.evaluation.cache import images_key, weights_key
 from msn.evaluation.features import check_feature, forward_feature
 from msn.evaluation.progress import Progress
 from msn.weights import Backbone, load_backbone
@@ -52,7 +52,7 @@ def run(config: DictConfig) -> None:
     names = [source.name(i) for i in range(len(source))]
     if sum(len(json.dumps(name)) + 4 for name in names) > MAX_ID_BYTES:
         raise UserError(f"data.root={root}: too many images for one file; embed its folders apart")
-    pieces = out.parent / f".{out.name}.{_digest(backbone, names, settings['feature'])}.part"
+    pieces = out.parent / f".{out.name}.{_digest(backbone, source, settings['feature'])}.part"
     _embed(backbone, _Images(source, backbone), settings, pieces)
     missing = _join(pieces, names, out, _header(backbone, settings))
     shutil.rmtree(pieces, ignore_errors=True)
@@ -141,10 +141,11 @@ def _header(backbone: Backbone, settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _digest(backbone: Backbone, names: list[str], feature: str) -> str:
+def _digest(backbone: Backbone, source: Source, feature: str) -> str:
     """What must be the same for pieces of an earlier job to be taken over."""
     normalisation = [backbone.meta.get(name) for name in ("mean", "std")]
-    parts = [feature, backbone.model_config, normalisation, names_key(names), weights_key(backbone)]
+    images = images_key(source.identity(i) for i in range(len(source)))
+    parts = [feature, backbone.model_config, normalisation, images, weights_key(backbone)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

@@ -180,6 +180,9 @@ class _Unlabelled:
     def names(self) -> list[str]:
         return [self.pool.name(i) for i in range(len(self.pool))]
 
+    def identity(self, i: int) -> str:
+        return self.pool.identity(i)
+
     def __len__(self) -> int:
         return len(self.pool)
 

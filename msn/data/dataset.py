@@ -52,6 +52,10 @@ class Subset:
         """Name of image i."""
         return self.source.name(int(self.positions[i]))
 
+    def identity(self, i: int) -> str:
+        """Changes when image i is another image; see `Source.identity`."""
+        return self.source.identity(int(self.positions[i]))
+
 
 class TrainingSet(Dataset[ImageBatch]):
     """Turns the key of a batch into decoded images with the parameters of their views.
@@ -201,6 +205,10 @@ class LabelledImages(Dataset[Image.Image]):
     def names(self) -> list[str]:
         """Names of the images, in order."""
         return [self.images.name(i) for i in range(len(self))]
+
+    def identity(self, i: int) -> str:
+        """Changes when image i is another image; see `Source.identity`."""
+        return self.images.identity(i)
 
     def __len__(self) -> int:
         """Number of images."""

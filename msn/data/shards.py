@@ -73,6 +73,11 @@ class ShardSource(Source):
         """Name of image i in its shard."""
         return self.members.names[i]
 
+    def identity(self, i: int) -> str:
+        """Where the bytes of image i are, and size and time of last change of that shard."""
+        path = self.shards[int(self.members.shard[i])]
+        return f"{os.path.realpath(path)} {_stamp(path)} {int(self.members.offset[i])}"
+
     def decode(self, i: int, allowed_reduction: Callable[[int, int], int]) -> DecodedImage:
         """Read the bytes of image i out of its shard and decode them."""
         shard = int(self.members.shard[i])

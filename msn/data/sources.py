@@ -7,6 +7,7 @@ image or says why it cannot; what happens then is decided elsewhere.
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -38,6 +39,10 @@ class Source(ABC):
     @abstractmethod
     def name(self, i: int) -> str:
         """Name of image i, for instance its path relative to the root."""
+
+    def identity(self, i: int) -> str:
+        """Changes when image i is another image: what may be kept under it is kept under this."""
+        return f"{os.path.realpath(self.where)}/{self.name(i)}"
 
     @abstractmethod
     def decode(self, i: int, allowed_reduction: Callable[[int, int], int]) -> DecodedImage:
@@ -75,6 +80,15 @@ class FileSource(Source):
         """Path of image i relative to the root."""
         return self.paths[i]
 
+    def identity(self, i: int) -> str:
+        """Where file i is, its size and the time of its last change."""
+        path = os.path.join(self.root, self.paths[i])
+        try:
+            status = os.stat(path)
+        except OSError:
+            return f"{os.path.realpath(path)} missing"
+        return f"{os.path.realpath(path)} {status.st_size} {status.st_mtime_ns}"
+
     def decode(self, i: int, allowed_reduction: Callable[[int, int], int]) -> DecodedImage:
         """Read and decode file i."""
         try:
@@ -100,6 +114,11 @@ class ArraySource(Source):
     def name(self, i: int) -> str:
         """Where the image is, with its number."""
         return f"{self.where}[{i}]"
+
+    def identity(self, i: int) -> str:
+        """Name and pixels."""
+        pixels = np.ascontiguousarray(self.pixels[i])
+        return f"{self.name(i)} {hashlib.sha256(pixels.tobytes()).hexdigest()}"
 
     def decode(self, i: int, allowed_reduction: Callable[[int, int], int]) -> DecodedImage:
         """Look image i up; nothing is left to decode."""

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class FeatureCache:
@@ -79,11 +79,11 @@ def weights_key(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def names_key(names: Sequence[str]) -> str:
-    """Digest of a file list, in order."""
+def images_key(identities: Iterable[str]) -> str:
+    """Digest of a list of images, in order."""
     digest = hashlib.sha256()
-    for name in names:
-        digest.update(os.fsencode(name) + b"\0")
+    for identity in identities:
+        digest.update(os.fsencode(identity) + b"\0")
     return digest.hexdigest()
 
 

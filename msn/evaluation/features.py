@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from msn.errors import UserError
-from msn.evaluation.cache import FeatureCache, names_key, weights_key
+from msn.evaluation.cache import FeatureCache, images_key, weights_key
 from msn.evaluation.progress import Progress
 
 PRECISIONS = ("32", "bf16")
@@ -41,6 +41,9 @@ class LabelledSet(Protocol):
     @property
     def classes(self) -> list[str]:
         """Names of the classes."""
+
+    def identity(self, i: int) -> str:
+        """Changes when image i is another image."""
 
     def __len__(self) -> int: ...
 
@@ -128,7 +131,7 @@ def extract_features(
             "feature": settings.feature,
             "precision": settings.precision,
             "batch_size": settings.batch_size,
-            "names": names_key(images.names),
+            "images": images_key(images.identity(i) for i in range(len(images))),
         }
         cache = FeatureCache(runtime.cache_dir, key)
     features = _Job(

@@ -48,6 +48,10 @@ class ChosenImages:
         names = images.names
         self.names = [names[i] for i in self._positions]
 
+    def identity(self, i: int) -> str:
+        """Changes when image i is another image."""
+        return self._images.identity(self._positions[i])
+
     def __len__(self) -> int:
         """Number of images."""
         return len(self._positions)

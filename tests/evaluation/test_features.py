@@ -159,7 +159,10 @@ def test_anything_that_changes_features_changes_the_key(tmp_path):
     extract(toy_trunk(seed=1), ToyImages(2), runtime)
     extract(toy_trunk(), ToyImages(2), runtime, feature="patch_mean")
     extract(toy_trunk(), ToyImages(2), runtime, precision="bf16")
-    assert len(parts_below(tmp_path)) == 5
+    repainted = ToyImages(2)
+    repainted.pixels[3] //= 2
+    extract(toy_trunk(), repainted, runtime)
+    assert len(parts_below(tmp_path)) == 6
 
 
 def test_a_cache_that_cannot_be_written_is_not_used(tmp_path, caplog):

@@ -47,6 +47,9 @@ class ToyImages:
         self.pixels = (255 * pixels).to(torch.uint8)
         self.opened: list[int] = []
 
+    def identity(self, i: int) -> str:
+        return f"{self.names[i]} {int(self.pixels[i].sum())}"
+
     def __len__(self) -> int:
         return len(self.labels)
 

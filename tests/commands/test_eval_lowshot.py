@@ -1,0 +1,139 @@
+"""`eval_lowshot.py`: every kind of backbone in one table, the same digits however it is run."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from msn.weights import save_backbone
+from msn.weights.export import export
+from msn.weights.weights import Weights
+from tests.conftest import ROOT
+from tests.weights.builders import MODEL, make_trunk
+
+SMALL = ["data=folder", "protocol.shots=[1,2]", "protocol.splits=2", "protocol.knn_neighbours=3"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run directory with nothing but its backbone."""
+    trunk = make_trunk()
+    save_backbone(tmp_path / "run" / "backbone.safetensors", trunk.state_dict(), {"model": MODEL})
+    return tmp_path / "run"
+
+
+def rows_of(directory):
+    return json.loads((directory / "lowshot.json").read_text())["rows"]
+
+
+def test_files_of_five_libraries_make_one_table_and_one_curve(command, tmp_path, images, run):
+    pytest.importorskip("transformers")
+    weights = Weights(make_trunk().state_dict(), dict(MODEL), "test", {"licence": "Apache-2.0"})
+    backbones = [f"ours:{run}"]
+    for format in ("timm", "huggingface", "official", "torch"):
+        out = tmp_path / format
+        export(
+            weights,
+            format=format,
+            out=out,
+            head=None,
+            image_size=None,
+            overwrite=False,
+            lowshot=None,
+        )
+        backbones.append(f"{format}:{out / 'msn.pth.tar' if format == 'official' else out}")
+    code, out, _ = command(
+        "eval_lowshot",
+        f"checkpoint=[{','.join(backbones)}]",
+        f"model.num_heads={MODEL['num_heads']}",
+        f"data.root={images}",
+        f"run.dir={tmp_path / 'out'}",
+        *SMALL,
+    )
+    assert code == 0
+    rows = rows_of(tmp_path / "out")
+    tables = {}
+    for row in rows:
+        tables.setdefault(row["backbone"], []).append((row["labels"], row["top1"]))
+    names = [name.partition(":")[0] for name in backbones]
+    assert list(tables) == [*names, "random", "pixels"]
+    assert all(tables[name] == tables["ours"] for name in names)
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {f"lowshot.{end}" for end in ("json", "csv", "md", "png", "svg")} <= found
+    assert Image.open(tmp_path / "out" / "lowshot.png").size[0] > 300
+    assert out.splitlines()[-1] == f"run directory: {tmp_path / 'out'}"
+
+
+def test_features_of_another_folder_with_the_same_names_are_not_taken_over(
+    command, tmp_path, images, run
+):
+    """The cache is on by default: it has to see that the images are others."""
+    arguments = [f"checkpoint={run}", f"cache_dir={tmp_path / 'cache'}", "baselines=[]", *SMALL]
+    first = command("eval_lowshot", *arguments, f"data.root={images}", f"run.dir={tmp_path / 'a'}")
+    assert first[0] == 0
+    for path in images.rglob("*.png"):  # every class looks alike now
+        Image.new("RGB", (40, 36), (int(path.stem) * 9, 5, 5)).save(path)
+    assert command(
+        "eval_lowshot", *arguments, f"data.root={images}", f"run.dir={tmp_path / 'b'}"
+    )[0] == 0  # fmt: skip
+    fresh = [f"checkpoint={run}", "cache_dir=null", "baselines=[]", *SMALL]
+    command("eval_lowshot", *fresh, f"data.root={images}", f"run.dir={tmp_path / 'c'}")
+    before, after, expected = ([r["top1"] for r in rows_of(tmp_path / d)] for d in "abc")
+    assert after == expected != before
+
+
+def test_a_table_in_wandb_offline(command, tmp_path, images, run, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    code, _, err = command(
+        "eval_lowshot", f"checkpoint={run}", "baselines=[]", "logger=wandb", f"data.root={images}",
+        f"run.dir={tmp_path / 'out'}", *SMALL,
+    )  # fmt: skip
+    assert code == 0, err
+    (log,) = (tmp_path / "out").rglob("*.wandb")
+    assert b"lowshot/msn/logistic/1" in log.read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(tmp_path, images, run):
+    arguments = [
+        str(ROOT / "eval_lowshot.py"), f"checkpoint={run}", "baselines=[]", "cache_dir=null",
+        f"data.root={images}", *SMALL,
+    ]  # fmt: skip
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    tables = []
+    for name, launcher in (("one", []), ("two", torchrun)):
+        where = tmp_path / name
+        done = subprocess.run(
+            [sys.executable, *launcher, *arguments, f"run.dir={where}"],
+            env=environment, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert len(re.findall("run directory: ", done.stdout)) == 1
+        tables.append([(row["labels"], row["top1"]) for row in rows_of(where)])
+    assert tables[0] == tables[1]
+
+
+def test_nan_features_and_single_classes_are_one_line(command, tmp_path, images, run):
+    trunk = make_trunk()
+    with torch.no_grad():
+        trunk.cls_token.fill_(float("nan"))
+    save_backbone(tmp_path / "nan.safetensors", trunk.state_dict(), {"model": MODEL})
+    where = tmp_path / "out"
+    tail = [f"run.dir={where}", "baselines=[]", *SMALL]
+    for message, *arguments in (
+        ("not finite", f"checkpoint={tmp_path / 'nan.safetensors'}", f"data.root={images}"),
+        ("no labels", f"checkpoint={run}", f"data.root={images / 'class0'}"),
+        ("class", f"checkpoint={run}", f"data.root={images}", "protocol.shots=[50]"),
+        ("30", f"checkpoint={run}", f"data.root={images}", "protocol.features.image_size=30"),
+    ):
+        code, _, err = command("eval_lowshot", *arguments, *tail)
+        assert code == 2, (message, err)
+        (line,) = err.strip().splitlines()
+        assert message in line
+        assert not where.exists()
