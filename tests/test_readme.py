@@ -59,7 +59,7 @@ def commands():
                 yield found[1] or found[3], (found[2] or found[4] or "").split()
 
 
-@pytest.mark.parametrize(("name", "arguments"), commands())
+@pytest.mark.parametrize(("name", "arguments"), list(commands()))
 def test_commands_compose(name, arguments):
     assert compose(name, arguments) is not None
 

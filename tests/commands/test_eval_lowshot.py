@@ -10,9 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from msn.weights import save_backbone
+from msn.weights import read_weights, save_backbone
 from msn.weights.export import export
-from msn.weights.weights import Weights
 from tests.conftest import ROOT
 from tests.weights.builders import MODEL, make_trunk
 
@@ -31,9 +30,10 @@ def rows_of(directory):
     return json.loads((directory / "lowshot.json").read_text())["rows"]
 
 
+@pytest.mark.slow
 def test_files_of_five_libraries_make_one_table_and_one_curve(command, tmp_path, images, run):
     pytest.importorskip("transformers")
-    weights = Weights(make_trunk().state_dict(), dict(MODEL), "test", {"licence": "Apache-2.0"})
+    weights = read_weights(run)
     backbones = [f"ours:{run}"]
     for format in ("timm", "huggingface", "official", "torch"):
         out = tmp_path / format
@@ -87,6 +87,7 @@ def test_features_of_another_folder_with_the_same_names_are_not_taken_over(
     assert after == expected != before
 
 
+@pytest.mark.slow
 def test_a_table_in_wandb_offline(command, tmp_path, images, run, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     code, _, err = command(
@@ -127,12 +128,16 @@ def test_nan_features_and_single_classes_are_one_line(command, tmp_path, images,
     where = tmp_path / "out"
     tail = [f"run.dir={where}", "baselines=[]", *SMALL]
     for message, *arguments in (
-        ("not finite", f"checkpoint={tmp_path / 'nan.safetensors'}", f"data.root={images}"),
+        (
+            "hold NaN or infinity",
+            f"checkpoint={tmp_path / 'nan.safetensors'}",
+            f"data.root={images}",
+        ),
         ("no labels", f"checkpoint={run}", f"data.root={images / 'class0'}"),
         ("class", f"checkpoint={run}", f"data.root={images}", "protocol.shots=[50]"),
         ("30", f"checkpoint={run}", f"data.root={images}", "protocol.features.image_size=30"),
     ):
-        code, _, err = command("eval_lowshot", *arguments, *tail)
+        code, _, err = command("eval_lowshot", *tail, *arguments)
         assert code == 2, (message, err)
         (line,) = err.strip().splitlines()
         assert message in line
