@@ -16,6 +16,7 @@ COMMANDS = {
     "embed": "embed",
     "suggest_labels": "suggest_labels",
     "make_shards": "make_shards",
+    "show_views": "show_views",
     "bench": "bench",
 }
 

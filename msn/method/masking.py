@@ -59,6 +59,12 @@ class PatchDrop:
         return noise[:, images.start : images.stop].argsort(dim=-1)[..., :kept]
 
 
+def draw_key(seed: int, step: int) -> int:
+    """The `key` of a step's draw in a run."""
+    # Any injective mix will do: the generator scrambles its seed.
+    return (seed << 32) + step
+
+
 def num_kept_patches(num_patches: int, patch_drop: float) -> int:
     """Patches that a masked anchor keeps: floor(N (1 - patch_drop)), e.g. 166 of 196 at 0.15.
 

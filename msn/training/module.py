@@ -12,7 +12,7 @@ from msn.errors import UserError
 from msn.method import optim
 from msn.method.distributed import num_processes, process_index
 from msn.method.loss import MSNLoss, power_law_prior
-from msn.method.masking import PatchDrop
+from msn.method.masking import PatchDrop, draw_key
 from msn.method.network import MSN, ProjectionHead
 from msn.method.schedules import Schedule
 from msn.method.vit import VisionTransformer
@@ -106,8 +106,7 @@ class MSNModule(LightningModule):
             rand_views=rand_views,
             images=range(rank * images, (rank + 1) * images),
             global_batch_size=num_processes() * images,
-            # Any injective mix of seed and step will do: the generator scrambles its seed.
-            key=(self.settings["seed"] << 32) + self.global_step,
+            key=draw_key(self.settings["seed"], self.global_step),
         )
         return None if kept is None else kept.to(rand.device, non_blocking=True)
 

@@ -1,0 +1,99 @@
+"""`python -m msn show_views data.root=DIR out=views.png`: what the networks see of the images."""
+
+import io
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from PIL import Image
+
+from msn.commands.entry import to_plain
+from msn.data.collate import ImageBatch
+from msn.data.dataset import TrainingSet
+from msn.data.device_views import make_batched_views
+from msn.data.pools import Pools, build_pools
+from msn.data.reference_views import make_reference_views
+from msn.data.sampler import BatchKey, EpochSampler
+from msn.data.views import ViewSettings
+from msn.errors import UserError
+from msn.method.masking import PatchDrop, draw_key
+from msn.reporting.views_sheet import views_sheet
+from msn.schema import take
+from msn.weights.files import write_bytes
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def run(config: DictConfig) -> None:
+    """Draw the views and masks that a training with these settings would make first in an epoch.
+
+    Raises:
+        UserError: if a setting or a path is wrong, or no image can be read.
+    """
+    settings = to_plain(config)
+    out = _picture_path(settings["out"])
+    images = _whole("images", settings["images"], 1)
+    epoch, seed = _whole("epoch", settings["epoch"], 0), _whole("seed", settings["seed"], 0)
+    data = settings["data"]
+    views = ViewSettings(**data["views"])
+    drop = PatchDrop(**take("method", settings["method"], PatchDrop))
+    pools = build_pools(**take("data", data, build_pools))
+    order = _order(pools, data["global_batch_size"], seed)
+    key = order.keys(epoch)[0]
+    batch = _read(pools, views, seed, BatchKey(epoch, key.batch, key.indices[:images]))
+    if data["backend"] == "reference":
+        made = make_reference_views(batch, views, device=torch.device("cpu"), dtype=torch.float32)
+    else:
+        made = make_batched_views(batch, views, dtype=torch.float32)
+    kept = drop.draw(
+        (views.rand_size // views.patch_size) ** 2,
+        rand_views=views.rand_views,
+        images=range(len(batch.indices)),
+        global_batch_size=order.global_batch_size,
+        key=draw_key(seed, epoch * len(order)),
+    )
+    originals = [Image.fromarray(batch.image(i).numpy()) for i in range(len(batch.indices))]
+    sheet = views_sheet(made, kept, patch_size=views.patch_size, originals=originals)
+    buffer = io.BytesIO()
+    sheet.save(buffer, format=Image.registered_extensions()[out.suffix.lower()])
+    write_bytes(out, buffer.getvalue())
+    print(
+        f"{len(originals)} of {len(pools.train)} images with {views.num_views} views each, "
+        f"{sheet.width} x {sheet.height} px: {out}"
+    )
+
+
+def _picture_path(out: Any) -> Path:
+    path = Path(str(out))
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"out={path}: must end in {', '.join(SUFFIXES)}")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"out={path}: name a file in a directory that is there")
+    return path
+
+
+def _whole(name: str, value: Any, low: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise UserError(f"{name}={value}: must be a whole number >= {low}")
+    return value
+
+
+def _order(pools: Pools, global_batch_size: int, seed: int) -> EpochSampler:
+    """The training's order; a folder too small to train on can be looked at all the same."""
+    count = len(pools.train)
+    size = min(_whole("data.global_batch_size", global_batch_size, 1), count)
+    return EpochSampler(num_images=count, global_batch_size=size, seed=seed, rank=0, world_size=1)
+
+
+def _read(pools: Pools, views: ViewSettings, seed: int, key: BatchKey) -> ImageBatch:
+    batch = TrainingSet(pools.train, views, seed=seed, reduce=False)[key]
+    for bad in batch.bad:
+        log.warning("replaced an unreadable image: %s (%s)", bad.path, bad.reason)
+    if batch.bad and int(batch.sizes.prod(1).min()) <= 1:
+        bad = batch.bad[-1]
+        raise UserError(f"data.root: no image can be read; for instance {bad.path} ({bad.reason})")
+    return batch
