@@ -14,18 +14,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from msn.errors import UserError
-from msn.training.durable import damage, remove_stale, write_checkpoint, write_durably
+from msn.training.durable import damage, remove_stale, write_checkpoint
 from msn.training.rng import gather_random_states, restore_random_state
-
-__all__ = [
-    "DurableCheckpointIO",
-    "PeriodicCheckpoint",
-    "checkpoints",
-    "newest_checkpoint",
-    "newest_valid_checkpoint",
-    "step_of",
-    "write_durably",
-]
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +30,11 @@ class DurableCheckpointIO(CheckpointIO):
 
     Attributes:
         on_written: where set, saving returns as soon as the data is copied to the host; a thread
-            writes it and then calls this with the path, and with the OSError if there was one.
+            writes it and then calls this with the path, and with the error if there was one.
     """
 
     def __init__(self) -> None:
-        self.on_written: Callable[[Path, OSError | None], None] | None = None
+        self.on_written: Callable[[Path, Exception | None], None] | None = None
         self._thread: threading.Thread | None = None
 
     def save_checkpoint(  # noqa: D102
@@ -58,6 +48,11 @@ class DurableCheckpointIO(CheckpointIO):
         # Not a daemon: a process that ends in order finishes its checkpoint first.
         self._thread = threading.Thread(target=_write_and_tell, args=arguments, name="checkpoint")
         self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is still being written."""
+        return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
         """Return when the last checkpoint is durable, or has failed."""
@@ -82,11 +77,11 @@ class DurableCheckpointIO(CheckpointIO):
 
 
 def _write_and_tell(
-    path: Path, checkpoint: dict[str, Any], tell: Callable[[Path, OSError | None], None]
+    path: Path, checkpoint: dict[str, Any], tell: Callable[[Path, Exception | None], None]
 ) -> None:
     try:
         write_checkpoint(path, checkpoint)
-    except OSError as error:
+    except Exception as error:  # whatever it is, it must not be lost with the thread
         tell(path, error)
     else:
         tell(path, None)
@@ -155,6 +150,7 @@ class PeriodicCheckpoint(Checkpoint):
         self.keep_last, self.keep_every_n_epochs = keep_last, keep_every_n_epochs
         self.max_failures = max_failures
         self._failures: list[str] = []
+        self._steps_an_epoch = 0
         self._random_states: list[dict[str, Any]] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
@@ -162,6 +158,7 @@ class PeriodicCheckpoint(Checkpoint):
             remove_stale(self.directory)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self._steps_an_epoch = int(trainer.num_training_batches)
         if self._random_states is not None:
             restore_random_state(self._random_states, trainer.global_rank)
             self._random_states = None
@@ -187,24 +184,28 @@ class PeriodicCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         epoch, last_batch = trainer.current_epoch + 1, trainer.global_step
         due = self.every_n_steps is not None and last_batch % self.every_n_steps == 0
-        if due or epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs:
-            self.save(trainer, finished_epochs=epoch)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        self._writer(trainer).wait()
+        last = epoch == trainer.max_epochs
+        if due or last or epoch % self.every_n_epochs == 0:
+            self.save(trainer, finished_epochs=epoch, wait=last)
 
     def on_exception(  # noqa: D102
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self._writer(trainer).wait()
 
-    def save(self, trainer: Trainer, *, finished_epochs: int, wait: bool = False) -> Path:
+    def save(self, trainer: Trainer, *, finished_epochs: int, wait: bool = False) -> Path | None:
         """Save at a step boundary; to be called by all processes.
+
+        A step waits for the copy to the host alone: where the file before this one is still being
+        written, nothing is saved.
 
         Args:
             trainer: of the run.
             finished_epochs: epochs that are over.
-            wait: return only when the file is durable.
+            wait: save in any case and return only when the file is durable.
+
+        Returns:
+            The file, or None where nothing was saved.
 
         Raises:
             UserError: if this many saves in a row have failed, or, with `wait`, this one.
@@ -212,41 +213,54 @@ class PeriodicCheckpoint(Checkpoint):
         writer = self._writer(trainer)
         writer.on_written = self._on_written
         path = self.directory / f"epoch-{finished_epochs}-step-{trainer.global_step}.ckpt"
-        if not wait:
+        if wait:
             writer.wait()
-            self._stop_together(trainer, self.max_failures)
+        if self._agree(trainer, busy=writer.busy, allowed_failures=self.max_failures):
+            log.warning("no %s: the file before it is still being written", path.name)
+            return None
         trainer.save_checkpoint(path)
         if wait:
             writer.wait()
-            self._stop_together(trainer, 1)
+            self._agree(trainer, busy=False, allowed_failures=1)
         return path
 
-    def _stop_together(self, trainer: Trainer, allowed_failures: int) -> None:
-        """Only process 0 writes, and all must stop if it cannot."""
-        failures: list[str] = trainer.strategy.broadcast(self._failures)
+    def _agree(self, trainer: Trainer, *, busy: bool, allowed_failures: int) -> bool:
+        """Only process 0 writes, and what it knows must decide for all."""
+        decision: tuple[bool, list[str]] = trainer.strategy.broadcast((busy, self._failures))
+        busy, failures = decision
         if len(failures) >= allowed_failures:
             raise UserError(failures[-1])
+        return busy
 
-    def _on_written(self, path: Path, error: OSError | None) -> None:
+    def _on_written(self, path: Path, error: Exception | None) -> None:
         if error is None:
             self._failures.clear()
-            self._remove_old()
+            self._remove_old(path)
             return
-        reason = error.strerror or str(error)
+        reason = getattr(error, "strerror", None) or str(error)
         self._failures.append(f"checkpoint {path} could not be written: {reason}")
         newest = newest_checkpoint(self.directory)
         there = f"the newest is {newest.name}" if newest else "there is none yet"
         log.error("%s; training goes on, %s", self._failures[-1], there)
 
-    def _remove_old(self) -> None:
-        kept_for_good = self.keep_every_n_epochs
+    def _remove_old(self, written: Path) -> None:
+        """Files newer than the one just written are leftovers that do not count."""
         removable = [
             path
             for path in checkpoints(self.directory)
-            if kept_for_good is None or _epoch_and_step(path)[0] % kept_for_good
+            if _epoch_and_step(path) <= _epoch_and_step(written) and not self._is_for_good(path)
         ]
         for path in removable[: -self.keep_last]:
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                log.warning("old checkpoint %s cannot be removed: %s", path, error.strerror)
+
+    def _is_for_good(self, path: Path) -> bool:
+        epoch, step = _epoch_and_step(path)
+        if self.keep_every_n_epochs is None or epoch % self.keep_every_n_epochs:
+            return False
+        return epoch > 0 and step == epoch * self._steps_an_epoch  # not in the epoch's middle
 
     def _writer(self, trainer: Trainer) -> DurableCheckpointIO:
         writer = trainer.strategy.checkpoint_io

@@ -6,7 +6,6 @@ import os
 import shutil
 import struct
 import tempfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, cast
@@ -16,7 +15,8 @@ from torch import Tensor
 
 SLACK = 1 << 20  # bytes that must stay free beside a checkpoint: names, tables, other small files
 _SEAL = b"sha256:"
-_COMMENT = struct.Struct("<H")  # length of the comment that ends a zip archive
+# A zip archive ends in a record of 22 bytes, the last two the length of a comment, and that.
+_END, _END_SIZE, _LENGTH = b"PK\5\6", 22, struct.Struct("<H")
 
 
 def write_durably(path: Path, write: Callable[[Any], Any]) -> None:
@@ -68,7 +68,11 @@ def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
 
     def write(file: IO[bytes]) -> None:
         hashing = _Hashing(file)
-        torch.save(checkpoint, cast("IO[bytes]", hashing))  # torch only writes and flushes
+        try:
+            torch.save(checkpoint, cast("IO[bytes]", hashing))  # torch only writes and flushes
+        except RuntimeError as error:
+            # torch puts an error of its own in the place of what the system said.
+            raise hashing.error or error from None
         _seal(file, hashing.digest.hexdigest())
 
     write_durably(path, write)
@@ -82,19 +86,16 @@ def damage(path: Path) -> str | None:
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            if size < 22 or not zipfile.is_zipfile(file):
+            comment = _comment(file, size)
+            if comment is None:
                 return "not a whole checkpoint file"
-            seal_length = len(_SEAL) + hashlib.sha256().digest_size * 2
-            file.seek(max(0, size - seal_length))
-            seal = file.read()
-            if not seal.startswith(_SEAL):
+            if not comment.startswith(_SEAL):
                 return _damage_without_seal(path)
             file.seek(0)
-            digest = _digest(file, size - seal_length - _COMMENT.size)
+            digest = _digest(file, size - len(comment) - _LENGTH.size)
     except OSError as error:
         return error.strerror or type(error).__name__
-    same = digest == seal[len(_SEAL) :].decode(errors="replace")
-    return None if same else "its checksum does not match"
+    return None if digest.encode() == comment[len(_SEAL) :] else "its checksum does not match"
 
 
 def tensor_bytes(data: Any) -> int:
@@ -119,10 +120,15 @@ class _Hashing:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.digest = file, hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self.digest.update(data)
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self._file.flush()
@@ -131,10 +137,10 @@ class _Hashing:
 def _seal(file: IO[bytes], digest: str) -> None:
     """Put the digest into the archive's comment, which readers of archives pass over."""
     comment = _SEAL + digest.encode()
-    file.seek(-_COMMENT.size, os.SEEK_END)
-    assert file.read() == _COMMENT.pack(0), "torch.save wrote an archive with a comment"
-    file.seek(-_COMMENT.size, os.SEEK_END)
-    file.write(_COMMENT.pack(len(comment)) + comment)
+    file.seek(-_LENGTH.size, os.SEEK_END)
+    assert file.read() == _LENGTH.pack(0), "torch.save wrote an archive with a comment"
+    file.seek(-_LENGTH.size, os.SEEK_END)
+    file.write(_LENGTH.pack(len(comment)) + comment)
 
 
 def _digest(file: IO[bytes], size: int) -> str:
@@ -146,8 +152,20 @@ def _digest(file: IO[bytes], size: int) -> str:
             break
         digest.update(block)
         size -= len(block)
-    digest.update(_COMMENT.pack(0))
+    digest.update(_LENGTH.pack(0))
     return digest.hexdigest()
+
+
+def _comment(file: IO[bytes], size: int) -> bytes | None:
+    """The comment that ends an archive; None where the file does not end as an archive does."""
+    file.seek(max(0, size - 1024))
+    tail = file.read()
+    start = tail.rfind(_END)
+    if start < 0 or start + _END_SIZE > len(tail):
+        return None
+    comment = tail[start + _END_SIZE :]
+    (length,) = _LENGTH.unpack_from(tail, start + _END_SIZE - _LENGTH.size)
+    return comment if length == len(comment) else None
 
 
 def _damage_without_seal(path: Path) -> str | None:

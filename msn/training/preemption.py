@@ -132,6 +132,7 @@ class Preemption(Callback):
     def _save_and_stop(self, trainer: Trainer, wish: int, *, finished_epochs: int) -> None:
         (saver,) = (c for c in trainer.callbacks if isinstance(c, PeriodicCheckpoint))  # type: ignore[attr-defined]
         path = saver.save(trainer, finished_epochs=finished_epochs, wait=True)
+        assert path is not None
         requeue = self.requeue and wish == _SIGNALS[signal.SIGUSR1]
         raise Preempted(path, requeue=requeue)
 
