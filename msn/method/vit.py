@@ -15,68 +15,12 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed
-from timm.models.vision_transformer import Attention
-from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 
 from msn.errors import UserError
-
-# (number of images, tokens an image) of each view size in a packed [T, D] matrix.
-Groups = Sequence[tuple[int, int]]
+from msn.method.block import Block
 
 LAYER_NORM_EPS = 1e-6
-
-
-class Block(TimmBlock):
-    """timm's pre-norm block, applied to packed tokens [T, D] with attention inside each image."""
-
-    attn: Attention
-
-    def forward(self, tokens: Tensor, groups: Groups) -> Tensor:  # type: ignore[override]
-        """Attend and transform every token, [T, D] -> [T, D]."""
-        tokens = tokens + self._attend(self.norm1(tokens), groups)
-        return tokens + self.mlp(self.norm2(tokens))
-
-    def class_tokens(self, tokens: Tensor, groups: Groups) -> Tensor:
-        """The same block where only class tokens are wanted: exact, without the other tokens' work.
-
-        Keys and values are needed of every token; queries, projection and MLP of the class tokens
-        alone.
-
-        Returns:
-            Class tokens of all images, [sum of B, D].
-        """
-        first = class_token_indices(groups, tokens.device)
-        normed = self.norm1(tokens)
-        query_weight, key_value_weight = self.attn.qkv.weight.tensor_split(
-            [self.attn.qkv.in_features]
-        )
-        query_bias, key_value_bias = self.attn.qkv.bias.tensor_split([self.attn.qkv.in_features])
-        queries = F.linear(normed[first], query_weight, query_bias)  # [B, D]
-        keys_values = F.linear(normed, key_value_weight, key_value_bias)  # [T, 2D]
-        attended, image, token = [], 0, 0
-        for batch, length in groups:
-            query = self._heads(queries[image : image + batch], batch, 1, 1)
-            key_value = self._heads(keys_values[token : token + batch * length], batch, length, 2)
-            out = F.scaled_dot_product_attention(query[0], key_value[0], key_value[1])
-            attended.append(out.reshape(batch, -1))  # [B, heads, 1, d] -> [B, D]
-            image, token = image + batch, token + batch * length
-        classes = tokens[first] + self.attn.proj(torch.cat(attended))
-        return classes + self.mlp(self.norm2(classes))
-
-    def _attend(self, tokens: Tensor, groups: Groups) -> Tensor:
-        packed = self.attn.qkv(tokens).split([batch * length for batch, length in groups])
-        attended = []
-        for (batch, length), qkv in zip(groups, packed, strict=True):
-            query, key, value = self._heads(qkv, batch, length, 3)
-            out = F.scaled_dot_product_attention(query, key, value)  # [B, heads, L, d]
-            attended.append(out.transpose(1, 2).reshape(batch * length, -1))
-        return self.attn.proj(torch.cat(attended))
-
-    def _heads(self, packed: Tensor, batch: int, length: int, parts: int) -> Tensor:
-        """[B*L, parts*D] -> [parts, B, heads, L, d]."""
-        heads = self.attn.num_heads
-        return packed.view(batch, length, parts, heads, -1).permute(2, 0, 3, 1, 4)
 
 
 class VisionTransformer(nn.Module):
@@ -249,15 +193,6 @@ def resize_position_embeddings(pos_embed: Tensor, grid: tuple[int, int]) -> Tens
     image = pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
     resized = F.interpolate(image, size=grid, mode="bicubic", align_corners=False, antialias=False)
     return torch.cat([pos_embed[:, :1], resized.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
-
-
-def class_token_indices(groups: Groups, device: torch.device) -> Tensor:
-    """Rows of the class tokens in a packed [T, D] matrix, [sum of B]."""
-    starts, offset = [], 0
-    for batch, length in groups:
-        starts.append(torch.arange(offset, offset + batch * length, length, device=device))
-        offset += batch * length
-    return torch.cat(starts)
 
 
 def _keep(tokens: Tensor, kept: Tensor) -> Tensor:

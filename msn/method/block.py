@@ -1,0 +1,93 @@
+"""One transformer block over the packed tokens of views of several sizes.
+
+Legend: B images, L tokens of one image (class token first), D embedding width, d width of a head,
+T tokens of all views together.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Attention
+from timm.models.vision_transformer import Block as TimmBlock
+from torch import Tensor, nn
+
+from msn.method import kernels
+
+# (number of images, tokens an image) of each view size in a packed [T, D] matrix.
+Groups = Sequence[tuple[int, int]]
+
+
+class Block(TimmBlock):
+    """timm's pre-norm block, applied to packed tokens [T, D] with attention inside each image.
+
+    Attributes:
+        use_kernels: take `msn.method.kernels` where they are faster; False is the plain formula.
+    """
+
+    attn: Attention
+    use_kernels = True
+
+    def forward(self, tokens: Tensor, groups: Groups) -> Tensor:  # type: ignore[override]
+        """Attend and transform every token, [T, D] -> [T, D]."""
+        if self.use_kernels and kernels.wins(tokens, groups):
+            return self._forward_by_kernels(tokens, groups)
+        tokens = tokens + self._attend(self.norm1(tokens), groups)
+        return tokens + self.mlp(self.norm2(tokens))
+
+    def class_tokens(self, tokens: Tensor, groups: Groups) -> Tensor:
+        """The same block where only class tokens are wanted: exact, without the others' work.
+
+        With one query an image, scores are (q W_k) x and the result W_v (weights x): keys and
+        values of the tokens are never made.
+
+        Returns:
+            Class tokens of all images, [sum of B, D].
+        """
+        normed = self.norm1(tokens)
+        mixed, classes = [], []
+        sizes = [batch * length for batch, length in groups]
+        parts = zip(groups, tokens.split(sizes), normed.split(sizes), strict=True)
+        for (batch, length), rows, normed_rows in parts:
+            mixed.append(self._attend_from_class(normed_rows.view(batch, length, -1)))
+            classes.append(rows.view(batch, length, -1)[:, 0])
+        out = torch.cat(classes) + self.attn.proj(torch.cat(mixed))
+        return out + self.mlp(self.norm2(out))
+
+    def _attend_from_class(self, normed: Tensor) -> Tensor:
+        """Attention with the class token as the only query, [B, L, D] -> [B, D]."""
+        heads, width = self.attn.num_heads, normed.shape[-1]
+        # [D, D] and [D] each, of queries, keys and values.
+        query_weight, key_weight, value_weight = self.attn.qkv.weight.chunk(3)
+        query_bias, key_bias, value_bias = self.attn.qkv.bias.chunk(3)
+        queries = F.linear(normed[:, 0], query_weight, query_bias) * (width // heads) ** -0.5
+        queries = queries.view(-1, heads, width // heads).transpose(0, 1)  # [heads, B, d]
+        seeing = queries @ key_weight.view(heads, -1, width)  # [heads, B, D]
+        # The same for all tokens, so without effect but for rounding; it gives the bias its
+        # (zero) gradient.
+        constant = queries @ key_bias.view(heads, -1, 1)  # [heads, B, 1]
+        scores = seeing.transpose(0, 1) @ normed.transpose(1, 2) + constant.transpose(0, 1)
+        mixed = scores.softmax(dim=-1).to(normed.dtype) @ normed  # [B, heads, D]
+        out = mixed.transpose(0, 1) @ value_weight.view(heads, -1, width).transpose(1, 2)
+        return out.transpose(0, 1).flatten(1) + value_bias
+
+    def _attend(self, tokens: Tensor, groups: Groups) -> Tensor:
+        packed = self.attn.qkv(tokens).split([batch * length for batch, length in groups])
+        attended = []
+        for (batch, length), qkv in zip(groups, packed, strict=True):
+            # [B*L, 3D] -> three times [B, heads, L, d]
+            by_head = qkv.view(batch, length, 3, self.attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+            out = F.scaled_dot_product_attention(*by_head)
+            attended.append(out.transpose(1, 2).reshape(batch * length, -1))
+        return self.attn.proj(torch.cat(attended))
+
+    def _forward_by_kernels(self, tokens: Tensor, groups: Groups) -> Tensor:
+        attn, first, second = self.attn, self.mlp.fc1, self.mlp.fc2
+        assert isinstance(first, nn.Linear)
+        assert isinstance(second, nn.Linear)
+        qkv = F.linear(self.norm1(tokens), attn.qkv.weight)
+        mixed = kernels.attend(qkv, attn.qkv.bias, groups, attn.num_heads)
+        tokens = kernels.project_and_add(mixed, attn.proj.weight, attn.proj.bias, tokens)
+        return kernels.mlp_and_add(
+            self.norm2(tokens), (first.weight, first.bias), (second.weight, second.bias), tokens
+        )

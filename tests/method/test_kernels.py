@@ -1,0 +1,76 @@
+"""Written-out gradients against torch's own of the plain formulas, in float64."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from msn.method import kernels
+from msn.method.vit import VisionTransformer
+from tests.conftest import SMALL_MODEL
+
+GROUPS = ((3, 9), (5, 5), (2, 1))  # (images, tokens an image)
+
+
+@pytest.fixture
+def blocks():
+    torch.manual_seed(0)
+    trunk = VisionTransformer(**SMALL_MODEL).double()
+    for parameter in trunk.parameters():  # biases and norms that are not 0 and 1
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
+    return trunk.blocks
+
+
+def outcome(run, block):
+    """Output, gradient of the tokens and of every parameter, for one random cotangent."""
+    generator = torch.Generator().manual_seed(1)
+    total = sum(batch * length for batch, length in GROUPS)
+    tokens = torch.randn(total, 24, generator=generator, dtype=torch.float64, requires_grad=True)
+    out = run(tokens, GROUPS)
+    cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    names = [name for name, _ in block.named_parameters()]
+    gradients = torch.autograd.grad(out, [tokens, *block.parameters()], cotangent)
+    return {"out": out, **dict(zip(["tokens", *names], gradients, strict=True))}
+
+
+def test_a_block_by_kernels_equals_the_plain_block_with_every_gradient(blocks):
+    block = blocks[0]
+    assert kernels.wins(torch.zeros(2, 24), GROUPS)
+    by_kernels = outcome(block, block)
+    block.use_kernels = False
+    plain = outcome(block, block)
+    assert len(plain) == 2 + len(list(block.parameters()))
+    for name, value in plain.items():
+        assert_close(by_kernels[name], value, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: n + m)
+
+
+def test_class_tokens_alone_equal_those_of_the_full_block_with_every_gradient(blocks):
+    block = blocks[0]
+    block.use_kernels = False
+
+    def full(tokens, groups):
+        parts = block(tokens, groups).split([batch * length for batch, length in groups])
+        return torch.cat([p.view(*g, -1)[:, 0] for p, g in zip(parts, groups, strict=True)])
+
+    alone, plain = outcome(block.class_tokens, block), outcome(full, block)
+    for name, value in plain.items():
+        assert_close(alone[name], value, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "groups"),
+    [
+        (torch.zeros(2, 24, dtype=torch.bfloat16), GROUPS),
+        (torch.zeros(2, 24, device="meta"), GROUPS),
+        (torch.zeros(2, 24), ((1, kernels.MAX_LENGTH + 1),)),
+    ],
+)
+def test_half_types_other_devices_and_long_sequences_take_torch_s_attention(tokens, groups):
+    assert not kernels.wins(tokens, groups)
+
+
+def test_inference_and_autocast_take_torch_s_attention():
+    tokens = torch.zeros(2, 24)
+    with torch.no_grad():
+        assert not kernels.wins(tokens, GROUPS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not kernels.wins(tokens, GROUPS)
