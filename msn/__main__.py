@@ -18,6 +18,7 @@ COMMANDS = {
     "make_shards": "make_shards",
     "show_views": "show_views",
     "bench": "bench",
+    "report": "report",
 }
 
 

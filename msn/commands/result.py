@@ -1,8 +1,10 @@
 """What a finished run leaves: the backbone, the low-shot table, and the line that says where."""
 
+import logging
 from typing import Any
 
 from msn.commands.eval_lowshot import baselines, write_table
+from msn.commands.report import REPORT_FILE, open_run, write_report
 from msn.commands.run_directory import RunDirectory
 from msn.data.datamodule import MSNDataModule
 from msn.evaluation.backbones import FrozenBackbone
@@ -11,7 +13,10 @@ from msn.evaluation.protocol import Protocol
 from msn.training.module import MSNModule
 from msn.weights import save_backbone
 
+log = logging.getLogger(__name__)
+
 BACKBONE_FILE = "backbone.safetensors"
+REPORT_IMAGES = 500  # training images that the report's pictures look at
 
 
 def finish(
@@ -42,7 +47,21 @@ def finish(
         )
         write_table(directory.path, results, labelled, settings)
     directory.write_status("finished")
+    if settings["report"]:
+        _report(directory, module)
     print(f"run directory: {directory.path}")
+
+
+def _report(directory: RunDirectory, module: MSNModule) -> None:
+    """Build report.html; the run is whole without it, so that a fault in it ends nothing."""
+    try:
+        record = open_run(directory.path, directory.path.absolute().name)
+        path = directory.path / REPORT_FILE
+        write_report([record], path, images=REPORT_IMAGES, device=module.device)
+    except Exception:
+        log.exception("no report: python -m msn report runs=[%s] tries again", directory.path)
+    else:
+        print(f"report: {path}")
 
 
 def _meta(module: MSNModule) -> dict[str, Any]:

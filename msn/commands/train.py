@@ -20,6 +20,7 @@ from msn.errors import UserError
 from msn.evaluation.protocol import Protocol
 from msn.method.distributed import process_index
 from msn.training.checkpointing import step_of
+from msn.training.facts import facts
 from msn.training.launch import agree, fit_devices, read_launch, starts_processes
 from msn.training.metrics import MetricsCSV
 from msn.training.module import MSNModule
@@ -76,6 +77,7 @@ def _run(config: DictConfig, settings: dict[str, Any], preemption: Preemption) -
     _attach(config, trainer, directory, preemption)
     if trainer.is_global_zero:
         directory.create(config)
+        directory.write_status("unfinished", facts=facts(trainer, data, module))
     _describe_run(trainer, directory, data, module)
     trainer.fit(module, datamodule=data, ckpt_path=directory.resume_from)
     if trainer.interrupted:
@@ -120,7 +122,10 @@ def _attach(
         metrics,
         *(build(config, f"logger.{name}", save_dir=str(directory.path)) for name in config.logger),
     ]
-    runtime: dict[str, dict[str, Any]] = {"checkpoint": {"directory": directory.checkpoints}}
+    runtime: dict[str, dict[str, Any]] = {
+        "checkpoint": {"directory": directory.checkpoints},
+        "verdict": {"directory": directory.path},
+    }
     callbacks = [
         preemption
         if name == "preemption"

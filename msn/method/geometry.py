@@ -90,6 +90,31 @@ def rankme(features: Tensor) -> float:
     return float(torch.exp(-torch.special.xlogy(share, share).sum()))
 
 
+def alignment(first: Tensor, second: Tensor) -> Tensor:
+    """Mean squared distance of unit-length features of two views of each image (arXiv 2005.10242).
+
+    Args:
+        first: [n, D], any scale.
+        second: of the same images, [n, D].
+
+    Returns:
+        Scalar in [0, 4]; 0 where views do not differ.
+    """
+    return (F.normalize(first, dim=1) - F.normalize(second, dim=1)).square().sum(dim=1).mean()
+
+
+def uniformity(features: Tensor) -> Tensor:
+    """Log of the mean Gaussian potential exp(-2 d^2) of pairs of images (arXiv 2005.10242).
+
+    Args:
+        features: [n, D], n >= 2, any scale.
+
+    Returns:
+        Scalar in [-8, 0]; 0 where all features point one way, smaller where they spread evenly.
+    """
+    return F.pdist(F.normalize(features, dim=1)).square().mul(-2).exp().mean().log()
+
+
 def _tally(weights: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     scores = weights.new_zeros(len(weights), num_classes)
     return scores.scatter_add_(1, labels, weights)

@@ -13,6 +13,8 @@ from msn.data.views import IMAGENET_MEAN, IMAGENET_STD, Views
 LEAST_SIDE, GREATEST_SIDE = 96, 224
 _GAP, _CAPTION = 6, 18
 _PAPER, _INK, _DROPPED = (255, 255, 255), (60, 60, 60), (128, 128, 128)
+# Captions that can be read on light and on dark ground.
+_NO_PAPER, _INK_ON_ANY = (0, 0, 0, 0), (128, 128, 128, 255)
 
 
 def views_sheet(
@@ -21,6 +23,7 @@ def views_sheet(
     *,
     patch_size: int,
     originals: Sequence[Image.Image] | None = None,
+    transparent: bool = False,
 ) -> Image.Image:
     """Draw a row an image: the original if given, the target, rand anchors, focal anchors.
 
@@ -31,10 +34,11 @@ def views_sheet(
         kept: patches that rand anchors keep, [M] or [R, B, M]; None keeps all.
         patch_size: side of a patch in px of the views.
         originals: the B images before they were cut, any size.
+        transparent: leave the ground between the views out (RGBA), for pages in light and dark.
 
     Returns:
-        An RGB image; views of `rand_size` px are drawn with a side of 96 to 224 px, focal views in
-        the same scale.
+        An RGB image, or RGBA if `transparent`; views of `rand_size` px are drawn with a side of 96
+        to 224 px, focal views in the same scale.
     """
     size, images = views.target.shape[-1], views.target.shape[0]
     side = min(max(size, LEAST_SIDE), GREATEST_SIDE)
@@ -50,7 +54,7 @@ def views_sheet(
         rows.append(cells)
     captions = [] if originals is None else ["original"]
     captions += ["target", *["rand"] * len(views.rand), *["focal"] * len(views.focal)]
-    return _tiled(rows, captions)
+    return _tiled(rows, captions, transparent=transparent)
 
 
 def picture(view: Tensor) -> np.ndarray:
@@ -99,7 +103,7 @@ def _contained(image: Image.Image, side: int) -> Image.Image:
     return image.resize((width, height), how)
 
 
-def _tiled(rows: list[list[Image.Image]], captions: list[str]) -> Image.Image:
+def _tiled(rows: list[list[Image.Image]], captions: list[str], *, transparent: bool) -> Image.Image:
     """Columns as wide as their widest cell, a caption above each."""
     widths = [max(max(cell.width for cell in column), 40) for column in zip(*rows, strict=True)]
     heights = [max(cell.height for cell in row) for row in rows]
@@ -107,11 +111,12 @@ def _tiled(rows: list[list[Image.Image]], captions: list[str]) -> Image.Image:
         sum(widths) + _GAP * (len(widths) + 1),
         _CAPTION + sum(heights) + _GAP * (len(heights) + 1),
     )
-    sheet = Image.new("RGB", size, _PAPER)
+    sheet = Image.new("RGBA", size, _NO_PAPER) if transparent else Image.new("RGB", size, _PAPER)
+    ink = _INK_ON_ANY if transparent else _INK
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     lefts = [_GAP + sum(widths[:i]) + _GAP * i for i in range(len(widths))]
     for left, caption in zip(lefts, captions, strict=True):
-        draw.text((left, 3), caption, fill=_INK, font=font)
+        draw.text((left, 3), caption, fill=ink, font=font)
     top = _CAPTION + _GAP
     for row, height in zip(rows, heights, strict=True):
         for left, cell in zip(lefts, row, strict=True):

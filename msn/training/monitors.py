@@ -1,5 +1,6 @@
 """What a run tells while it trains: loss terms, use of prototypes, features, schedules, speed."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor, nn
 
 from msn.data.views import Views
 from msn.method.distributed import num_processes
+from msn.method.flops import flops_per_image
 from msn.training.module import MSNModule
+from msn.training.rate import measure_matrix_rate
 from msn.training.statistics import (
     Bucket,
     StepClock,
@@ -17,6 +20,15 @@ from msn.training.statistics import (
     step_scalars,
     strongest_prototypes,
 )
+
+# What a precision multiplies matrices in.
+_DTYPES = {
+    "32-true": torch.float32,
+    "64-true": torch.float64,
+    "bf16-mixed": torch.bfloat16,
+    "bf16-true": torch.bfloat16,
+    "16-mixed": torch.float16,
+}
 
 
 class Monitors(Callback):
@@ -39,11 +51,13 @@ class Monitors(Callback):
         self._features: Tensor | None = None
         self._hook: torch.utils.hooks.RemovableHandle | None = None
         self._images = 0
+        self._seconds = self._matrix_rate = self._flops = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         assert isinstance(pl_module, MSNModule)
         # The target trunk's class tokens pass here anyway: features without a further pass.
         self._hook = pl_module.network.target.head.register_forward_pre_hook(self._keep_features)
+        self._matrix_rate = matrix_rate(pl_module.device, _DTYPES[trainer.precision])
         self._clock = StepClock(pl_module.device)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
@@ -91,6 +105,8 @@ class Monitors(Callback):
         terms, features = outputs["terms"], self._features
         assert features is not None
         prototypes = module.network.prototypes
+        if not self._flops:
+            self._flops = _flops_per_image(module, batch)
         if self._window is None:
             self._window = Window(prototypes.shape[0], features.shape[1])
         strongest = terms.targets.argmax(dim=-1)
@@ -102,7 +118,14 @@ class Monitors(Callback):
 
     def _speed(self) -> dict[str, float]:
         seconds, waiting = self._clock.read()
-        speed = {"speed/images_per_s": self._images / seconds, "speed/data_wait": waiting}
+        self._seconds += seconds
+        rate = self._images / seconds
+        speed = {
+            "speed/hours": self._seconds / 3600,
+            "speed/images_per_s": rate,
+            "speed/data_wait": waiting,
+            "speed/mfu": rate / num_processes() * self._flops / self._matrix_rate,
+        }
         self._images = 0
         self._clock.restart()
         return speed
@@ -114,6 +137,7 @@ class Monitors(Callback):
         """Sums and window, plain: a run resumed within an interval logs what it would have."""
         window = self._window
         return {
+            "seconds": self._seconds,
             "means": (self._means.names, self._means.sums, self._means.steps),
             "window": None
             if window is None
@@ -122,6 +146,7 @@ class Monitors(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what was added up before the checkpoint."""
+        self._seconds = state_dict["seconds"]
         means = self._means
         means.names, means.sums, means.steps = state_dict["means"]
         if state_dict["window"] is not None:
@@ -135,6 +160,26 @@ def _to_host(figures: dict[str, Tensor]) -> dict[str, float]:
     """All figures in one copy."""
     values = torch.stack([value.float() for value in figures.values()])
     return dict(zip(figures, values.tolist(), strict=True))
+
+
+@cache
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """`measure_matrix_rate`, once a process."""
+    return measure_matrix_rate(device, dtype)
+
+
+def _flops_per_image(module: MSNModule, batch: Views) -> float:
+    method = module.settings["method"]
+    return flops_per_image(
+        model=module.settings["model"],
+        head=method["head"],
+        num_prototypes=method["num_prototypes"],
+        patch_drop=method["patch_drop"],
+        rand_views=batch.rand.shape[0],
+        focal_views=batch.focal.shape[0],
+        rand_size=batch.target.shape[-1],
+        focal_size=batch.focal.shape[-1],
+    ).total
 
 
 def _scheduled(module: MSNModule, step: int) -> dict[str, float]:

@@ -1,53 +1,84 @@
-"""Progress for a person: a bar in a terminal or notebook, a line now and then in a log file."""
+"""Progress for a person: a bar in a terminal or notebook, a line an epoch in a log file."""
 
 import sys
-import time
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
+from msn.training.judge import Judge
 from msn.training.monitors import Monitors
+from msn.training.probe import Probe
 
 _SHOWN = {
     "train/loss": "loss",
     "collapse/prototypes_used": "prototypes used",
     "speed/images_per_s": "images/s",
 }
-SECONDS_BETWEEN_LINES = 5.0
+
+
+class Lines(Callback):
+    """A line at the end of an epoch: figures and verdict."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        if trainer.is_global_zero:
+            shown = "  ".join(f"{name} {value}" for name, value in _figures(trainer).items())
+            print(f"{_epoch(trainer)}  {shown}  | {_verdict(trainer)}", flush=True)
 
 
 class Bar(RichProgressBar):
-    """Rich bar that shows loss, prototypes used and images/s."""
+    """Rich bar in a terminal; the verdict of each epoch stays above it."""
 
     def get_metrics(  # noqa: D102
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        return {**_shown_metrics(trainer)}
-
-
-class Lines(Callback):
-    """A line at the end of an epoch, at most one every few seconds; the last epoch always."""
-
-    def __init__(self) -> None:
-        self._last = 0.0
+        return {**_figures(trainer)}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        epoch = trainer.current_epoch + 1
-        recent = time.monotonic() - self._last < SECONDS_BETWEEN_LINES
-        if not trainer.is_global_zero or (recent and epoch != trainer.max_epochs):
-            return
-        self._last = time.monotonic()
-        shown = "  ".join(f"{name} {value}" for name, value in _shown_metrics(trainer).items())
-        print(f"epoch {epoch}/{trainer.max_epochs}  {shown}", flush=True)
+        super().on_train_epoch_end(trainer, pl_module)
+        if trainer.is_global_zero:  # rich lets what is printed pass above its bar
+            print(f"{_epoch(trainer)}  {_verdict(trainer)}")
+
+
+class NotebookBar(TQDMProgressBar):
+    """tqdm's widget in a notebook; the verdict of each epoch stays above it."""
+
+    def get_metrics(  # noqa: D102
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        return {**_figures(trainer)}
+
+    def on_train_epoch_end(self, trainer: Trainer, *args: Any) -> None:  # noqa: D102
+        super().on_train_epoch_end(trainer, *args)
+        if trainer.is_global_zero:
+            self.print(f"{_epoch(trainer)}  {_verdict(trainer)}")
 
 
 def build_progress() -> Callback:
     """The progress display that fits where the output goes."""
     if "ipykernel" in sys.modules:
-        return TQDMProgressBar()
+        return NotebookBar()
     return Bar(leave=False) if sys.stdout.isatty() else Lines()
 
 
-def _shown_metrics(trainer: Trainer) -> dict[str, str]:
-    latest = next((c.latest for c in trainer.callbacks if isinstance(c, Monitors)), {})  # type: ignore[attr-defined]
+def _epoch(trainer: Trainer) -> str:
+    return f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+
+
+def _figures(trainer: Trainer) -> dict[str, str]:
+    latest = {
+        name: value for part in _parts(trainer, Monitors) for name, value in part.latest.items()
+    }
     return {label: f"{latest[name]:.4g}" for name, label in _SHOWN.items() if name in latest}
+
+
+def _verdict(trainer: Trainer) -> str:
+    lines = [part.latest.line for part in _parts(trainer, Judge) if part.latest is not None]
+    for probe in _parts(trainer, Probe):
+        if probe.latest_epoch == trainer.current_epoch and "probe/knn_top1" in probe.latest:
+            lines.append(f"10-NN {probe.latest['probe/knn_top1']:.1%}")
+    return "; ".join(lines)
+
+
+def _parts(trainer: Trainer, kind: type) -> list[Any]:
+    return [part for part in trainer.callbacks if isinstance(part, kind)]  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ TINY = [
     "trainer.limit_train_batches=2",
     "trainer.accelerator=cpu",
     "protocol.splits=2",
+    "report=false",
 ]
 
 

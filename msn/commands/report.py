@@ -1,0 +1,74 @@
+"""`python -m msn report runs=[RUN,...]`: a run explains itself on one page."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from msn.commands.entry import to_plain
+from msn.commands.eval_lowshot import choose_device
+from msn.errors import UserError
+from msn.reporting.record import CONFIG_FILE, RunRecord, read_record
+from msn.reporting.report import build_report
+from msn.weights.files import write_bytes
+
+REPORT_FILE = "report.html"
+
+
+def run(config: DictConfig) -> None:
+    """Build the page of one run, or of several side by side.
+
+    Raises:
+        UserError: if a setting is wrong or a directory holds no run.
+    """
+    settings = to_plain(config)
+    runs = settings["runs"]
+    paths = [Path(str(path)) for path in (runs if isinstance(runs, list) else [runs])]
+    if not paths:
+        raise UserError("runs=[]: name at least one run directory")
+    images = settings["images"]
+    if isinstance(images, bool) or not isinstance(images, int) or images < 0:
+        raise UserError(f"images={images}: must be a whole number >= 0")
+    out = settings["out"]
+    out = (paths[0] if len(paths) == 1 else Path()) / REPORT_FILE if out is None else Path(str(out))
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise UserError(f"out={out}: name a file in a directory that is there")
+    records = [open_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    write_report(records, out, images=images, device=choose_device(settings["device"]))
+    print(f"report: {out}")
+
+
+def write_report(records: list[RunRecord], out: Path, *, images: int, device: torch.device) -> None:
+    """Build the page and write it.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    write_bytes(out, build_report(records, images=images, device=device).encode())
+
+
+def open_run(path: Path, name: str) -> RunRecord:
+    """Read a run directory.
+
+    Raises:
+        UserError: if it holds no pretraining run.
+    """
+    if not (path / CONFIG_FILE).is_file():
+        raise UserError(f"runs={path}: holds no {CONFIG_FILE}, so it is not a run directory")
+    settings: Any = OmegaConf.to_container(OmegaConf.load(path / CONFIG_FILE), resolve=True)
+    if not {"method", "trainer", "module"} <= set(settings):
+        raise UserError(f"runs={path}: is not a pretraining run (python train.py)")
+    return read_record(path, settings, name)
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """The last part of each path, with its parent where a name alone tells nothing or two clash."""
+    absolute = [path.absolute() for path in paths]
+    names = [p.name if not p.name.isdigit() else f"{p.parent.name}/{p.name}" for p in absolute]
+    if max(Counter(names).values()) > 1:
+        names = [f"{p.parent.name}/{p.name}" for p in absolute]
+    if max(Counter(names).values()) > 1:
+        return [str(path) for path in paths]
+    return names

@@ -1,0 +1,187 @@
+"""Curves of all monitors as plotly figures, one run or several over each other."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from msn.reporting.record import RunRecord
+
+# Told apart by colour-blind readers as well, on light and on dark ground (after Okabe and Ito).
+COLOURS = ("#2f8fd0", "#e0712a", "#12a67c", "#cf7bb0", "#dba117", "#7d8be0", "#8c8c8c")
+_DASHES = ("solid", "dash", "dot", "dashdot")
+FEW_POINTS = 20  # a line; so few are marked one by one
+MOST_POINTS = 1500  # a line; more are averaged in bins, so that years of steps stay a few bytes
+
+Figure = dict[str, Any]
+
+
+class Chart(NamedTuple):
+    """A plotly figure and what it is called and says to those who cannot see it."""
+
+    title: str
+    help: str
+    figure: Figure
+    alt: str
+
+
+class Panel(NamedTuple):
+    """Monitors that share a chart: metric names and their labels, and how to read them."""
+
+    title: str
+    series: dict[str, str]
+    help: str
+    format: str = ".4~g"
+
+
+PANELS = (
+    Panel(
+        "Loss",
+        {
+            "train/loss": "loss",
+            "train/cross_entropy": "cross-entropy",
+            "train/cross_entropy_floor": "its floor",
+        },
+        "Cross-entropy cannot fall below its floor, the targets' own entropy. A flat loss near "
+        "the floor is no failure; floor and loss fall together while targets sharpen.",
+    ),
+    Panel(
+        "Prototypes in use",
+        {"collapse/prototypes_used": "used", "collapse/prototype_perplexity": "perplexity"},
+        "Prototypes that are the strongest of some image, and their effective number. Near 1: "
+        "collapsed.",
+    ),
+    Panel(
+        "Agreement of views",
+        {"collapse/agreement_rand": "rand anchors", "collapse/agreement_focal": "focal anchors"},
+        "Anchors whose strongest prototype is that of their target. It should rise; near 100 % "
+        "from the start the views are too alike.",
+        ".0%",
+    ),
+    Panel(
+        "Confidence and spread",
+        {
+            "collapse/target_max_prob": "largest target probability",
+            "collapse/mean_prediction_entropy": "entropy of the mean prediction / log K",
+        },
+        "Targets should be confident, while all prototypes together stay evenly used (entropy "
+        "near 1).",
+        ".2~f",
+    ),
+    Panel(
+        "Probe: 10-NN on held-out images",
+        {"probe/knn_top1": "10-NN top-1"},
+        "Nearest-neighbour accuracy of the frozen target features. No label is trained on.",
+        ".1%",
+    ),
+    Panel(
+        "Probe: alignment and uniformity",
+        {"probe/alignment": "alignment", "probe/uniformity": "uniformity"},
+        "Distance of two views of an image, and evenness of features on the sphere; smaller is "
+        "better in both.",
+    ),
+    Panel(
+        "Effective rank of features",
+        {"features/rankme": "RankMe, training", "probe/rankme": "RankMe, probe"},
+        "Directions that the features use. Near 1: collapsed.",
+    ),
+    Panel(
+        "Spread of features",
+        {"features/std": "standard deviation per dimension"},
+        "Of unit-length features, times the root of their width: 1 where they cover all "
+        "directions, 0 where all images look alike.",
+    ),
+    Panel(
+        "me-max and entropy",
+        {"train/me_max": "me-max", "train/entropy": "entropy of single predictions"},
+        "me-max is the distance of the mean prediction from the prior, in nats; 0 is none.",
+    ),
+    Panel("Gradient norm", {"train/grad_norm": "encoder, before clipping"}, "Spikes are clipped."),
+    Panel("Learning rate", {"schedule/lr": "lr"}, "Warm-up, then a cosine.", ".3~g"),
+    Panel(
+        "Weight decay and momentum",
+        {
+            "schedule/weight_decay": "weight decay",
+            "schedule/momentum": "momentum of the target",
+            "schedule/sharpen_temperature": "sharpening temperature",
+        },
+        "As scheduled.",
+    ),
+    Panel("Speed", {"speed/images_per_s": "images/s"}, "Over all processes.", ".4~s"),
+    Panel(
+        "Where the time goes",
+        {"speed/data_wait": "waiting for data", "speed/mfu": "matrix rate used (MFU)"},
+        "Waiting above a half: the run is bound by its data, not by the device. MFU is measured "
+        "against this device's own rate in matrix products.",
+        ".0%",
+    ),
+)
+
+
+def curve_charts(records: Sequence[RunRecord]) -> list[Chart]:
+    """A chart a panel that has figures in any of the runs."""
+    found = [_chart(panel, records) for panel in PANELS]
+    return [chart for chart in found if chart is not None]
+
+
+def unlisted(record: RunRecord) -> set[str]:
+    """Metrics of a run that no panel shows."""
+    shown = {name for panel in PANELS for name in panel.series}
+    return {name for row in record.metrics for name in row} - shown - {"step", "epoch"}
+
+
+def _chart(panel: Panel, records: Sequence[RunRecord]) -> Chart | None:
+    traces, told, several = [], [], len(records) > 1
+    for r, record in enumerate(records):
+        for s, (name, label) in enumerate(panel.series.items()):
+            steps, values = record.series(name)
+            if not values:
+                continue
+            x, y = thin(_epochs(record, steps), values)
+            title = f"{record.name}: {label}" if several else label
+            colour, dash = (r, s) if several else (s, 0)
+            traces.append(
+                {
+                    "type": "scatter",
+                    "mode": "lines" if len(x) > FEW_POINTS else "lines+markers",
+                    "name": title,
+                    "x": x,
+                    "y": y,
+                    "line": {
+                        "color": COLOURS[colour % len(COLOURS)],
+                        "dash": _DASHES[dash % len(_DASHES)],
+                        "width": 2,
+                    },
+                    "marker": {"color": COLOURS[colour % len(COLOURS)]},
+                }
+            )
+            told.append(f"{title} from {y[0]:.3g} to {y[-1]:.3g}")
+    if not traces:
+        return None
+    in_epochs = all("steps_per_epoch" in record.facts for record in records)
+    layout = {
+        # Named where one points, so that legends have the room below.
+        "xaxis": {"unifiedhovertitle": {"text": f"{'epoch' if in_epochs else 'step'} %{{x}}"}},
+        "yaxis": {"tickformat": panel.format, "hoverformat": panel.format},
+        "showlegend": len(traces) > 1,
+    }
+    alt = f"Line chart over training: {'; '.join(told)}."
+    return Chart(panel.title, panel.help, {"data": traces, "layout": layout}, alt)
+
+
+def _epochs(record: RunRecord, steps: Sequence[float]) -> list[float]:
+    """Steps as epochs, where the run kept how many steps an epoch has."""
+    steps_per_epoch = record.facts.get("steps_per_epoch")
+    if not steps_per_epoch:
+        return list(steps)
+    return [round(step / steps_per_epoch, 3) for step in steps]
+
+
+def thin(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
+    """At most `MOST_POINTS` points: means of equal runs of neighbours; four digits."""
+    size = math.ceil(len(x) / MOST_POINTS)
+    bins = [slice(start, start + size) for start in range(0, len(x), size)]
+    return [x[b][-1] for b in bins], [_short(sum(y[b]) / len(y[b])) for b in bins]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")

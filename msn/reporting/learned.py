@@ -1,0 +1,167 @@
+"""The network and the images of a run, and what the one makes of the others, for the pictures."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from msn.data.decode import BadImageError
+from msn.data.pools import build_pools
+from msn.errors import UserError
+from msn.evaluation.features import forward_feature
+from msn.method.network import ProjectionHead
+from msn.method.vit import Block, VisionTransformer
+from msn.schema import take
+from msn.weights import Weights, build_trunk, read_weights
+from msn.weights.preprocessing import image_transform, short_side
+from msn.weights.weights import IMAGENET_MEAN, IMAGENET_STD
+
+_BATCH = 64
+
+
+class Learned(NamedTuple):
+    """A trained network and some of the images that it was trained on."""
+
+    trunk: VisionTransformer
+    settings: Mapping[str, Any]
+    images: list[Image.Image]
+    """As the network sees them: the evaluation's crop, RGB."""
+    names: list[str]
+    labels: np.ndarray | None
+    """Class numbers, [n]."""
+    classes: list[str]
+    features: Tensor
+    """Class tokens before the final norm (paper A.2), [n, D]."""
+    assignments: Tensor | None
+    """Cosines to the prototypes, [n, K]; None where no checkpoint holds the head."""
+
+    def attention(self, chosen: list[int]) -> Tensor:
+        """Attention of the class token in the last block, [n, heads, rows, columns]."""
+        with torch.no_grad():
+            pixels = _as_input([self.images[i] for i in chosen], self.trunk)
+            return class_attention(self.trunk, pixels)
+
+
+def look(
+    directory: Path, settings: Mapping[str, Any], *, most: int, device: torch.device
+) -> Learned:
+    """Open network and images of a run, and project the images.
+
+    Args:
+        directory: of the run.
+        settings: its resolved configuration.
+        most: training images to look at.
+        device: that computes.
+
+    Raises:
+        UserError: if there are no weights, or the images are not where they were.
+    """
+    weights = _newest_weights(directory, settings)
+    trunk = build_trunk(weights).float().to(device)
+    pool = build_pools(**take("data", settings["data"], build_pools)).train
+    crop = _crop(trunk.img_size)
+    chosen = np.linspace(0, len(pool) - 1, min(most, len(pool))).round().astype(np.int64)
+    kept, images = [], []
+    for i in chosen.tolist():
+        try:
+            images.append(crop(pool.source.rgb(int(pool.positions[i]))))
+        except BadImageError:  # the run has reported it, and a picture can do without
+            continue
+        kept.append(i)
+    if not images:
+        raise UserError(f"{pool.source.where}: no image can be read")
+    features, assignments = _project(trunk, weights, images, device)
+    return Learned(
+        trunk,
+        settings,
+        images,
+        [pool.name(i) for i in kept],
+        None if pool.labels is None else pool.labels[kept],
+        pool.source.classes,
+        features,
+        assignments,
+    )
+
+
+def class_attention(trunk: VisionTransformer, pixels: Tensor) -> Tensor:
+    """How the class token of the last block weighs the patches.
+
+    Args:
+        trunk: in eval mode.
+        pixels: normalised images, [B, 3, S, S].
+
+    Returns:
+        [B, heads, rows, columns]; of each head, sums to 1 less the class token's own weight.
+    """
+    block = trunk.blocks[-1]
+    assert isinstance(block, Block)
+    several = trunk.depth > 1
+    tokens = trunk.forward_intermediates(pixels, 2)[0] if several else trunk.embed(pixels, None)
+    packed = block.attn.qkv(block.norm1(tokens))  # [B, L, 3D]
+    heads = packed.unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    query, key = heads[0][:, :, :1], heads[1]  # [B, heads, 1 or L, d]
+    weights = (query @ key.mT * query.shape[-1] ** -0.5).softmax(dim=-1)[:, :, 0, 1:]
+    rows = pixels.shape[-2] // trunk.patch_size
+    return weights.unflatten(-1, (rows, -1))
+
+
+def _newest_weights(directory: Path, settings: Mapping[str, Any]) -> Weights:
+    """A checkpoint, which holds head and prototypes; else the backbone alone."""
+    found = list((directory / "checkpoints").glob("*.ckpt"))
+    newest = max(found, key=lambda file: file.stat().st_mtime_ns) if found else directory
+    return read_weights(newest, num_heads=settings["model"]["num_heads"])
+
+
+def _crop(size: int) -> Callable[[Image.Image], Image.Image]:
+    """Short side, then centre crop: what evaluation does, up to the resampling of tensors."""
+
+    def crop(image: Image.Image) -> Image.Image:
+        image = image.convert("RGB")
+        scale = short_side(size) / min(image.size)
+        width, height = (max(size, round(length * scale)) for length in image.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        resized = image.resize((width, height), Image.Resampling.BILINEAR)
+        return resized.crop((left, top, left + size, top + size))
+
+    return crop
+
+
+def _as_input(images: list[Image.Image], trunk: VisionTransformer) -> Tensor:
+    transform = image_transform(trunk.img_size, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    # Images are cropped already: below 64 px the transform takes them whole, above it must not cut.
+    rows = [transform.transforms[-1](transform.transforms[-2](image)) for image in images]  # type: ignore[attr-defined]
+    return torch.stack(rows).to(trunk.cls_token.device)
+
+
+@torch.no_grad()
+def _project(
+    trunk: VisionTransformer, weights: Weights, images: list[Image.Image], device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    features, tokens = [], []
+    for start in range(0, len(images), _BATCH):
+        pixels = _as_input(images[start : start + _BATCH], trunk)
+        features.append(forward_feature(trunk, pixels, "class_token").cpu())
+        tokens.append(trunk.norm(features[-1].to(device)))
+    if weights.head is None or weights.prototypes is None:
+        return torch.cat(features), None
+    head = _build_head(trunk.embed_dim, weights.head).to(device)
+    projections = F.normalize(head(torch.cat(tokens)), dim=1)
+    prototypes = F.normalize(weights.prototypes.float().to(device), dim=1)
+    return torch.cat(features), (projections @ prototypes.T).cpu()
+
+
+def _build_head(embed_dim: int, state: Mapping[str, Tensor]) -> ProjectionHead:
+    hidden_dim, output_dim = state["fc1.weight"].shape[0], state["fc3.weight"].shape[0]
+    head = ProjectionHead(
+        embed_dim,
+        hidden_dim=hidden_dim,
+        output_dim=output_dim,
+        use_batch_norm="bn1.weight" in state,
+    )
+    head.load_state_dict(state)
+    return head.eval().float()

@@ -1,0 +1,260 @@
+"""Pictures of what a run has learnt, as pieces of a page: views, prototypes, attention, a map."""
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from msn.data.dataset import TrainingSet
+from msn.data.device_views import make_batched_views
+from msn.data.pools import build_pools
+from msn.data.sampler import BatchKey
+from msn.data.views import ViewSettings
+from msn.method.masking import PatchDrop
+from msn.reporting.curves import COLOURS, Chart
+from msn.reporting.learned import Learned
+from msn.reporting.lowshot import BELOW_TITLE
+from msn.reporting.views_sheet import views_sheet
+from msn.schema import take
+
+MOST_PROTOTYPES, NEAREST = 24, 8
+VIEWED, ATTENDED, MOST_HEADS = 5, 8, 6
+MOST_COLOURS = len(COLOURS) - 1
+_THUMBNAIL, _ATTENTION_SIDE, _GAP = 64, 96, 4
+_HEAT = np.array([224.0, 113.0, 42.0])
+
+
+class Picture(NamedTuple):
+    """An image in a page."""
+
+    caption: str
+    alt: str
+    data: str
+    """A data URI."""
+    width: int
+    height: int
+
+
+class Gallery(NamedTuple):
+    """Pictures under one title."""
+
+    title: str
+    help: str
+    pictures: list[Picture]
+
+
+def galleries(learned: Learned) -> list[Gallery]:
+    """All galleries that can be made of a run."""
+    found = [_views(learned)]
+    if learned.assignments is not None:
+        found.append(_prototypes(learned, learned.assignments))
+    return [*found, _attention(learned)]
+
+
+def feature_map(learned: Learned) -> Chart:
+    """Features in the plane of their two largest principal components, a point an image."""
+    unit = F.normalize(learned.features, dim=1).double()
+    centred = unit - unit.mean(dim=0)
+    left, values, _ = torch.linalg.svd(centred, full_matrices=False)
+    places = left[:, :2] * values[:2]
+    if places.shape[1] < 2:
+        places = F.pad(places, (0, 2 - places.shape[1]))
+    shares = (values.square() / values.square().sum().clamp_min(1e-30)).tolist()[:2]
+    traces = []
+    for g, (name, rows) in enumerate(_groups(learned)):
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": name,
+                "x": [round(v, 4) for v in places[rows, 0].tolist()],
+                "y": [round(v, 4) for v in places[rows, 1].tolist()],
+                "text": [_title_of(learned, i) for i in rows],
+                "hovertemplate": "%{text}<extra></extra>",
+                "marker": {
+                    "size": 7,
+                    "color": COLOURS[g % len(COLOURS)],
+                    "symbol": ["circle", "diamond", "square", "x"][g // len(COLOURS) % 4],
+                    "opacity": 0.8,
+                },
+            }
+        )
+    told = " and ".join(f"{share:.0%}" for share in shares)
+    axes = [{"title": {"text": f"component {k + 1}"}, "zeroline": False} for k in range(2)]
+    by = "class" if learned.labels is not None else "strongest prototype"
+    return Chart(
+        "Map of features",
+        f"Unit-length target features of {len(learned.images):,} training images on their two "
+        f"largest principal components ({told} of the variance), coloured by {by}.",
+        {
+            "data": traces,
+            "layout": {
+                "xaxis": axes[0],
+                "yaxis": axes[1],
+                "hovermode": "closest",
+                "showlegend": True,
+                "legend": BELOW_TITLE,
+            },
+        },
+        f"Scatter plot of the features of {len(learned.images)} images, coloured by {by}: "
+        + ", ".join(f"{trace['name']} {len(trace['x'])}" for trace in traces),
+    )
+
+
+def _views(learned: Learned) -> Gallery:
+    """What target and anchors saw of a few images in the first step."""
+    settings = learned.settings
+    views = ViewSettings(**settings["data"]["views"])
+    pools = build_pools(**take("data", settings["data"], build_pools))
+    chosen = np.linspace(0, len(pools.train) - 1, VIEWED).round().astype(np.int64)
+    images = TrainingSet(pools.train, views, seed=settings["seed"], reduce=False)
+    batch = images[BatchKey(0, 0, chosen)]
+    made = make_batched_views(batch, views, dtype=torch.float32)
+    kept = PatchDrop(**take("method", settings["method"], PatchDrop)).draw(
+        (views.rand_size // views.patch_size) ** 2,
+        rand_views=views.rand_views,
+        images=range(VIEWED),
+        global_batch_size=VIEWED,
+        key=settings["seed"],
+    )
+    originals = [Image.fromarray(batch.image(i).numpy()) for i in range(VIEWED)]
+    sheet = views_sheet(
+        made, kept, patch_size=views.patch_size, originals=originals, transparent=True
+    )
+    drop = settings["method"]["patch_drop"]
+    told = (
+        f"{VIEWED} training images with their target view, {views.rand_views} rand and "
+        f"{views.focal_views} focal anchors; {drop:.0%} of the patches of rand anchors are dropped"
+    )
+    return Gallery(
+        "Views and dropped patches",
+        "A row an image. Anchors must find the target's assignment from what is left to them; "
+        "dropped patches are grey.",
+        [_picture(sheet, told, f"Contact sheet: {told}.")],
+    )
+
+
+def _prototypes(learned: Learned, assignments: Tensor) -> Gallery:
+    """Of each prototype in use, the images nearest to it."""
+    strongest = assignments.argmax(dim=1)
+    counts = torch.bincount(strongest, minlength=assignments.shape[1])
+    used = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
+    pictures = []
+    for prototype in used[:MOST_PROTOTYPES].tolist():
+        nearest = assignments[:, prototype].argsort(descending=True)[:NEAREST].tolist()
+        share = int(counts[prototype]) / len(strongest)
+        caption = f"prototype {prototype}: {share:.1%} of images"
+        pictures.append(
+            _picture(
+                _strip([_sized(learned.images[i], _THUMBNAIL) for i in nearest]),
+                caption,
+                f"The {len(nearest)} images nearest to {caption}{_class_mix(learned, nearest)}.",
+            )
+        )
+    return Gallery(
+        "Images nearest to prototypes",
+        f"{len(used):,} of {assignments.shape[1]:,} prototypes are the strongest of at least one "
+        f"of {len(strongest):,} training images; the {len(pictures)} most used, each with its "
+        "nearest images. A prototype that means something shows images that belong together.",
+        pictures,
+    )
+
+
+def _attention(learned: Learned) -> Gallery:
+    """Where the class token of the last block looks."""
+    count = len(learned.images)
+    chosen = sorted({round(i) for i in np.linspace(0, count - 1, min(ATTENDED, count))})
+    weights = learned.attention(chosen).cpu().numpy()
+    heads = weights.shape[1]
+    pictures = []
+    for i, maps in zip(chosen, weights, strict=True):
+        image = learned.images[i]
+        cells = [_sized(image, _ATTENTION_SIDE)]
+        shown = [maps.mean(axis=0), *maps[:MOST_HEADS]]
+        cells += [_sized(_heated(image, weight), _ATTENTION_SIDE) for weight in shown]
+        pictures.append(
+            _picture(
+                _strip(cells),
+                _title_of(learned, i),
+                f"Image {_title_of(learned, i)}, the mean attention of its class token over "
+                f"{heads} heads, and that of {len(shown) - 1} single heads.",
+            )
+        )
+    return Gallery(
+        "Attention of the class token, last block",
+        f"From left: the image, the mean over {heads} heads, then single heads. Orange is where "
+        "the class token looks.",
+        pictures,
+    )
+
+
+def _heated(image: Image.Image, weights: np.ndarray) -> Image.Image:
+    """The image in grey under orange, the more so the larger the weight of a patch."""
+    grey = np.asarray(image.convert("L").convert("RGB"), np.float64)
+    heat = Image.fromarray((weights / max(weights.max(), 1e-12)).astype(np.float32))
+    how = Image.Resampling.NEAREST if image.width <= _ATTENTION_SIDE else Image.Resampling.BICUBIC
+    share = np.asarray(heat.resize(image.size, how)).clip(0, 1)[..., None] * 0.85
+    return Image.fromarray((grey * (1 - share) + _HEAT * share).round().astype(np.uint8))
+
+
+def _groups(learned: Learned) -> list[tuple[str, list[int]]]:
+    """Images by class, else by their strongest prototype; the largest groups, then the rest."""
+    if learned.labels is not None:
+        numbers, names = learned.labels, learned.classes
+    elif learned.assignments is not None:
+        numbers = learned.assignments.argmax(dim=1).numpy()
+        names = [f"prototype {k}" for k in range(learned.assignments.shape[1])]
+    else:
+        return [("images", list(range(len(learned.images))))]
+    counts = np.bincount(numbers, minlength=len(names))
+    order = [int(k) for k in np.argsort(-counts, kind="stable") if counts[k]]
+    most = len(order) if len(order) <= 2 * len(COLOURS) else MOST_COLOURS
+    first = sorted(order[:most])
+    groups = [(names[k], np.flatnonzero(numbers == k).tolist()) for k in first]
+    rest = np.flatnonzero(~np.isin(numbers, first)).tolist()
+    return [*groups, ("others", rest)] if rest else groups
+
+
+def _title_of(learned: Learned, i: int) -> str:
+    name = learned.names[i]
+    if learned.labels is None:
+        return name
+    return f"{name} ({learned.classes[int(learned.labels[i])]})"
+
+
+def _class_mix(learned: Learned, chosen: Sequence[int]) -> str:
+    if learned.labels is None:
+        return ""
+    numbers, counts = np.unique(learned.labels[list(chosen)], return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    told = ", ".join(f"{counts[k]} of {learned.classes[int(numbers[k])]}" for k in order)
+    return f" ({told})"
+
+
+def _sized(image: Image.Image, side: int) -> Image.Image:
+    how = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
+    return image.resize((side, side), how)
+
+
+def _strip(cells: Sequence[Image.Image]) -> Image.Image:
+    """Side by side on transparent ground."""
+    width = sum(cell.width for cell in cells) + _GAP * (len(cells) - 1)
+    strip = Image.new("RGBA", (width, max(cell.height for cell in cells)), (0, 0, 0, 0))
+    left = 0
+    for cell in cells:
+        strip.paste(cell, (left, 0))
+        left += cell.width + _GAP
+    return strip
+
+
+def _picture(image: Image.Image, caption: str, alt: str) -> Picture:
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=85, method=4)
+    data = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return Picture(caption, alt, data, image.width, image.height)

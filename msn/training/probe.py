@@ -1,0 +1,167 @@
+"""Probe of the target's features while they are trained; nothing is learnt from it."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from msn.data.datamodule import MSNDataModule
+from msn.data.dataset import LabelledImages, TrainingSet
+from msn.data.sampler import BatchKey
+from msn.data.views import IMAGENET_MEAN, IMAGENET_STD
+from msn.errors import UserError
+from msn.evaluation.features import forward_feature
+from msn.evaluation.knn import knn_predictions
+from msn.method.geometry import alignment, rankme, uniformity
+from msn.method.vit import VisionTransformer
+from msn.training.module import MSNModule
+from msn.weights.preprocessing import image_transform
+
+NEIGHBOURS = 10
+PAIRS = 128  # training images of which two views are compared
+_BATCH = 256
+_NORMALISATION = (IMAGENET_MEAN, IMAGENET_STD)
+
+
+class Probe(Callback):
+    """Each n epochs: 10-NN on held-out labels where there are labels; else measures without labels.
+
+    Names: `probe/knn_top1` (a fraction); or `probe/rankme`, `probe/alignment` (mean squared
+    distance of two views of an image, 0 to 4) and `probe/uniformity` (log of the mean Gaussian
+    potential, -8 to 0; both of arXiv 2005.10242, on unit-length features). The images are the same
+    each time and stay on the device.
+
+    Args:
+        every_n_epochs: >= 1, and the last epoch; None never probes.
+        references: labelled training images that vote, at most.
+        held_out: held-out images that are classified, at most.
+
+    Attributes:
+        latest: what was logged last.
+        latest_epoch: in which epoch, 0-based; -1 before the first time.
+
+    Raises:
+        UserError: if a number is out of its range.
+    """
+
+    def __init__(self, *, every_n_epochs: int | None, references: int, held_out: int) -> None:
+        for name, value in {
+            "every_n_epochs": 1 if every_n_epochs is None else every_n_epochs,
+            "references": references,
+            "held_out": held_out,
+        }.items():
+            if value < 1:
+                raise UserError(f"callbacks.probe.{name} must be >= 1, got {value}")
+        self.every_n_epochs = every_n_epochs
+        self.references, self.held_out = references, held_out
+        self.latest: dict[str, float] = {}
+        self.latest_epoch = -1
+        self._images: _Labelled | _Pairs | None = None
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        epoch = trainer.current_epoch + 1
+        if self.every_n_epochs is None:
+            return
+        if epoch % self.every_n_epochs and epoch != trainer.max_epochs:
+            return
+        assert isinstance(pl_module, MSNModule)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if self._images is None:
+            self._images = self._choose(data, pl_module)
+        # All processes probe alike: a sharded trunk needs every one of them.
+        # Eager: other shapes than those of a step would make compiled blocks compile again.
+        with (
+            torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),
+            trainer.precision_plugin.forward_context(),
+        ):
+            self.latest = self._images.figures(pl_module.network.target.trunk)
+        self.latest_epoch = trainer.current_epoch
+        for logger in trainer.loggers:
+            logger.log_metrics({"epoch": epoch - 1, **self.latest}, step=trainer.global_step)
+
+    def _choose(self, data: MSNDataModule, module: MSNModule) -> "_Labelled | _Pairs":
+        labelled = data.labelled_sets()
+        if labelled is None:
+            return _draw_pairs(data, module.device)
+        size = module.network.target.trunk.img_size
+        references, held_out = (
+            _draw(images, most, size, module.device)
+            for images, most in zip(labelled, (self.references, self.held_out), strict=True)
+        )
+        return _Labelled(references, held_out, len(labelled[0].classes))
+
+
+class _Images(NamedTuple):
+    pixels: Tensor
+    """Bytes, [n, 3, S, S]."""
+    labels: Tensor
+    """[n]."""
+
+
+class _Labelled(NamedTuple):
+    references: _Images
+    held_out: _Images
+    num_classes: int
+
+    def figures(self, trunk: VisionTransformer) -> dict[str, float]:
+        voters, held_out = (
+            _features(trunk, images.pixels) for images in (self.references, self.held_out)
+        )
+        predicted = knn_predictions(
+            voters,
+            self.references.labels,
+            held_out,
+            neighbours=[min(NEIGHBOURS, len(voters))],
+            temperature=None,
+            num_classes=self.num_classes,
+        )
+        top1 = (predicted[0] == self.held_out.labels).double().mean()
+        return {"probe/knn_top1": float(top1), "probe/rankme": rankme(held_out.cpu())}
+
+
+class _Pairs(NamedTuple):
+    first: Tensor
+    """A view of each image, normalised, [n, 3, S, S]."""
+    second: Tensor
+    """Another one of the same images."""
+
+    def figures(self, trunk: VisionTransformer) -> dict[str, float]:
+        first, second = (_features(trunk, views) for views in self)
+        return {
+            "probe/rankme": rankme(first.cpu()),
+            "probe/alignment": float(alignment(first, second)),
+            "probe/uniformity": float(uniformity(first)),
+        }
+
+
+def _draw(images: LabelledImages, most: int, size: int, device: torch.device) -> _Images:
+    """Some images, evenly drawn from the list, which is in order of classes or of no order."""
+    chosen = np.linspace(0, len(images) - 1, min(most, len(images))).round().astype(np.int64)
+    as_pixels = image_transform(size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    rows = [(as_pixels(images[int(i)]) * 255).round().to(torch.uint8) for i in chosen]
+    return _Images(torch.stack(rows).to(device), images.labels[chosen].to(device))
+
+
+def _draw_pairs(data: MSNDataModule, device: torch.device) -> _Pairs:
+    """Target view and an anchor view (whole) of some training images."""
+    images = TrainingSet(
+        data.pools.train, data.settings, seed=data.seed, reduce=not data.use_reference
+    )
+    chosen = np.linspace(0, len(images) - 1, min(PAIRS, len(images))).round().astype(np.int64)
+    batch = data.transfer_batch_to_device(images[BatchKey(0, 0, chosen)], device, 0)
+    views = data.make_views(batch)
+    return _Pairs(views.target, (views.rand if len(views.rand) else views.focal)[0])
+
+
+def _features(trunk: VisionTransformer, images: Tensor) -> Tensor:
+    """Class tokens before the final norm (paper A.2), float32 [n, D]."""
+    rows = []
+    for part in images.split(_BATCH):
+        if part.dtype == torch.uint8:
+            mean, std = (part.new_tensor(v, dtype=torch.float32) for v in _NORMALISATION)
+            part = (part / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+        rows.append(forward_feature(trunk, part.to(trunk.cls_token.dtype), "class_token").float())
+    return torch.cat(rows)

@@ -1,0 +1,224 @@
+"""Is it learning? Rules with stated thresholds that turn monitors into one line.
+
+Pure functions on rows of `msn.training.monitors`; docs/monitoring.md says where each threshold
+comes from. Legend: K prototypes.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+Row = Mapping[str, float]
+
+# No verdict on collapse, uniformity or likeness before that many steps and epochs, nor before a
+# tenth of the warm-up: every run starts with few effective directions.
+PATIENCE_STEPS, PATIENCE_EPOCHS, PATIENCE_WARMUP = 60, 2, 0.1
+# After that, a cross-entropy of log K or more is worse than predictions that know nothing.
+DIVERGED = 1.0
+# Effective number of prototypes that targets use, as a share of what the prior would use.
+COLLAPSED_PERPLEXITY = 0.1
+# Spread of unit-length features, 1 where they cover all directions: these point all one way.
+COLLAPSED_SPREAD = 0.02
+# Mean entropy of targets as a share of log K.
+UNIFORM_ENTROPY = 0.95
+# Agreement of every kind of anchor view with its target: at any time, or in the first epoch that is
+# judged, when a network that started from scratch knows little yet.
+TOO_ALIKE, TOO_ALIKE_AT_FIRST = 0.97, 0.5
+# Cross-entropy above the targets' own entropy, as a share of log K.
+AT_FLOOR = 0.02
+# Share of the time that steps wait for data.
+DATA_BOUND = 0.5
+
+
+class Facts(NamedTuple):
+    """What the rules know of the run."""
+
+    num_prototypes: int
+    """K."""
+    prior_perplexity: float
+    """exp(entropy) of the prior over prototypes: K for MSN's uniform one."""
+    width: int
+    """Of the features."""
+    warmup_epochs: float
+    use_sinkhorn: bool
+    me_max_weight: float
+    lr: float
+    """Peak."""
+    from_scratch: bool
+    """Whether training started from random weights."""
+
+
+class Verdict(NamedTuple):
+    """What a row of monitors means."""
+
+    kind: str
+    """One of `KINDS`."""
+    line: str
+    """For a person: what is seen, and what to do about it."""
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether the run will not learn as it is set."""
+        return self.kind in FAILURES
+
+
+FAILURES = ("diverged", "collapsed", "features collapsed", "uniform")
+KINDS = (*FAILURES, "views too alike", "warming up", "loss at its floor", "learning")
+
+
+def judge(
+    rows: Sequence[Row], facts: Facts, *, epoch: int, step: int, first_agreement: float | None
+) -> Verdict:
+    """Judge an epoch.
+
+    Args:
+        rows: monitors of the epoch, oldest first, at least one.
+        facts: of the run.
+        epoch: finished epochs, this one among them.
+        step: optimiser steps taken.
+        first_agreement: `agreement` of the first epoch that was judged; None if it is this one.
+    """
+    row = mean_row(rows)
+    if not _is_finite(rows):
+        verdict = Verdict(
+            "diverged", f"diverged: loss or gradient is not a finite number; {_slower(facts)}"
+        )
+    elif is_patient(facts, epoch, step):
+        verdict = Verdict("warming up", "warming up: too early to tell")
+    else:
+        first = agreement(row) if first_agreement is None else first_agreement
+        verdict = (
+            _collapsed(row, facts)
+            or _diverged(row, facts)
+            or _uniform(row, facts)
+            or _too_alike(row, facts, first)
+            or _at_floor(row, facts)
+            or _learning(row, facts)
+        )
+    return verdict._replace(line=verdict.line + _data_bound(row))
+
+
+def is_patient(facts: Facts, epoch: int, step: int) -> bool:
+    """Whether it is too early for any verdict but that the run diverged."""
+    epochs = max(PATIENCE_EPOCHS, PATIENCE_WARMUP * facts.warmup_epochs)
+    return epoch < epochs or step < PATIENCE_STEPS
+
+
+def mean_row(rows: Sequence[Row]) -> dict[str, float]:
+    """Mean of each figure over the rows that have it."""
+    names = {name for row in rows for name in row}
+    values = {name: [row[name] for row in rows if name in row] for name in names}
+    return {name: sum(found) / len(found) for name, found in values.items()}
+
+
+def agreement(row: Row) -> float:
+    """Share of anchors with their target's strongest prototype, of the kind that agrees less."""
+    return min(row[f"collapse/agreement_{kind}"] for kind in _anchor_kinds(row))
+
+
+def _is_finite(rows: Sequence[Row]) -> bool:
+    names = ("train/loss", "train/grad_norm")
+    return all(math.isfinite(row[name]) for row in rows for name in names if name in row)
+
+
+def _slower(facts: Facts) -> str:
+    return f"lower method.lr (now {facts.lr:g}) or lengthen method.warmup_epochs"
+
+
+def _diverged(row: Row, facts: Facts) -> Verdict | None:
+    uniform, found = math.log(facts.num_prototypes), row["train/cross_entropy"]
+    if found < DIVERGED * uniform:
+        return None
+    return Verdict(
+        "diverged",
+        f"diverged: cross-entropy {found:.3f} is not below log K = {uniform:.3f}, that of "
+        f"predictions that know nothing; {_slower(facts)}",
+    )
+
+
+def _collapsed(row: Row, facts: Facts) -> Verdict | None:
+    if row["collapse/prototype_perplexity"] < COLLAPSED_PERPLEXITY * facts.prior_perplexity:
+        used = max(1, round(row["collapse/prototype_perplexity"]))
+        remedies = [f"raise method.me_max_weight (now {facts.me_max_weight:g})"]
+        remedies += [] if facts.use_sinkhorn else ["set method.use_sinkhorn=true"]
+        return Verdict(
+            "collapsed",
+            f"collapsed to {used:,} of {facts.num_prototypes:,} prototypes: "
+            + " or ".join(remedies),
+        )
+    if row["features/std"] < COLLAPSED_SPREAD:
+        return Verdict(
+            "features collapsed",
+            "features collapsed: all images look alike (effective rank "
+            f"{row['features/rankme']:.1f} of {facts.width}): lower method.lr (now {facts.lr:g}), "
+            "slow the target (raise method.momentum), or let data.views differ less",
+        )
+    return None
+
+
+def _uniform(row: Row, facts: Facts) -> Verdict | None:
+    share = row["train/cross_entropy_floor"] / math.log(facts.num_prototypes)
+    if share <= UNIFORM_ENTROPY:
+        return None
+    return Verdict(
+        "uniform",
+        f"uniform assignments: targets carry {share:.0%} of the greatest entropy, so there is "
+        "nothing to match; sharpen the targets (lower method.temperature or "
+        "method.sharpen_temperature)",
+    )
+
+
+def _too_alike(row: Row, facts: Facts, first: float) -> Verdict | None:
+    remedy = "widen data.views (crop scales, colour) or raise method.patch_drop"
+    now = agreement(row)
+    if now >= TOO_ALIKE:
+        return Verdict(
+            "views too alike",
+            f"views too alike: anchors match their targets in {now:.0%} of cases, so that nothing "
+            f"is left to learn; {remedy}",
+        )
+    if facts.from_scratch and first >= TOO_ALIKE_AT_FIRST:
+        return Verdict(
+            "views too alike",
+            f"views too alike: anchors matched their targets in {first:.0%} of cases when little "
+            f"was learnt yet (now {now:.0%}), so that matching teaches little; {remedy}",
+        )
+    return None
+
+
+def _at_floor(row: Row, facts: Facts) -> Verdict | None:
+    floor = row["train/cross_entropy_floor"]
+    above = row["train/cross_entropy"] - floor
+    if above > AT_FLOOR * math.log(facts.num_prototypes):
+        return None
+    return Verdict(
+        "loss at its floor",
+        f"loss at its floor: cross-entropy is {above:.2f} above the targets' own entropy "
+        f"{floor:.2f}, which it cannot pass; watch probe and rank instead. {_figures(row, facts)}",
+    )
+
+
+def _learning(row: Row, facts: Facts) -> Verdict:
+    return Verdict("learning", f"learning: {_figures(row, facts)}")
+
+
+def _figures(row: Row, facts: Facts) -> str:
+    agreeing = " / ".join(
+        f"{row[f'collapse/agreement_{kind}']:.0%} ({kind})" for kind in _anchor_kinds(row)
+    )
+    return (
+        f"views agree {agreeing}, {row['collapse/prototypes_used']:.0f} of "
+        f"{facts.num_prototypes:,} prototypes used, effective rank "
+        f"{row['features/rankme']:.1f} of {facts.width}"
+    )
+
+
+def _data_bound(row: Row) -> str:
+    wait = row.get("speed/data_wait", 0.0)
+    if wait < DATA_BOUND:
+        return ""
+    return f"; data-bound: {wait:.0%} waiting (raise data.num_workers or make shards)"
+
+
+def _anchor_kinds(row: Row) -> list[str]:
+    return [kind for kind in ("rand", "focal") if f"collapse/agreement_{kind}" in row]
