@@ -8,7 +8,7 @@ from importlib.resources import files
 from plotly.offline import get_plotlyjs
 
 from msn.reporting.curves import Chart
-from msn.reporting.pictures import Gallery
+from msn.reporting.pictures import Gallery, Picture
 
 # Strips wider than this (px) scroll on a phone; the others shrink to fit.
 _LONG = 560
@@ -55,12 +55,7 @@ def charts_html(charts: Sequence[Chart], *, wide: bool = False) -> str:
 
 def gallery_html(gallery: Gallery) -> str:
     """Pictures with their captions, under a heading of their own."""
-    figures = "".join(
-        f'<figure><div class="strip{" long" if picture.width > _LONG else ""}"><img src="{picture.data}" alt="{escape(picture.alt)}" '
-        f'width="{picture.width}" height="{picture.height}" decoding="async"></div>'
-        f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
-        for picture in gallery.pictures
-    )
+    figures = "".join(map(_picture, gallery.pictures))
     return (
         f'<h3>{escape(gallery.title)}</h3><p class="help">{escape(gallery.help)}</p>'
         f'<div class="gallery">{figures}</div>'
@@ -96,6 +91,15 @@ def _cells(row: Sequence[str], row_heads: bool) -> str:
     first, *rest = row
     start = f'<th scope="row">{first}</th>' if row_heads else f"<td>{first}</td>"
     return start + "".join(f"<td>{cell}</td>" for cell in rest)
+
+
+def _picture(picture: Picture) -> str:
+    kind = "strip long" if picture.width > _LONG else "strip"
+    return (
+        f'<figure><div class="{kind}"><img src="{picture.data}" alt="{escape(picture.alt)}" '
+        f'width="{picture.width}" height="{picture.height}" decoding="async"></div>'
+        f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
+    )
 
 
 def _chart(chart: Chart) -> str:

@@ -1,6 +1,7 @@
 """metrics.csv: every run's record, appended to, also across resumes."""
 
 import csv
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ class MetricsCSV(Logger):
         super().__init__()
         self._path = Path(path)
         self._columns: list[str] = []
+        self._last: dict[str, float | None] = {}
+        self._last_start = 0  # where the last row begins in the file, bytes
 
     @property
     def name(self) -> str:  # noqa: D102
@@ -37,14 +40,18 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append a row."""
-        row = {"step": step, **metrics}
+        """Append a row; what is logged in the last row's step joins it."""
         if not self._columns and self._path.exists():
             self._columns = _header(self._path)
+        joins = bool(self._last) and self._last["step"] == step
+        row = {**self._last, **metrics} if joins else {"step": step, **metrics}
         new = [name for name in row if name not in self._columns]
+        if joins:
+            self._truncate(self._last_start)
         if new:
             self._add_columns(new)
         with self._path.open("a", newline="") as file:
+            self._last, self._last_start = row, file.seek(0, os.SEEK_END)
             csv.DictWriter(file, self._columns).writerow(row)
 
     @rank_zero_only
@@ -53,6 +60,10 @@ class MetricsCSV(Logger):
         if self._path.exists():
             rows = [row for row in read_metrics(self._path) if int(row["step"]) <= step]
             self._rewrite(_header(self._path), rows)
+
+    def _truncate(self, size: int) -> None:
+        with self._path.open("r+") as file:
+            file.truncate(size)
 
     def _add_columns(self, names: list[str]) -> None:
         rows = read_metrics(self._path) if self._path.exists() else []

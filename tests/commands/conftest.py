@@ -16,6 +16,8 @@ TINY = [
     "trainer.accelerator=cpu",
     "protocol.splits=2",
     "report=false",
+    "callbacks.probe.references=100",
+    "callbacks.probe.held_out=50",
 ]
 
 
