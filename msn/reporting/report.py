@@ -23,6 +23,7 @@ _TONES = {
     "loss at its floor": "good",
     "warming up": "wait",
     "views too alike": "warn",
+    "few prototypes": "warn",
 }
 
 

@@ -43,7 +43,7 @@ class Judge(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget verdicts on epochs that a resumed run takes again."""
         assert isinstance(pl_module, MSNModule)
-        self._facts = facts_of(pl_module)
+        self._facts = facts_of(pl_module, epochs=trainer.max_epochs or 0)
         if trainer.is_global_zero:
             kept = read_verdicts(self._path) if self._path.exists() else []
             kept = [row for row in kept if int(row["step"]) <= trainer.global_step]
@@ -61,7 +61,7 @@ class Judge(Callback):
             rows, self._facts, epoch=epoch, step=step, first_agreement=self._first_agreement
         )
         if self._first_agreement is None and not is_patient(self._facts, epoch, step):
-            self._first_agreement = agreement(mean_row(rows))
+            self._first_agreement = agreement(mean_row(rows), self._facts)
         if trainer.is_global_zero:
             with self._path.open("a", newline="") as file:
                 csv.writer(file).writerow([step, epoch, self.latest.kind, self.latest.line])
@@ -83,7 +83,7 @@ class Judge(Callback):
         self._first_agreement = state_dict["first_agreement"]
 
 
-def facts_of(module: MSNModule) -> Facts:
+def facts_of(module: MSNModule, *, epochs: int) -> Facts:
     """What the rules must know of a run."""
     method = module.settings["method"]
     prior = module.loss.log_prior
@@ -98,6 +98,7 @@ def facts_of(module: MSNModule) -> Facts:
         use_sinkhorn=bool(method["use_sinkhorn"]),
         me_max_weight=float(method["me_max_weight"]),
         lr=float(method["lr"]),
+        epochs=epochs,
         from_scratch=module.checkpoint_info.get("init") is None,
     )
 

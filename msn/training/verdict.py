@@ -15,15 +15,19 @@ Row = Mapping[str, float]
 PATIENCE_STEPS, PATIENCE_EPOCHS, PATIENCE_WARMUP = 60, 2, 0.1
 # After that, a cross-entropy of log K or more is worse than predictions that know nothing.
 DIVERGED = 1.0
-# Effective number of prototypes that targets use, as a share of what the prior would use.
-COLLAPSED_PERPLEXITY = 0.1
+# Effective number of prototypes that targets use, as a share of what the prior would use: collapsed
+# at once; collapsed if the anchors' mean prediction has lost its entropy (share of log K) as well;
+# collapsed if it stays. Runs without Sinkhorn may start with few prototypes and recover.
+COLLAPSED_AT_ONCE, COLLAPSED, COLLAPSED_ENTROPY = 0.03, 0.1, 0.5
+COLLAPSED_IF_STAYS_EPOCHS, COLLAPSED_IF_STAYS_SHARE = 10, 0.2  # of the training
 # Spread of unit-length features, 1 where they cover all directions: these point all one way.
 COLLAPSED_SPREAD = 0.02
 # Mean entropy of targets as a share of log K.
 UNIFORM_ENTROPY = 0.95
 # Agreement of every kind of anchor view with its target: at any time, or in the first epoch that is
-# judged, when a network that started from scratch knows little yet.
-TOO_ALIKE, TOO_ALIKE_AT_FIRST = 0.97, 0.5
+# judged, when a network that started from scratch knows little yet. With fewer prototypes in use
+# than that share, agreement says little about views.
+TOO_ALIKE, TOO_ALIKE_AT_FIRST, TOO_ALIKE_PERPLEXITY = 0.97, 0.5, 0.5
 # Cross-entropy above the targets' own entropy, as a share of log K.
 AT_FLOOR = 0.02
 # Share of the time that steps wait for data.
@@ -44,6 +48,8 @@ class Facts(NamedTuple):
     me_max_weight: float
     lr: float
     """Peak."""
+    epochs: int
+    """Of the whole training."""
     from_scratch: bool
     """Whether training started from random weights."""
 
@@ -63,7 +69,14 @@ class Verdict(NamedTuple):
 
 
 FAILURES = ("diverged", "collapsed", "features collapsed", "uniform")
-KINDS = (*FAILURES, "views too alike", "warming up", "loss at its floor", "learning")
+KINDS = (
+    *FAILURES,
+    "views too alike",
+    "few prototypes",
+    "warming up",
+    "loss at its floor",
+    "learning",
+)
 
 
 def judge(
@@ -86,9 +99,9 @@ def judge(
     elif is_patient(facts, epoch, step):
         verdict = Verdict("warming up", "warming up: too early to tell")
     else:
-        first = agreement(row) if first_agreement is None else first_agreement
+        first = agreement(row, facts) if first_agreement is None else first_agreement
         verdict = (
-            _collapsed(row, facts)
+            _collapsed(row, facts, epoch)
             or _diverged(row, facts)
             or _uniform(row, facts)
             or _too_alike(row, facts, first)
@@ -111,8 +124,13 @@ def mean_row(rows: Sequence[Row]) -> dict[str, float]:
     return {name: sum(found) / len(found) for name, found in values.items()}
 
 
-def agreement(row: Row) -> float:
-    """Share of anchors with their target's strongest prototype, of the kind that agrees less."""
+def agreement(row: Row, facts: Facts) -> float:
+    """Share of anchors with their target's strongest prototype, of the kind that agrees less.
+
+    0 where few prototypes are in use, so that agreement says nothing about the views.
+    """
+    if row["collapse/prototype_perplexity"] < TOO_ALIKE_PERPLEXITY * facts.prior_perplexity:
+        return 0.0
     return min(row[f"collapse/agreement_{kind}"] for kind in _anchor_kinds(row))
 
 
@@ -136,15 +154,22 @@ def _diverged(row: Row, facts: Facts) -> Verdict | None:
     )
 
 
-def _collapsed(row: Row, facts: Facts) -> Verdict | None:
-    if row["collapse/prototype_perplexity"] < COLLAPSED_PERPLEXITY * facts.prior_perplexity:
-        used = max(1, round(row["collapse/prototype_perplexity"]))
+def _collapsed(row: Row, facts: Facts, epoch: int) -> Verdict | None:
+    share = row["collapse/prototype_perplexity"] / facts.prior_perplexity
+    stays = epoch >= max(COLLAPSED_IF_STAYS_EPOCHS, COLLAPSED_IF_STAYS_SHARE * facts.epochs)
+    lost = row["collapse/mean_prediction_entropy"] < COLLAPSED_ENTROPY
+    if share < COLLAPSED:
+        used = f"{max(1, round(row['collapse/prototype_perplexity'])):,}"
         remedies = [f"raise method.me_max_weight (now {facts.me_max_weight:g})"]
         remedies += [] if facts.use_sinkhorn else ["set method.use_sinkhorn=true"]
+        remedy = " or ".join(remedies)
+        if share < COLLAPSED_AT_ONCE or stays or lost:
+            line = f"collapsed to {used} of {facts.num_prototypes:,} prototypes: {remedy}"
+            return Verdict("collapsed", line)
         return Verdict(
-            "collapsed",
-            f"collapsed to {used:,} of {facts.num_prototypes:,} prototypes: "
-            + " or ".join(remedies),
+            "few prototypes",
+            f"few prototypes: targets use {used} of {facts.num_prototypes:,}, which may pass; "
+            f"if it does not, {remedy}",
         )
     if row["features/std"] < COLLAPSED_SPREAD:
         return Verdict(
@@ -170,7 +195,7 @@ def _uniform(row: Row, facts: Facts) -> Verdict | None:
 
 def _too_alike(row: Row, facts: Facts, first: float) -> Verdict | None:
     remedy = "widen data.views (crop scales, colour) or raise method.patch_drop"
-    now = agreement(row)
+    now = agreement(row, facts)
     if now >= TOO_ALIKE:
         return Verdict(
             "views too alike",

@@ -14,6 +14,7 @@ FACTS = Facts(
     use_sinkhorn=True,
     me_max_weight=1.0,
     lr=3e-3,
+    epochs=75,
     from_scratch=True,
 )
 # What monitors gave at the end of the eighth epoch.
@@ -26,6 +27,7 @@ HEALTHY = {
     "collapse/agreement_focal": 0.137,
     "collapse/prototypes_used": 63.0,
     "collapse/prototype_perplexity": 62.7,
+    "collapse/mean_prediction_entropy": 0.998,
     "features/rankme": 2.53,
     "features/std": 0.0976,
     "speed/data_wait": 0.11,
@@ -39,6 +41,7 @@ ME_MAX_0 = HEALTHY | {
     "collapse/agreement_focal": 1.0,
     "collapse/prototypes_used": 1.0,
     "collapse/prototype_perplexity": 1.0,
+    "collapse/mean_prediction_entropy": 0.00288,
     "features/rankme": 1.79,
     "features/std": 0.0815,
 }
@@ -100,10 +103,20 @@ def test_collapse_is_counted_and_names_what_is_not_set_yet():
     assert "collapsed to 3 of 1,024 prototypes" in line
 
 
+def test_few_prototypes_are_a_collapse_if_they_stay_few_or_the_mean_prediction_goes_too():
+    row = HEALTHY | {"collapse/prototype_perplexity": 5.0}
+    assert verdict(row, epoch=8).kind == "few prototypes"
+    assert verdict(row | {"collapse/mean_prediction_entropy": 0.4}, epoch=8).kind == "collapsed"
+    assert verdict(row, epoch=14).kind == "few prototypes"
+    assert verdict(row, epoch=15).kind == "collapsed"
+    assert verdict(row, epoch=15, epochs=800).kind == "few prototypes"
+    assert verdict(HEALTHY | {"collapse/prototype_perplexity": 1.9}).kind == "collapsed"
+
+
 def test_a_prior_that_uses_few_prototypes_is_no_collapse():
     row = HEALTHY | {"collapse/prototype_perplexity": 5.0}
-    assert verdict(row).kind == "collapsed"
-    assert verdict(row, prior_perplexity=20.0).kind == "learning"
+    assert verdict(row, epoch=15).kind == "collapsed"
+    assert verdict(row, epoch=15, prior_perplexity=20.0).kind == "learning"
 
 
 def test_features_of_one_direction_are_a_collapse_although_sinkhorn_balances_the_targets():
@@ -139,6 +152,9 @@ def test_views_that_agree_before_anything_is_learnt_are_too_alike_from_then_on()
     assert found.kind == "views too alike"
     assert "59% of cases when little was learnt yet (now 69%)" in found.line
     assert verdict(IDENTICAL_VIEWS, first=None).kind == "views too alike"
+    # Where few prototypes are in use, views agree by chance.
+    few = IDENTICAL_VIEWS | {"collapse/prototype_perplexity": 14.0}
+    assert verdict(few, first=None).kind == "learning"
     assert verdict(IDENTICAL_VIEWS, first=0.1).kind == "learning"
     assert verdict(IDENTICAL_VIEWS, first=0.589, from_scratch=False).kind == "learning"
 

@@ -61,7 +61,7 @@ def test_a_run_made_to_fail_is_called_what_it_is(tmp_path, overrides, kind, told
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
-    [["seed=0"], ["seed=1"], ["seed=2"], ["method=msn_no_sinkhorn"], ["method=pmsn"]],
+    [["seed=0"], ["seed=1"], ["seed=2"], ["method=msn_no_sinkhorn"]],
     ids=" ".join,
 )
 def test_healthy_runs_are_not_called_wrong(tmp_path, overrides):
