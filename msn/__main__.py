@@ -40,7 +40,6 @@ def run_named(name: str, arguments: list[str]) -> None:
         # Imported after composition: a mistyped key is told at once, without loading torch.
         import_module(f"msn.commands.{COMMANDS[name]}").run(config)
 
-    sys.argv = [sys.argv[0], *arguments]
     run_command(name, job, arguments)
 
 

@@ -150,9 +150,10 @@ def _through_hydra_main(config_name: str, job: Job, arguments: list[str]) -> Non
             known = OmegaConf.create()
     GlobalHydra.instance().clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise instead of five lines and exit code 1
-    sys.argv = [sys.argv[0], *arguments]
+    given, sys.argv = sys.argv, [sys.argv[0], *arguments]
 
     def task(config: DictConfig) -> None:
+        sys.argv = given  # with it the trainer starts further processes
         choices = OmegaConf.to_container(HydraConfig.get().runtime.choices)
         assert isinstance(choices, dict)
         job(_finish(config, known, choices))

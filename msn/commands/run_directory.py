@@ -24,6 +24,8 @@ class RunDirectory:
     path: Path
     resume_from: Path | None
     """Checkpoint of an unfinished run that stands there."""
+    is_new: bool = False
+    """Whether the directory must not be there yet."""
 
     @property
     def checkpoints(self) -> Path:
@@ -34,9 +36,15 @@ class RunDirectory:
         """Make the directory and save the resolved configuration.
 
         Raises:
+            UserError: if another run has taken the number in the meantime.
             OSError: if it cannot be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=not self.is_new)
+        except FileExistsError:
+            raise UserError(
+                f"{self.path} was taken by a run that started just now: try again"
+            ) from None
         text = OmegaConf.to_yaml(config, resolve=True)
         write_durably(self.path / "config.yaml", lambda file: file.write(text.encode()))
         self.write_status("unfinished")
@@ -51,6 +59,7 @@ class RunDirectory:
 def choose_run_directory(config: DictConfig) -> RunDirectory:
     """The directory of a run: `run.dir`, else `run.root/experiment/run.name`, else a new number.
 
+    Under srun a run without a name is named by its job, so that a requeued job finds it again.
     Of several processes one chooses, see `msn.training.launch.agree`; processes that the trainer
     starts itself take what the one that started them has chosen.
 
@@ -61,11 +70,12 @@ def choose_run_directory(config: DictConfig) -> RunDirectory:
         path, resume_from = json.loads(os.environ[ENVIRONMENT])
         return RunDirectory(Path(path), None if resume_from is None else Path(resume_from))
     parent = Path(config.run.root) / config.run.experiment
-    if config.run.dir is None and config.run.name is None:
-        path = _new_number(parent)
+    name = config.run.name if config.run.name is not None else _job_name(parent)
+    if config.run.dir is None and name is None:
+        run = RunDirectory(_new_number(parent), None, is_new=True)
     else:
-        path = Path(config.run.dir) if config.run.dir is not None else parent / config.run.name
-    run = _existing(path, str(config.resume.mode)) or RunDirectory(path, None)
+        path = Path(config.run.dir) if config.run.dir is not None else parent / name
+        run = _existing(path, str(config.resume.mode)) or RunDirectory(path, None)
     _check_writable(run.path)
     resume_from = None if run.resume_from is None else str(run.resume_from.absolute())
     os.environ[ENVIRONMENT] = json.dumps([str(run.path.absolute()), resume_from])
@@ -96,6 +106,15 @@ def _existing(path: Path, resume: str) -> RunDirectory | None:
     if status == "unfinished" and resume == "never":
         raise UserError(f"{path} holds an unfinished run and resume=never")
     return RunDirectory(path, newest_valid_checkpoint(path / "checkpoints"))
+
+
+def _job_name(parent: Path) -> str | None:
+    """A name that stays the same when SLURM requeues a job; None elsewhere."""
+    if "SLURM_STEP_ID" not in os.environ or "SLURM_JOB_ID" not in os.environ:
+        return None
+    name = f"slurm-{os.environ['SLURM_JOB_ID']}-{os.environ['SLURM_STEP_ID']}"
+    finished = read_status(parent / name).get("status") == "finished"
+    return None if finished else name  # several runs one after another in one step
 
 
 def _new_number(parent: Path) -> Path:

@@ -60,7 +60,11 @@ def _run(config: DictConfig, settings: dict[str, Any], preemption: Preemption) -
     if labelled is not None:
         protocol.check(labelled[0].labels, labelled[0].classes)
     trainer = _build_trainer(config, data, module)
-    directory = agree(trainer, module, lambda: choose_run_directory(config))
+
+    def choose() -> RunDirectory:
+        return choose_run_directory(config)
+
+    directory = choose() if is_inherited() else agree(trainer, module, choose)
     module.checkpoint_info.update(
         data=_describe_data(settings), init=settings["init"], identity=identity_of(settings)
     )
@@ -101,7 +105,7 @@ def _build_trainer(config: DictConfig, data: MSNDataModule, module: MSNModule) -
     if starts_processes(trainer) and _is_multirun():
         raise UserError(
             "--multirun cannot start the several processes that each of its runs needs: use "
-            "hydra/launcher=submitit_slurm, or torchrun without --multirun, or trainer.devices=1"
+            "hydra/launcher=slurm, or torchrun without --multirun, or trainer.devices=1"
         )
     order = data.sampler(rank=trainer.global_rank, world_size=trainer.world_size)
     steps = len(order)
@@ -147,6 +151,8 @@ def _leave(stop: Preempted) -> None:
         print(f"run directory: {stop.checkpoint.parent.parent}", flush=True)
         if stop.requeue and (said := requeue_slurm_job()) is not None:
             print(said, flush=True)
+    if "SUBMITIT_EXECUTOR" in os.environ:
+        os._exit(EXIT_CODE)  # else submitit keeps the exit as this run's result and asks no more
     sys.exit(EXIT_CODE)
 
 

@@ -177,7 +177,8 @@ class MSNDataModule(LightningDataModule):
     def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> Views:
         """Make the views on the device that holds the pixels, and keep book of the batch."""
         self._keep_book(batch)
-        return self.make_views(batch)
+        dtype = self.trainer.lightning_module.dtype if self.trainer else torch.float32
+        return self.make_views(batch, dtype)  # type: ignore[arg-type]
 
     def make_views(self, batch: ImageBatch, dtype: torch.dtype = torch.float32) -> Views:
         """Make the views of a batch by the chosen back end."""

@@ -23,8 +23,9 @@ log = logging.getLogger(__name__)
 EXIT_CODE = 75
 """Of a run that was interrupted, saved, and goes on when the command is given again."""
 
-# Larger wins where processes got different ones: SIGUSR1 is the one that also asks for a requeue.
-_SIGNALS = {signal.SIGTERM: 1, signal.SIGUSR1: 2}
+# Larger wins where processes got different ones: SIGUSR1, and submitit's SIGUSR2, also ask for a
+# requeue; after SIGTERM the cluster itself decides.
+_SIGNALS = {signal.SIGTERM: 1, signal.SIGUSR1: 2, signal.SIGUSR2: 2}
 # Launchers and clusters deliver one wish several times (to the group, by srun, by the agent).
 _SAME_WISH_SECONDS = 0.5
 
@@ -43,14 +44,14 @@ class Preempted(Exception):  # noqa: N818
 
 
 class Preemption(Callback):
-    """On SIGTERM or SIGUSR1 save at the next step boundary, in all processes, and stop.
+    """On SIGTERM, SIGUSR1 or SIGUSR2 save at the next step boundary, in all processes, and stop.
 
     The handler only sets a flag. Flags are exchanged in the background of the next step, over a
     group of the CPU, so that neither a host waits for a device nor a step for a message. A second
     signal ends the process at once; the last checkpoint stays whole.
 
     Args:
-        requeue: under SLURM, SIGUSR1 also requeues the job.
+        requeue: under SLURM, SIGUSR1 and SIGUSR2 also requeue the job.
 
     Attributes:
         received: 0, or the number of the wish that a signal brought.

@@ -97,9 +97,12 @@ def build_trainer(
         **_FIXED,
     )
     try:
-        return Trainer(**arguments)
+        trainer = Trainer(**arguments)
     except (MisconfigurationException, ValueError) as error:
         raise UserError(f"trainer: {error}") from None
+    # Boxes of crops must not be rounded to the network's type; views are made in that type.
+    trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
+    return trainer
 
 
 def _check_at_least_one(**numbers: int) -> None:

@@ -58,10 +58,14 @@ def worker(rank, port, images, mutation, queue):
     dist.destroy_process_group()
 
 
-def two_processes(images, mutation=None):
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def two_processes(images, mutation=None):
+    port = free_port()
     context = mp.get_context("spawn")
     queue = context.SimpleQueue()
     processes = [
