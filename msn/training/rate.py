@@ -17,7 +17,10 @@ def measure_matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
         dtype: of the factors; under autocast, what autocast computes in.
     """
     side = 2048 if device.type == "cpu" else 8192
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    own = torch.Generator(device)  # a resumed run measures again and must draw nothing of the run's
+    left, right = (
+        torch.randn(side, side, device=device, dtype=dtype, generator=own) for _ in range(2)
+    )
     out = torch.empty_like(left)
     best = 0.0
     for _ in range(_TRIES):

@@ -99,7 +99,8 @@ def test_a_run_stopped_at_an_epoch_s_end_and_in_its_middle_ends_bit_equal(run, t
     assert json.loads((directory / "run.json").read_text())["status"] == "finished"
     straight, resumed = end_state(tmp_path / "straight"), end_state(directory)
     assert straight["global_step"] == 9
-    assert sorted(differing(straight, resumed)) == []
+    clocks = {"/callbacks/Monitors/seconds"}
+    assert set(differing(straight, resumed)) <= clocks
     rows = [read_metrics(path / "metrics.csv") for path in (tmp_path / "straight", directory)]
     assert [row["step"] for row in rows[1]] == [row["step"] for row in rows[0]]
     assert [row["train/loss"] for row in rows[1]] == [row["train/loss"] for row in rows[0]]
