@@ -31,11 +31,11 @@ def run(config: DictConfig) -> None:
     images = settings["images"]
     if isinstance(images, bool) or not isinstance(images, int) or images < 0:
         raise UserError(f"images={images}: must be a whole number >= 0")
+    records = [open_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
     out = settings["out"]
     out = (paths[0] if len(paths) == 1 else Path()) / REPORT_FILE if out is None else Path(str(out))
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UserError(f"out={out}: name a file in a directory that is there")
-    records = [open_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
     write_report(records, out, images=images, device=choose_device(settings["device"]))
     print(f"report: {out}")
 

@@ -99,3 +99,19 @@ def test_rankme_is_the_entropy_of_singular_values_at_any_scale():
     expected = math.exp(-(share * share.log()).sum())
     assert rankme(rows) == pytest.approx(expected, rel=1e-9)
     assert rankme(1000 * rows) == pytest.approx(expected, rel=1e-5)
+
+
+def test_alignment_and_uniformity_against_loops(rows):
+    first, second = rows[0][:9], rows[0][9:18]
+    unit = [[x / x.norm() for x in part] for part in (first, second)]
+    aligned = sum(float((a - b).square().sum()) for a, b in zip(*unit, strict=True)) / 9
+    assert float(geometry.alignment(first, second)) == pytest.approx(aligned)
+    potentials = [
+        math.exp(-2 * float((unit[0][i] - unit[0][j]).square().sum()))
+        for i in range(9)
+        for j in range(i)
+    ]
+    expected = math.log(sum(potentials) / len(potentials))
+    assert float(geometry.uniformity(first)) == pytest.approx(expected)
+    assert float(geometry.alignment(first, 3 * first)) == pytest.approx(0)
+    assert float(geometry.uniformity(first[:1].expand(5, -1))) == pytest.approx(0)

@@ -1,0 +1,174 @@
+"""The page says all of a run, needs nothing but itself, and stands still in a browser."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from msn.commands.report import open_run
+from msn.reporting.curves import MOST_POINTS, PANELS, thin
+from msn.reporting.report import build_report
+from tests.reporting.runs import EPOCHS, make_run
+
+CPU = torch.device("cpu")
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "one")
+
+
+@pytest.fixture(scope="module")
+def html(run):
+    return build_report([open_run(run, "one")], images=40, device=CPU)
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text outside of scripts and styles."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.words, self._skipped = [], [], None
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag in ("script", "style"):
+            self._skipped = tag
+
+    def handle_endtag(self, tag):
+        if tag == self._skipped:
+            self._skipped = None
+
+    def handle_data(self, data):
+        if self._skipped is None:
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+def test_the_page_needs_no_other_file_and_no_network(html):
+    page = Page(html)
+    loads = [
+        attributes[name]
+        for tag, attributes in page.tags
+        for name in ("src", "href", "srcset", "data")
+        if attributes.get(name)
+    ]
+    assert loads
+    assert all(link.startswith(("#", "data:")) for link in loads)
+    assert not re.search(r"url\(|@import", re.search(r"<style>(.*?)</style>", html, re.S)[1])
+    assert len(html.encode()) < 10e6
+
+
+def test_the_page_tells_what_was_run_and_what_came_of_it(html, run):
+    text = Page(html).text
+    for told in (
+        *("1,297", "16 prototypes, Sinkhorn, me-max 1", f"{EPOCHS} epochs", str(run), "2.15.0"),
+        *(f"After {EPOCHS} epochs: learning", "3 to 5 collapsed collapsed: <line> of epoch 5"),
+        *("msn 55.0 \u00b1 3.0 [40.0, 80.0]", "logistic, 5 a class"),
+        *("num_prototypes: 16", "Images nearest to prototypes", "Map of features"),
+    ):
+        assert told in text, told
+    assert all(panel.title in text for panel in PANELS)
+
+
+def test_every_picture_and_chart_has_a_text_and_a_place_of_its_own(html):
+    tags = Page(html).tags
+    pictures = [attributes for tag, attributes in tags if tag == "img"]
+    assert len(pictures) >= 1 + 1 + 8  # views, prototypes, attention
+    assert all(len(picture["alt"]) > 20 for picture in pictures)
+    assert all(int(picture["width"]) > 0 and int(picture["height"]) > 0 for picture in pictures)
+    charts = [attributes for _, attributes in tags if attributes.get("class") == "plot"]
+    assert len(charts) == len(PANELS) + 2  # accuracy against labels, map of features
+    assert all(len(chart["aria-label"]) > 20 for chart in charts)
+
+
+def test_several_runs_stand_side_by_side(tmp_path, run):
+    other = make_run(tmp_path / "two", "method.lr=0.5")
+    html = build_report([open_run(run, "one"), open_run(other, "two")], images=0, device=CPU)
+    text = Page(html).text
+    assert "method.lr 0.003 0.5" in text
+    assert "method.num_prototypes" not in text.partition("Configuration and versions")[0]
+    assert html.count('"name":"one: loss"') == html.count('"name":"two: loss"') == 1
+
+
+def test_where_images_are_gone_the_rest_is_told_all_the_same(tmp_path):
+    run = make_run(tmp_path / "run", "data=folder", f"data.root={tmp_path / 'gone'}")
+    text = Page(build_report([open_run(run, "run")], images=40, device=CPU)).text
+    assert "No pictures: " in text
+    assert "gone" in text
+    assert "Agreement of views" in text
+
+
+def test_long_curves_are_averaged_in_bins():
+    x, y = thin(range(1, 30_001), [float(i % 20) for i in range(30_000)])
+    assert len(x) == MOST_POINTS
+    assert (x[0], x[-1]) == (20, 30_000)
+    assert set(y) == {9.5}
+    assert thin([1, 2], [0.123456, 2.0]) == ([1, 2], [0.12346, 2.0])
+
+
+# Runs before everything else in the page; what it finds is read off the page's end.
+_WATCH = """<script>
+window.found = {errors: [], shift: 0};
+addEventListener("error", (e) => found.errors.push(e.message));
+for (const kind of ["error", "warn"])
+  console[kind] = (...words) => found.errors.push(words.join(" "));
+new PerformanceObserver((list) => list.getEntries().forEach((e) => { found.shift += e.value; }))
+  .observe({type: "layout-shift", buffered: true});
+addEventListener("load", () => setTimeout(() => {
+  const root = document.documentElement;
+  found.charts = document.querySelectorAll(".plot .main-svg").length > 0 && root.dataset.charts;
+  found.lines = document.querySelectorAll(".scatterlayer .trace").length;
+  found.sideways = root.scrollWidth - root.clientWidth;
+  found.wide = [...document.querySelectorAll(".plot")].filter((box) =>
+    box.querySelector(".main-svg").getBoundingClientRect().right
+      > box.parentElement.getBoundingClientRect().right + 1).length;
+  found.ground = getComputedStyle(document.body).backgroundColor;
+  found.ink = getComputedStyle(document.querySelector(".plot .xtick text")).fill;
+  const pre = document.createElement("p");
+  pre.id = "found"; pre.textContent = JSON.stringify(found); document.body.append(pre);
+}, 1500));
+</script>"""
+
+
+def look(path, *flags):
+    """What a browser finds in the page."""
+    command = [
+        *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=6000"),
+        *(*flags, "--dump-dom", path.as_uri()),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found = re.search(r'<p id="found">(.*?)</p>', done.stdout)
+    return json.loads(found[1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_a_browser_draws_all_charts_without_errors_shifts_or_sideways_scrolling(html, tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text(html.replace("<head>", f"<head>{_WATCH}", 1))
+    desktop = look(path, "--window-size=1280,900")
+    phone = look(path, "--window-size=500,900")
+    dark = look(
+        path,
+        "--window-size=1280,900",
+        "--force-dark-mode",
+        "--blink-settings=preferredColorScheme=0",
+    )
+    for found in (desktop, phone, dark):
+        assert found["errors"] == []
+        assert found["charts"] == str(len(PANELS) + 2)
+        assert found["lines"] >= sum(len(panel.series) for panel in PANELS)
+        assert found["shift"] == 0
+        assert found["sideways"] == found["wide"] == 0
+    assert desktop["ground"] != dark["ground"]
+    assert desktop["ink"] != dark["ink"]
