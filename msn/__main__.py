@@ -19,6 +19,7 @@ COMMANDS = {
     "show_views": "show_views",
     "bench": "bench",
     "report": "report",
+    "replay": "replay",
 }
 
 

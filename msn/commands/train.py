@@ -129,6 +129,7 @@ def _attach(
     runtime: dict[str, dict[str, Any]] = {
         "checkpoint": {"directory": directory.checkpoints},
         "verdict": {"directory": directory.path},
+        "guard": {"directory": directory.path},
     }
     callbacks = [
         preemption

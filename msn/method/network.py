@@ -165,14 +165,20 @@ class MSN(nn.Module):
         return Projections(torch.cat(anchor_out), target_out[0])
 
     @torch.no_grad()
-    def update_target(self, momentum: float) -> None:
+    def update_target(self, momentum: float, skip: Tensor | None = None) -> None:
         """target <- momentum * target + (1 - momentum) * anchor, parameters only (paper A.1).
 
         BatchNorm buffers of the target are its own: it normalises by its own batches.
 
         Args:
             momentum: in [0, 1]; taken once an optimiser step, after it.
+            skip: 1 on the device where that step was not taken: the target stays; else 0.
         """
         target: list[Tensor] = list(self.target.parameters())
         anchor: list[Tensor] = list(self.anchor.parameters())
-        torch._foreach_lerp_(target, anchor, 1 - momentum)
+        if skip is None:
+            torch._foreach_lerp_(target, anchor, 1 - momentum)
+            return
+        difference = torch._foreach_sub(anchor, target)
+        torch._foreach_mul_(difference, (1 - momentum) * (1 - skip))
+        torch._foreach_add_(target, difference)

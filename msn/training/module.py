@@ -11,6 +11,7 @@ from msn.data.views import Views
 from msn.errors import UserError
 from msn.method import optim
 from msn.method.distributed import num_processes, process_index
+from msn.method.finite import BufferGuard, FiniteCheck
 from msn.method.loss import MSNLoss, power_law_prior
 from msn.method.masking import PatchDrop, draw_key
 from msn.method.network import MSN, ProjectionHead
@@ -63,7 +64,8 @@ class MSNModule(LightningModule):
         self.chunk_size = chunk_size
         self.schedule: Schedule | None = None
         self.checkpoint_info: dict[str, Any] = {}
-        self.grad_norm = torch.zeros(())
+        self.grad_norm = self.loss_value = torch.zeros(())
+        self.finite_check: FiniteCheck | None = None  # see `msn.training.guard`
 
     def plan_schedule(self, *, epochs: int, steps_per_epoch: int) -> None:
         """Fix the training's length; fails early where the warm-up does not fit.
@@ -95,10 +97,11 @@ class MSNModule(LightningModule):
         terms = self.loss(
             out.anchor, out.target, self.network.prototypes, values.sharpen_temperature
         )
+        self.loss_value = terms.loss.detach()
         return {"loss": terms.loss, "terms": terms, "projections": out}
 
-    def draw_kept_patches(self, rand: Tensor) -> Tensor | None:
-        """Patches that rand views [R, B, 3, S, S] keep in this step, see `PatchDrop.draw`."""
+    def draw_kept_patches(self, rand: Tensor, step: int | None = None) -> Tensor | None:
+        """Patches that rand views [R, B, 3, S, S] keep in a step; None is this one."""
         rand_views, images = rand.shape[:2]
         rank = process_index()
         kept = self.patch_drop.draw(
@@ -106,7 +109,7 @@ class MSNModule(LightningModule):
             rand_views=rand_views,
             images=range(rank * images, (rank + 1) * images),
             global_batch_size=num_processes() * images,
-            key=draw_key(self.settings["seed"], self.global_step),
+            key=draw_key(self.settings["seed"], self.global_step if step is None else step),
         )
         return None if kept is None else kept.to(rand.device, non_blocking=True)
 
@@ -117,6 +120,14 @@ class MSNModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         self.grad_norm = optim.clip_encoder(self.network.anchor, self.clip_grad_norm)
+        if self.finite_check is not None:
+            numbers = [self.loss_value]
+            if (
+                self.trainer.precision != "16-mixed"
+            ):  # there the scaler tries until norms are finite
+                assert self.network.prototypes.grad is not None
+                numbers += [self.grad_norm, self.network.prototypes.grad.norm()]
+            optimizer.found_inf = self.finite_check.judge(numbers)  # type: ignore[attr-defined]
 
     def optimizer_step(
         self,
@@ -129,8 +140,13 @@ class MSNModule(LightningModule):
         assert self.schedule is not None
         values = self.schedule.at(self.global_step)
         optim.set_values(optimizer, values)
+        before = None if self.finite_check is None else BufferGuard(self.network)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.network.update_target(values.momentum)
+        if self.finite_check is None or before is None:
+            self.network.update_target(values.momentum)
+            return
+        self.network.update_target(values.momentum, self.finite_check.skip)
+        before.restore_if(self.finite_check.skip)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Describe the weights in plain data, so that other programs need not guess."""

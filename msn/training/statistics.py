@@ -116,7 +116,8 @@ class Bucket(NamedTuple):
         )
         unit = F.normalize(features.detach().to(self.moments.dtype), dim=1)
         moments = torch.cat([unit.sum(dim=0, keepdim=True), unit.T @ unit])
-        return self.plus(Bucket(use, moments, images))
+        # A step that is not finite is skipped (msn.training.guard) and must not spoil the window.
+        return self.plus(Bucket(use.nan_to_num(0, 0, 0), moments.nan_to_num(0, 0, 0), images))
 
     def plus(self, other: "Bucket") -> "Bucket":
         """Sum of two buckets."""

@@ -1,0 +1,155 @@
+"""Numbers going wrong: steps that are skipped, a log that says which, a dump when it goes on."""
+
+import logging
+from collections import deque
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from msn.data.datamodule import MSNDataModule
+from msn.data.views import Views
+from msn.errors import UserError
+from msn.method.finite import FiniteCheck
+from msn.training.durable import write_checkpoint
+from msn.training.module import MSNModule
+
+log = logging.getLogger(__name__)
+
+DUMP_FORMAT = 1
+_LAG_ON_CUDA = 2  # steps that the host may be ahead of the device when it reads what happened
+_NAMED = 8  # images that the log names; the dump has all of them
+
+
+class _Seen(NamedTuple):
+    """A step, where its batch is in the data, and its figures on their way to the host."""
+
+    step: int
+    epoch: int
+    batch: int
+    figures: Tensor  # in_row, loss and gradient norm of this process, bad [processes]
+    copied: torch.cuda.Event | None
+
+
+class Guard(Callback):
+    """Let no step be taken that has a number that is not finite, and stop after several in a row.
+
+    The decision falls on the device (`FiniteCheck`); the host reads it a few steps later and so
+    never waits. All processes read the same and stop at the same step.
+
+    Args:
+        directory: of the run; dumps go to `dumps/step-S/rank-R.pt` below it.
+        max_skipped: skipped steps in a row after which the run stops, >= 1.
+
+    Raises:
+        UserError: if `max_skipped` is < 1.
+    """
+
+    def __init__(self, *, directory: str | Path, max_skipped: int) -> None:
+        if max_skipped < 1:
+            raise UserError(f"callbacks.guard.max_skipped must be >= 1, got {max_skipped}")
+        self.directory, self.max_skipped = Path(directory), max_skipped
+        self._seen: deque[_Seen] = deque()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        assert isinstance(pl_module, MSNModule)
+        pl_module.finite_check = FiniteCheck(self.max_skipped)
+
+    def on_train_batch_end(  # noqa: D102
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, MSNModule)
+        self._seen.append(_see(trainer, pl_module, batch_idx))
+        lag = _LAG_ON_CUDA if self._seen[-1].copied is not None else 0
+        self._read(trainer, pl_module, lag)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        assert isinstance(pl_module, MSNModule)
+        self._read(trainer, pl_module, 0)
+
+    def _read(self, trainer: Trainer, module: MSNModule, lag: int) -> None:
+        while len(self._seen) > lag:
+            seen = self._seen.popleft()
+            if seen.copied is not None:
+                seen.copied.synchronize()
+            in_row, loss, norm, *bad = seen.figures.tolist()
+            if not any(bad):
+                continue
+            processes = [rank for rank, is_bad in enumerate(bad) if is_bad]
+            images = _images(trainer, seen)
+            log.warning(
+                "step %d skipped: not finite in process %s (here loss %g, gradient norm %g); "
+                "epoch %d, batch %d, here images %s",
+                *(seen.step, ", ".join(map(str, processes)), loss, norm, seen.epoch, seen.batch),
+                ", ".join(map(str, images[:_NAMED])) + (" ..." if len(images) > _NAMED else ""),
+            )
+            if in_row >= self.max_skipped:
+                path = self._dump(trainer, module, seen)
+                raise UserError(
+                    f"{self.max_skipped} steps in a row were not finite, the last one step "
+                    f"{seen.step}; weights are those before them: python -m msn replay dump={path}"
+                )
+
+    def _dump(self, trainer: Trainer, module: MSNModule, seen: _Seen) -> Path:
+        """All that a step needs: weights are still those before it, and its batch is made again."""
+        _, loss, norm, *bad = seen.figures.tolist()
+        views = _views(trainer, module, seen)
+        # As when the step was taken; the counter has moved on, on CUDA by more than one.
+        kept = module.draw_kept_patches(views.rand, step=seen.step - 1)
+        assert module.schedule is not None
+        content: dict[str, Any] = {
+            "format": DUMP_FORMAT,
+            "step": seen.step,
+            "epoch": seen.epoch,
+            "batch": seen.batch,
+            "images": _images(trainer, seen),
+            "rank": trainer.global_rank,
+            "world_size": trainer.world_size,
+            "loss": loss,
+            "grad_norm": norm,
+            "bad": bad,
+            "precision": str(trainer.precision),
+            "sharpen_temperature": module.schedule.at(seen.step - 1).sharpen_temperature,
+            "settings": module.settings,
+            "views": {name: view.cpu() for name, view in views._asdict().items()},
+            "kept": None if kept is None else kept.cpu(),
+        }
+        if trainer.is_global_zero:
+            content["network"] = module.network.state_dict()
+        path = self.directory / "dumps" / f"step-{seen.step}" / f"rank-{trainer.global_rank}.pt"
+        write_checkpoint(path, content)
+        return path.with_name("rank-0.pt")
+
+
+def _see(trainer: Trainer, module: MSNModule, batch_idx: int) -> _Seen:
+    check = module.finite_check
+    assert check is not None
+    own = [check.in_row, module.loss_value.float(), module.grad_norm.float()]
+    figures = torch.cat([torch.stack(own), check.bad])
+    epoch = trainer.current_epoch
+    if not figures.is_cuda:
+        return _Seen(trainer.global_step, epoch, batch_idx, figures, None)
+    host = torch.empty_like(figures, device="cpu", pin_memory=True)
+    host.copy_(figures, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    return _Seen(trainer.global_step, epoch, batch_idx, host, copied)
+
+
+def _images(trainer: Trainer, seen: _Seen) -> list[int]:
+    """This process's images of a batch, by their numbers in the training set."""
+    data: MSNDataModule = trainer.datamodule  # type: ignore[attr-defined]
+    sampler = data.sampler(rank=trainer.global_rank, world_size=trainer.world_size)
+    return sampler.keys(seen.epoch)[seen.batch].indices.tolist()
+
+
+def _views(trainer: Trainer, module: MSNModule, seen: _Seen) -> Views:
+    data: MSNDataModule = trainer.datamodule  # type: ignore[attr-defined]
+    sampler = data.sampler(rank=trainer.global_rank, world_size=trainer.world_size)
+    batch = data.loader(sampler).dataset[sampler.keys(seen.epoch)[seen.batch]]
+    return data.make_views(
+        data.transfer_batch_to_device(batch, module.device, 0),
+        module.dtype,  # type: ignore[arg-type]
+    )
