@@ -61,23 +61,14 @@ def build_trainer(
     Raises:
         UserError: if a value is out of its range.
     """
-    for name, value in {
-        "max_epochs": max_epochs,
-        "num_nodes": num_nodes,
-        "log_every_n_steps": log_every_n_steps,
-    }.items():
-        if value < 1:
-            raise UserError(f"trainer.{name} must be >= 1, got {value}")
+    _check_at_least_one(
+        max_epochs=max_epochs, num_nodes=num_nodes, log_every_n_steps=log_every_n_steps
+    )
     if accumulate_grad_batches != 1:
         raise UserError(
             "trainer.accumulate_grad_batches must be 1: BatchNorm, me-max and Sinkhorn would see "
             "fragments of the batch; chunk_size=N fits a whole batch into less memory exactly"
         )
-    if precision not in PRECISIONS:
-        raise UserError(f"trainer.precision must be in {', '.join(PRECISIONS)}, got {precision}")
-    if precision == "auto":
-        on_cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-        precision = "bf16-mixed" if on_cuda else "32-true"
     arguments: dict[str, Any] = dict(
         max_epochs=max_epochs,
         accelerator=accelerator,
