@@ -3,6 +3,9 @@
 import logging
 from typing import Any
 
+import torch
+from lightning.pytorch import Trainer
+
 from msn.commands.eval_lowshot import baselines, write_table
 from msn.commands.report import REPORT_FILE, open_run, write_report
 from msn.commands.run_directory import RunDirectory
@@ -22,42 +25,53 @@ REPORT_IMAGES = 500  # training images that the report's pictures look at
 def finish(
     settings: dict[str, Any],
     directory: RunDirectory,
+    trainer: Trainer,
     data: MSNDataModule,
     module: MSNModule,
     protocol: Protocol,
 ) -> None:
     """Export the target trunk, evaluate it where there are labels, mark the run as finished.
 
+    Every process makes this call and extracts its share of the features; the first one writes.
+
     Raises:
         OSError: if a file cannot be written.
     """
     trunk = module.network.target.trunk.eval()
-    save_backbone(directory.path / BACKBONE_FILE, trunk.state_dict(), _meta(module))
+    first = trainer.is_global_zero
+    # After a fit Lightning has moved the module to the CPU; the device is free for the evaluation.
+    device = trainer.strategy.root_device
+    if first:
+        save_backbone(directory.path / BACKBONE_FILE, trunk.state_dict(), _meta(module))
     labelled = data.labelled_sets()
-    if labelled is None:
+    if labelled is None and first:
         print("no labels: no low-shot table")
-    else:
+    if labelled is not None:
         backbone = FrozenBackbone("msn", trunk, protocol.features.image_size or trunk.img_size)
         results = evaluate(
             protocol,
             [backbone, *baselines(["random", PIXELS], backbone, settings["seed"])],
             *labelled,
             num_workers=data.num_workers,
-            device=module.device,
+            device=device,
+            shared=trainer.world_size > 1,
         )
-        write_table(directory.path, results, labelled, settings)
+        if first:
+            write_table(directory.path, results, labelled, settings)
+    if not first:
+        return
     directory.write_status("finished")
     if settings["report"]:
-        _report(directory, module)
+        _report(directory, device)
     print(f"run directory: {directory.path}")
 
 
-def _report(directory: RunDirectory, module: MSNModule) -> None:
+def _report(directory: RunDirectory, device: torch.device) -> None:
     """Build report.html; the run is whole without it, so that a fault in it ends nothing."""
     try:
         record = open_run(directory.path, directory.path.absolute().name)
         path = directory.path / REPORT_FILE
-        write_report([record], path, images=REPORT_IMAGES, device=module.device)
+        write_report([record], path, images=REPORT_IMAGES, device=device)
     except Exception:
         log.exception("no report: python -m msn report runs=[%s] tries again", directory.path)
     else:

@@ -86,8 +86,7 @@ def _run(config: DictConfig, settings: dict[str, Any], preemption: Preemption) -
     trainer.fit(module, datamodule=data, ckpt_path=directory.resume_from)
     if trainer.interrupted:
         return
-    if trainer.is_global_zero:
-        finish(settings, directory, data, module, protocol)
+    finish(settings, directory, trainer, data, module, protocol)
     trainer.strategy.barrier()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
 
 from msn.errors import UserError
@@ -19,7 +19,6 @@ PRECISIONS = ("auto", "32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed
 _FIXED: dict[str, Any] = {
     "use_distributed_sampler": False,  # the data module owns the order of images
     "enable_model_summary": False,
-    "enable_progress_bar": False,  # `msn.training.progress` chooses one that fits the output
     "num_sanity_val_steps": 0,
     "gradient_clip_val": None,  # the module clips the encoder alone
 }
@@ -85,6 +84,8 @@ def build_trainer(
         plugins=[DurableCheckpointIO()],
         # Else Lightning adds a writer of its own; ours may also come once the run has a directory.
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+        # Likewise: `msn.training.progress` chooses one that fits the output, or lines.
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
         **_FIXED,
     )
     try:

@@ -20,7 +20,7 @@ class Signal(Callback):
             os.kill(os.getpid(), self.number)
 
 
-def finish(settings, directory, data, module, protocol):
+def finish(settings, directory, *rest):
     directory.write_status("finished")
 
 
