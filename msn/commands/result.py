@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from msn.commands.eval_lowshot import baselines, write_table
 from msn.commands.report import REPORT_FILE, open_run, write_report
 from msn.commands.run_directory import RunDirectory
+from msn.commands.run_loggers import log_results
 from msn.data.datamodule import MSNDataModule
 from msn.evaluation.backbones import FrozenBackbone
 from msn.evaluation.lowshot import PIXELS, evaluate
@@ -63,6 +64,7 @@ def finish(
     directory.write_status("finished")
     if settings["report"]:
         _report(directory, device)
+    log_results(trainer)
     print(f"run directory: {directory.path}")
 
 

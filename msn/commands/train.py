@@ -15,14 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 from msn.commands.entry import build, to_plain
 from msn.commands.result import finish
 from msn.commands.run_directory import RunDirectory, choose_run_directory, is_inherited
+from msn.commands.run_loggers import build_loggers
 from msn.data.datamodule import MSNDataModule
 from msn.errors import UserError
 from msn.evaluation.protocol import Protocol
 from msn.method.distributed import process_index
-from msn.training.checkpointing import step_of
 from msn.training.facts import facts
 from msn.training.launch import agree, fit_devices, read_launch, starts_processes
-from msn.training.metrics import MetricsCSV
 from msn.training.module import MSNModule
 from msn.training.preemption import EXIT_CODE, Preempted, Preemption, requeue_slurm_job
 from msn.training.progress import build_progress
@@ -82,6 +81,8 @@ def _run(config: DictConfig, settings: dict[str, Any], preemption: Preemption) -
     if trainer.is_global_zero:
         directory.create(config)
         directory.write_status("unfinished", facts=facts(trainer, data, module))
+    for logger in trainer.loggers:
+        logger.log_hyperparams(settings)
     _describe_run(trainer, directory, data, module)
     trainer.fit(module, datamodule=data, ckpt_path=directory.resume_from)
     if trainer.interrupted:
@@ -118,13 +119,7 @@ def _attach(
     config: DictConfig, trainer: Trainer, directory: RunDirectory, preemption: Preemption
 ) -> None:
     """Give the trainer its callbacks and loggers, which write into the run directory."""
-    metrics = MetricsCSV(path=directory.path / "metrics.csv")
-    if directory.resume_from is not None:
-        metrics.resume_at(step_of(directory.resume_from))
-    trainer.loggers = [
-        metrics,
-        *(build(config, f"logger.{name}", save_dir=str(directory.path)) for name in config.logger),
-    ]
+    trainer.loggers = build_loggers(config, directory)
     runtime: dict[str, dict[str, Any]] = {
         "checkpoint": {"directory": directory.checkpoints},
         "verdict": {"directory": directory.path},

@@ -12,6 +12,7 @@ from msn.training.monitors import Monitors
 SHORT = [
     "model.embed_dim=48",
     "model.depth=2",
+    "method.num_prototypes=64",
     "method.head.hidden_dim=128",
     "trainer.max_epochs=4",
     "trainer.accelerator=cpu",

@@ -1,0 +1,140 @@
+"""Weights & Biases and TensorBoard beside metrics.csv: settings, figures and what came of the run.
+
+Nothing is sent unless `logger=wandb` asks for it. WANDB_MODE (offline, disabled) and the other
+variables of wandb are honoured.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
+
+from msn.errors import UserError
+from msn.training.judge import VERDICTS_FILE, read_verdicts
+
+ID_FILE = "wandb-id.txt"
+# What `artifacts` uploads at the end of a run.
+ARTIFACTS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "results": ("config.yaml", "metrics.csv", "verdicts.csv", "lowshot.json", "report.html"),
+    "backbone": ("config.yaml", "backbone.safetensors"),
+}
+_ROW = ("backbone", "classifier", "labels", "splits", "top1_mean", "top1_std", "lambda")
+
+
+class Table(NamedTuple):
+    """Rows under column titles."""
+
+    columns: list[str]
+    rows: list[list[Any]]
+
+
+def tables(directory: Path) -> dict[str, Table]:
+    """The verdicts and the low-shot table of a run directory, as far as they are there."""
+    found = {}
+    verdicts, lowshot = directory / VERDICTS_FILE, directory / "lowshot.json"
+    if verdicts.is_file() and (kept := read_verdicts(verdicts)):
+        found["verdicts"] = Table(list(kept[0]), [list(row.values()) for row in kept])
+    if lowshot.is_file():
+        rows = json.loads(lowshot.read_text())["rows"]
+        found["lowshot"] = Table(list(_ROW), [[row[name] for name in _ROW] for row in rows])
+    return found
+
+
+class WandbRun(WandbLogger):
+    """A run of Weights & Biases that is the same one after a resume.
+
+    Its id is kept in the run directory, and a resumed run goes on under it; offline, pieces of one
+    id are joined by `wandb sync`.
+
+    Args:
+        save_dir: the run directory; wandb keeps its files below it.
+        project: of wandb.
+        name: of the run; None takes the last two parts of the run directory.
+        artifacts: one of `ARTIFACTS` or several joined by a comma.
+
+    Raises:
+        UserError: if `artifacts` is none of these.
+    """
+
+    def __init__(self, *, save_dir: str, project: str, name: str | None, artifacts: str) -> None:
+        self._wanted = [part.strip() for part in artifacts.split(",")]
+        for part in self._wanted:
+            if part not in ARTIFACTS:
+                raise UserError(
+                    f"logger.wandb.artifacts must be among {', '.join(ARTIFACTS)}, got {part}"
+                )
+        self._directory = Path(save_dir)
+        absolute = self._directory.absolute()
+        name = name or f"{absolute.parent.name}/{absolute.name}"
+        super().__init__(save_dir=save_dir, project=project, name=name, log_model=False)
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The run of wandb, begun or gone on with when it is first needed."""
+        if self._experiment is None:
+            file = self._directory / ID_FILE
+            known = file.read_text().strip() if file.is_file() else None
+            self._wandb_init["id"] = known
+            run = super().experiment
+            if known is None:
+                file.write_text(f"{run.id}\n")
+        return super().experiment
+
+    @rank_zero_only
+    def log_results(self) -> None:
+        """Log the tables of the run directory and the wanted artifacts, and end the run."""
+        import wandb
+
+        run = self.experiment
+        for name, table in tables(self._directory).items():
+            run.log({name: wandb.Table(columns=[*table.columns], data=table.rows)})
+        for kind in self._wanted:
+            files = [self._directory / file for file in ARTIFACTS[kind]]
+            if present := [file for file in files if file.is_file()]:
+                artifact = wandb.Artifact(f"{kind}-{run.id}", type=kind)
+                for file in present:
+                    artifact.add_file(str(file))
+                run.log_artifact(artifact)
+        run.finish()
+
+
+class TensorBoardRun(TensorBoardLogger):
+    """TensorBoard's files in RUN/tensorboard; a resumed run hides what it takes again.
+
+    Args:
+        save_dir: the run directory.
+        resume_step: step of the checkpoint that the run goes on from; None for a new run.
+    """
+
+    def __init__(self, *, save_dir: str, resume_step: int | None) -> None:
+        self._directory = Path(save_dir)
+        purge: dict[str, Any] = {} if resume_step is None else {"purge_step": resume_step + 1}
+        super().__init__(save_dir, name="", version="tensorboard", **purge)
+
+    @rank_zero_only
+    def log_hyperparams(  # type: ignore[override]
+        self, params: Mapping[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Show the settings as text; as "hparams" they would need a score of each run."""
+        text = json.dumps(params, indent=2)
+        self.experiment.add_text("config", "\n".join(f"    {row}" for row in text.splitlines()))
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write out what is buffered, without Lightning's hparams.yaml beside config.yaml."""
+        self.experiment.flush()
+
+    @rank_zero_only
+    def log_results(self) -> None:
+        """Show the tables of the run directory as text."""
+        for name, table in tables(self._directory).items():
+            head = [table.columns, ["---"] * len(table.columns)]
+            rows = [f"| {' | '.join(map(str, row))} |" for row in [*head, *table.rows]]
+            self.experiment.add_text(name, "\n".join(rows))
+        self.save()

@@ -1,0 +1,91 @@
+"""One run is one run for wandb and TensorBoard, resumed or not, and says what came of it."""
+
+import json
+
+import pytest
+
+from msn.errors import UserError
+from msn.training.loggers import ID_FILE, TensorBoardRun, WandbRun, tables
+
+ROW = {
+    "backbone": "msn",
+    "classifier": "logistic",
+    "labels": "1",
+    "splits": 2,
+    "top1_mean": 0.5,
+    "top1_std": 0.1,
+    "lambda": None,
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "lowshot.json").write_text(json.dumps({"rows": [{**ROW, "more": 1}]}))
+    (tmp_path / "verdicts.csv").write_text('step,epoch,verdict,line\n20,1,learning,"a, b"\n')
+    return tmp_path
+
+
+def test_the_tables_of_a_run_are_its_verdicts_and_its_lowshot_rows(run, tmp_path_factory):
+    found = tables(run)
+    assert found["verdicts"] == (
+        ["step", "epoch", "verdict", "line"],
+        [["20", "1", "learning", "a, b"]],
+    )
+    assert found["lowshot"] == (list(ROW), [list(ROW.values())])
+    assert tables(tmp_path_factory.mktemp("empty")) == {}
+
+
+def test_an_unknown_artifact_is_refused(tmp_path):
+    with pytest.raises(UserError, match="none, results, backbone, got all"):
+        WandbRun(save_dir=str(tmp_path), project="msn", name=None, artifacts="results,all")
+
+
+@pytest.mark.slow
+def test_a_resumed_wandb_run_keeps_its_id_offline(run, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+    def logger():
+        return WandbRun(save_dir=str(run), project="msn", name=None, artifacts="results")
+
+    first = logger()
+    assert not (run / "wandb").exists()  # nothing begins before something is logged
+    first.log_hyperparams({"seed": 1, "method": {"lr": 0.1}})
+    first.log_metrics({"train/loss": 1.0}, step=1)
+    kept = (run / ID_FILE).read_text().strip()
+    assert first.experiment.id == kept
+    assert first.experiment.config["method"]["lr"] == 0.1
+    assert first.experiment.name == f"{run.parent.name}/{run.name}"
+    first.experiment.finish()
+    second = logger()
+    second.log_metrics({"train/loss": 0.5}, step=2)
+    assert second.experiment.id == kept
+    second.log_results()
+    pieces = list((run / "wandb").glob(f"offline-run-*-{kept}"))
+    assert pieces
+    assert len(list((run / "wandb").glob("offline-run-*"))) == len(pieces)
+
+
+def test_a_resumed_run_hides_what_it_takes_again_in_tensorboard(run):
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    first = TensorBoardRun(save_dir=str(run), resume_step=None)
+    first.log_hyperparams({"seed": 1})
+    for step in (10, 20, 30):
+        first.log_metrics({"train/loss": float(step)}, step=step)
+    first.finalize("success")
+    second = TensorBoardRun(save_dir=str(run), resume_step=20)
+    second.log_metrics({"train/loss": -30.0}, step=30)
+    second.log_results()
+    second.finalize("success")
+    events = event_accumulator.EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
+        (10, 10.0),
+        (20, 20.0),
+        (30, -30.0),
+    ]
+    shown = events.Tags()["tensors"]
+    assert {name.partition("/")[0] for name in shown} >= {"lowshot", "verdicts"}
+    assert not list(run.rglob("hparams.yaml"))
