@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msn.method.distributed import all_reduce_mean, all_reduce_sum
+from msn.method.distributed import all_reduce_sum
 from msn.method.loss import LossTerms
 
 # A window holds at least so many images a prototype and a feature dimension, at most twice that.
@@ -20,26 +20,32 @@ IMAGES_PER_PROTOTYPE, IMAGES_PER_DIMENSION = 8, 4
 
 
 class StepMeans:
-    """Means of scalars over the steps since the last row, over all processes."""
+    """Means of scalars over the steps since the last row, over all processes.
+
+    A step's value that is not finite is left out: the guard has skipped that step. A mean is NaN
+    where no step had a finite value.
+    """
 
     def __init__(self) -> None:
         self.names: list[str] = []
         self.sums: Tensor | None = None
+        """Sums of finite values and their numbers, [2, names]."""
         self.steps = 0
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Add the scalars of a step; every step brings the same names."""
         row = torch.stack([value.detach().float() for value in values.values()])
+        both = torch.stack([row.nan_to_num(0, 0, 0), row.isfinite().float()])
         self.names = list(values)
-        self.sums = row if self.sums is None else self.sums.to(row.device) + row
+        self.sums = both if self.sums is None else self.sums.to(row.device) + both
         self.steps += 1
 
     def take(self) -> dict[str, Tensor]:
         """The means, still on the device; starts anew."""
         assert self.sums is not None
-        means = all_reduce_mean(self.sums / self.steps)
+        total, count = all_reduce_sum(self.sums).unbind()
         self.sums, self.steps = None, 0
-        return dict(zip(self.names, means.unbind(), strict=True))
+        return dict(zip(self.names, (total / count).unbind(), strict=True))
 
 
 class Window:

@@ -50,6 +50,15 @@ def test_agreement_is_counted_per_kind_of_view_and_the_floor_is_the_targets_entr
     assert scalars["train/cross_entropy"] >= scalars["train/cross_entropy_floor"]
 
 
+def test_a_step_that_is_not_finite_is_left_out_of_means():
+    means = StepMeans()
+    for value in (1.0, math.nan, 3.0):
+        means.add({"a": torch.tensor(value), "b": torch.tensor(math.inf)})
+    taken = means.take()
+    assert taken["a"].item() == 2.0
+    assert taken["b"].isnan()
+
+
 def test_no_focal_views_no_figure_of_them(step):
     terms, anchor, prototypes = step
     nearest = strongest_prototypes(anchor[:1], prototypes)
