@@ -3,17 +3,21 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
 
+from benchmarks.kill_resume import CLOCKS, differing
 from msn.commands import train
 from msn.training.checkpointing import checkpoints, newest_checkpoint
 from msn.training.metrics import read_metrics
 from msn.training.preemption import EXIT_CODE
 from tests.commands.conftest import TINY
+from tests.conftest import ROOT
 
 # Three epochs of three steps; RuntimeErrors and signals come where `disturb` says.
 ARGUMENTS = [
@@ -65,18 +69,6 @@ def power_cut():
     raise RuntimeError("power cut")
 
 
-def differing(first, second, where=""):
-    """Paths below which two nested structures are not bit-equal."""
-    if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
-        return [d for k in first for d in differing(first[k], second[k], f"{where}/{k}")]
-    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
-        pairs = zip(first, second, strict=True)
-        return [d for i, (a, b) in enumerate(pairs) for d in differing(a, b, f"{where}/{i}")]
-    if isinstance(first, torch.Tensor):
-        return [] if torch.equal(first, second) else [where]
-    return [] if first == second else [where]
-
-
 def end_state(directory):
     return torch.load(newest_checkpoint(directory / "checkpoints"), weights_only=True)
 
@@ -99,8 +91,7 @@ def test_a_run_stopped_at_an_epoch_s_end_and_in_its_middle_ends_bit_equal(run, t
     assert json.loads((directory / "run.json").read_text())["status"] == "finished"
     straight, resumed = end_state(tmp_path / "straight"), end_state(directory)
     assert straight["global_step"] == 9
-    clocks = {"/callbacks/Monitors/seconds"}
-    assert set(differing(straight, resumed)) <= clocks
+    assert set(differing(straight, resumed)) <= CLOCKS
     rows = [read_metrics(path / "metrics.csv") for path in (tmp_path / "straight", directory)]
     assert [row["step"] for row in rows[1]] == [row["step"] for row in rows[0]]
     assert [row["train/loss"] for row in rows[1]] == [row["train/loss"] for row in rows[0]]
@@ -145,3 +136,17 @@ def test_a_directory_that_holds_something_else_is_refused(command, tmp_path):
     code, _, err = command("train", *TINY, f"run.dir={tmp_path}")
     assert code == 2
     assert "holds no run" in err
+
+
+def test_three_runs_killed_at_random_moments_end_bit_equal():
+    """The short form of benchmarks/kill_resume.py; kills come while steps and files are made."""
+    script = [sys.executable, str(ROOT / "benchmarks" / "kill_resume.py"), "--runs=3", "--kills=1"]
+    done = subprocess.run(
+        script,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 of 3 runs bit-equal to the undisturbed one after" in done.stdout

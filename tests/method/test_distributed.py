@@ -1,5 +1,6 @@
 """Two gloo processes with half the batch each give what one process gives with the whole batch."""
 
+import math
 import os
 import socket
 
@@ -9,41 +10,108 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.testing import assert_close
 
-from msn.method import distributed, loss
+from msn.method import distributed, loss, optim
+from msn.method.finite import FiniteCheck
 from msn.method.loss import MSNLoss
 from msn.method.network import MSN
+from msn.method.schedules import ScheduleValues
+from msn.method.traffic import step_traffic
 from tests.conftest import SMALL_HEAD, SMALL_MODEL
 
+STEPS = 5
 
-def one_step(images, rank=0, world=1):
-    """Loss, terms, targets, gradients (averaged over processes) and BatchNorm buffers."""
+
+class Step(torch.nn.Module):
+    """Network and loss in one forward, as DDP wants it."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = MSN(model=SMALL_MODEL, head=SMALL_HEAD, num_prototypes=10).double()
+        self.objective = MSNLoss(
+            temperature=0.1,
+            me_max_weight=1.0,
+            entropy_weight=0.5,
+            use_sinkhorn=True,
+            sinkhorn_iterations=3,
+        )
+
+    def forward(self, part):
+        network = self.network
+        out = network(part[0], part[1:2], part[2:, ..., :8, :8], torch.arange(12))
+        return self.objective(out.anchor, out.target, network.prototypes, 0.25)
+
+
+def count(counted, name, function, tensor_of):
+    def counting(*args, **kwargs):
+        tensor = tensor_of(args)
+        counted[name] = counted.get(name, 0) + tensor.numel() * tensor.element_size()
+        return function(*args, **kwargs)
+
+    return counting
+
+
+def parallel(step, counted):
+    """Under DDP, with the bytes of its collectives and of ours counted."""
+    for name, position in {"all_reduce": 0, "all_gather": 1}.items():
+        function = count(counted, name, getattr(dist, name), lambda args, i=position: args[i])
+        setattr(dist, name, function)
+    wrapped = torch.nn.parallel.DistributedDataParallel(step)
+    broadcast = wrapped._distributed_broadcast_coalesced
+
+    def counting(tensors, *args):
+        sizes = (tensor.numel() * tensor.element_size() for tensor in tensors)
+        counted["broadcast"] = counted.get("broadcast", 0) + sum(sizes)
+        return broadcast(tensors, *args)
+
+    def average(state, bucket):
+        gradients = bucket.buffer()
+        counted["gradients"] = counted.get("gradients", 0) + gradients.numel() * 8
+        work = dist.distributed_c10d._get_default_group().allreduce([gradients.div_(2)])
+        return work.get_future().then(lambda done: done.value()[0])
+
+    wrapped._distributed_broadcast_coalesced = counting
+    wrapped.register_comm_hook(None, average)
+    return wrapped
+
+
+def several_steps(images, rank=0, world=1, spoil=False):
+    """Loss, terms, targets, gradients and buffers of the first step, weights after five of them.
+
+    The gradient is DDP's. With `spoil` process 1 brings not-a-number in the third step.
+    """
     torch.manual_seed(0)
-    network = MSN(model=SMALL_MODEL, head=SMALL_HEAD, num_prototypes=10).double()
-    objective = MSNLoss(
-        temperature=0.1,
-        me_max_weight=1.0,
-        entropy_weight=0.5,
-        use_sinkhorn=True,
-        sinkhorn_iterations=3,
-    )
+    step, counted = Step(), {}
+    network = step.network
+    run = parallel(step, counted) if world > 1 else step
+    optimizer = optim.build_optimizer(network, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    check = FiniteCheck(max_skipped=3)
     share = images.shape[1] // world
     part = images[:, rank * share : (rank + 1) * share]
-    out = network(part[0], part[1:2], part[2:, ..., :8, :8], torch.arange(12))
-    terms = objective(out.anchor, out.target, network.prototypes, 0.25)
-    terms.loss.backward()
-    result = {
-        "loss": distributed.all_reduce_mean(terms.loss.detach()),
-        "me_max": terms.me_max.detach(),
-        "targets": terms.targets,
-    }
-    for name, parameter in network.named_parameters():
-        if parameter.grad is not None:
-            result[f"grad {name}"] = distributed.all_reduce_mean(parameter.grad)
-    result |= {f"buffer {name}": value.clone() for name, value in network.named_buffers()}
-    return result
+    result, skipped = {}, []
+    for number in range(STEPS):
+        optimizer.zero_grad()
+        counted.clear()
+        terms = run(part * math.nan if spoil and (number, rank) == (2, world - 1) else part)
+        terms.loss.backward()
+        if number == 0:
+            result["loss"] = distributed.all_reduce_mean(terms.loss.detach())
+            result["me_max"], result["targets"] = terms.me_max.detach(), terms.targets
+            gradients = {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
+            result |= {f"grad {n}": grad.clone() for n, grad in gradients.items()}
+            result |= {f"buffer {n}": value.clone() for n, value in network.named_buffers()}
+        norm = optim.clip_encoder(network.anchor, 1.0)
+        optim.set_values(optimizer, ScheduleValues(1e-3, 0.1, 0.9, 0.25))
+        optimizer.found_inf = check.judge([terms.loss, norm])
+        optimizer.step()
+        network.update_target(0.9, check.skip)
+        skipped.append(float(check.skip))
+    result |= {f"weight {n}": p.detach().clone() for n, p in network.named_parameters()}
+    result["skipped"] = torch.tensor(skipped)
+    return result, dict(counted)
 
 
 def worker(rank, port, images, mutation, queue):
+    """What a process of two finds; without a mutation also with a step that is spoilt."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
@@ -53,7 +121,12 @@ def worker(rank, port, images, mutation, queue):
         loss.all_reduce_logsumexp = lambda x: x
     elif mutation == "batch norm":
         distributed.BatchNorm.forward = torch.nn.BatchNorm1d.forward
-    queue.put((rank, {k: v.numpy() for k, v in one_step(images, rank, 2).items()}))
+    result, counted = several_steps(images, rank, 2)
+    if mutation is None:
+        spoilt, _ = several_steps(images, rank, 2, spoil=True)
+        result |= {f"spoilt {name}": spoilt[name] for name in spoilt if "weight" in name}
+        result["spoilt skipped"] = spoilt["skipped"]
+    queue.put((rank, {name: value.numpy() for name, value in result.items()}, counted))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -74,13 +147,14 @@ def two_processes(images, mutation=None):
     ]
     for process in processes:
         process.start()
-    results = dict(queue.get() for _ in processes)
+    got = sorted((queue.get() for _ in processes), key=lambda answer: answer[0])
+    results, counted = [answer[1] for answer in got], got[0][2]
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
     merged = {k: torch.from_numpy(v) for k, v in results[0].items()}
-    merged["targets"] = torch.cat([torch.from_numpy(results[r]["targets"]) for r in range(2)])
-    return merged
+    merged["targets"] = torch.cat([torch.from_numpy(result["targets"]) for result in results])
+    return merged, counted
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +163,56 @@ def images():
     return torch.rand(5, 8, 3, 16, 16, generator=generator, dtype=torch.float64)
 
 
+@pytest.fixture(scope="module")
+def one(images):
+    return several_steps(images)[0]
+
+
+@pytest.fixture(scope="module")
+def two(images):
+    return two_processes(images)
+
+
 def differing(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    return {k for k in ours if not torch.allclose(ours[k], theirs[k], rtol=1e-9, atol=1e-11)}
+    return {k for k in theirs if not torch.allclose(ours[k], theirs[k], rtol=1e-9, atol=1e-9)}
 
 
-def test_two_processes_equal_one_on_the_joined_batch(images):
-    assert differing(two_processes(images), one_step(images)) == set()
+def test_two_processes_equal_one_on_the_joined_batch_for_five_steps(one, two):
+    assert len([name for name in one if name.startswith("weight")]) > 80
+    assert differing(two[0], one) == set()
+
+
+def test_a_step_that_is_not_finite_in_one_process_is_taken_by_none(two, images):
+    """Four steps are taken then: those of a run that has one less."""
+    assert two[0]["spoilt skipped"].tolist() == [0, 0, 1, 0, 0]
+    spoilt = {name: two[0][f"spoilt {name}"] for name in two[0] if name.startswith("weight")}
+    alone, _ = several_steps(images, spoil=True)
+    assert alone["skipped"].tolist() == [0, 0, 1, 0, 0]
+    assert differing(alone, spoilt) == set()
+    assert all(value.isfinite().all() for value in spoilt.values())
+
+
+def test_bytes_that_are_sent_are_those_of_the_formulas(two):
+    counted = two[1]
+    formulas = {
+        collective.name: collective.payload
+        for collective in step_traffic(
+            model=SMALL_MODEL,
+            head=SMALL_HEAD,
+            num_prototypes=10,
+            use_sinkhorn=True,
+            sinkhorn_iterations=3,
+            view_groups=2,
+            processes=2,
+            element_size=8,
+        )
+    }
+    assert counted.pop("gradients") == formulas["gradients"]
+    assert counted.pop("all_gather") == formulas["Sinkhorn"]
+    assert counted.pop("broadcast") == formulas["running statistics"]
+    rest = ("head BatchNorm", "me-max", "finite check")
+    assert counted.pop("all_reduce") == sum(formulas[name] for name in rest)
+    assert counted == {}
 
 
 @pytest.mark.slow
@@ -107,8 +224,10 @@ def test_two_processes_equal_one_on_the_joined_batch(images):
         ("batch norm", "buffer anchor.head.bn1.running_var"),
     ],
 )
-def test_a_collective_replaced_by_the_identity_is_seen(images, mutation, seen):
-    assert seen in differing(two_processes(images, mutation), one_step(images))
+def test_a_collective_replaced_by_the_identity_is_seen(images, one, mutation, seen):
+    found = differing(two_processes(images, mutation)[0], one)
+    assert seen in found
+    assert any(name.startswith("weight") for name in found)
 
 
 def test_on_one_process_collectives_are_the_identity():
