@@ -1,27 +1,41 @@
-"""What happens to images that cannot be read: replaced, logged once, counted, written down."""
+"""What happens to images that cannot be read: replaced, logged once, counted, written down.
+
+All processes of a run share one `bad_images.csv`, and the file is where they are counted: whoever
+finds an unreadable image appends it under a lock unless another process, or the run before a
+resume, has. So an image is logged and counted once, without any exchange between processes.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
 import io
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from msn.data.collate import BadImage
 from msn.errors import UserError
 
 log = logging.getLogger(__name__)
 
+COLUMNS = ("path", "reason", "image")  # the last is the number in the training set
+
 
 class BadImageLedger:
     """Every unreadable image of a run, once.
 
     Args:
-        num_images: size of the training set that the images come from.
-        max_fraction: share of the set that may be unreadable, in [0, 1].
+        num_images: number of indexed files, of which `max_fraction` is a share.
+        max_fraction: share of them that may be unreadable, in [0, 1].
         strict: whether the first unreadable image ends the run.
+
+    Attributes:
+        file: the `bad_images.csv` that all processes share; None keeps book in this one alone.
+        known: unreadable images by their numbers, of all processes as far as this one knows.
 
     Raises:
         UserError: `max_fraction` is outside [0, 1].
@@ -33,58 +47,88 @@ class BadImageLedger:
         self.num_images, self.max_fraction, self.strict = num_images, max_fraction, strict
         self.known: dict[int, BadImage] = {}
         self.file: Path | None = None
-        self._written: set[int] = set()
+        self._unwritten: dict[int, BadImage] = {}
+        self._read_to = 0
 
     def add(self, images: Iterable[BadImage]) -> list[BadImage]:
-        """Take note of unreadable images and log those not seen before.
+        """Take note of unreadable images; those new to all processes are logged and written down.
 
         Returns:
             The new ones.
         """
-        new = []
-        for image in images:
-            if image.index not in self.known:
-                self.known[image.index] = image
-                new.append(image)
-                log.warning("replaced an unreadable image: %s (%s)", image.path, image.reason)
+        fresh = {image.index: image for image in images if image.index not in self.known}
+        if not fresh:
+            return []
+        if self.file is None:
+            return self._take(fresh)
+        new: list[BadImage] = []
+        try:
+            with self._locked(self.file) as file:
+                self._read_others(file)
+                new = self._take(fresh)
+                file.write(_rows(self._unwritten.values()))
+                file.flush()
+                self._unwritten = {}
+                self._read_to = file.tell()
+        except OSError as error:
+            log.warning("cannot write %s: %s", self.file, error.strerror or error)
+            new = new or self._take(fresh)
         return new
 
-    def write(self) -> None:
-        """Append what is not yet in the file to `bad_images.csv`, where one is set."""
-        rows = [image for index, image in self.known.items() if index not in self._written]
-        if self.file is None or not rows:
-            return
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        if not self.file.exists():
-            writer.writerow(("path", "reason"))
-        writer.writerows((image.path, image.reason) for image in rows)
-        data = os.fsencode(text.getvalue())
-        try:
-            with self.file.open("ab") as file:
-                file.write(data)
-        except OSError as error:
-            log.warning("cannot write %s: %s", self.file, error)
-            return
-        self._written |= {image.index for image in rows}
-
     def check(self) -> None:
-        """End the run where too much is unreadable.
+        """End the run where too much is unreadable, over all processes.
 
         Raises:
             UserError: more than the allowed share, or anything at all if strict.
         """
         count = len(self.known)
-        if count and self.strict:
-            first = next(iter(self.known.values()))
+        if count == 0:
+            return
+        first = next(iter(self.known.values()))
+        if self.strict:
             raise UserError(
                 f"data.strict=true: {first.path} cannot be read ({first.reason}); "
                 "data.strict=false replaces such images"
             )
         if count > self.max_fraction * self.num_images:
             listed = f", see {self.file}" if self.file is not None else ""
-            first = next(iter(self.known.values()))
             raise UserError(
                 f"data.max_bad_fraction={self.max_fraction:g}: {count} of {self.num_images} images "
                 f"cannot be read{listed}; for instance {first.path} ({first.reason})"
             )
+
+    def _take(self, fresh: dict[int, BadImage]) -> list[BadImage]:
+        new = [image for index, image in fresh.items() if index not in self.known]
+        for image in new:
+            self.known[image.index] = self._unwritten[image.index] = image
+            log.warning("replaced an unreadable image: %s (%s)", image.path, image.reason)
+        return new
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _locked(path: Path) -> Iterator[BinaryIO]:
+        with path.open("a+b") as file:
+            with contextlib.suppress(OSError):  # a file system without locks: a row may come twice
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield file  # closing it unlocks
+
+    def _read_others(self, file: BinaryIO) -> None:
+        """Learn what others have written since; then the file stands at its end."""
+        file.seek(self._read_to)
+        data = file.read()
+        for row in csv.reader(io.StringIO(os.fsdecode(data), newline="")):
+            if len(row) == len(COLUMNS) and row[2].isdigit():
+                image = BadImage(int(row[2]), row[0], row[1])
+                self.known.setdefault(image.index, image)
+        if file.tell() == 0:
+            file.write((",".join(COLUMNS) + "\n").encode())
+        elif data and not data.endswith(b"\n"):
+            file.write(b"\n")  # whoever wrote last was killed in the middle
+
+
+def _rows(images: Iterable[BadImage]) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    for image in images:
+        writer.writerow((image.path, " ".join(image.reason.split()), image.index))
+    return os.fsencode(text.getvalue())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 PASSES = 3
@@ -29,8 +28,7 @@ def blur_taps(radius: np.ndarray, greatest: float) -> np.ndarray:
         greatest: no radius is greater; it sets the number of taps.
 
     Returns:
-        Weights at distance 0, 1, ..., reach, and one 0 for everything farther, float32
-        [n, reach + 2].
+        Weights at distance 0, 1, ..., reach, float32 [n, reach + 1].
     """
     box = box_radius(np.asarray(radius))[:, None]
     half = int(np.ceil(box_radius(np.array(greatest))))
@@ -39,37 +37,27 @@ def blur_taps(radius: np.ndarray, greatest: float) -> np.ndarray:
     size = once.shape[1] * PASSES  # no wrap-around in the product of the transforms
     spectrum = np.fft.rfft(once, size) ** PASSES
     kernel = np.fft.irfft(spectrum, size)[:, PASSES * half : 2 * PASSES * half + 1]
-    return np.pad(kernel, ((0, 0), (0, 1))).astype(np.float32)
+    return kernel.astype(np.float32)
 
 
-class BlurMatrix:
-    """Makes blur matrices for views of one size.
+def blur_matrices(taps: Tensor, size: int) -> Tensor:
+    """Matrices that blur views of one size; the image's edge pixels repeat beyond it.
 
     Args:
+        taps: of `blur_taps`, on any device, [n, reach + 1].
         size: side of the views in px.
-        greatest: greatest radius in px.
-        device: where the matrices are made.
+
+    Returns:
+        Rows that sum to 1, [n, size, size]; `matrix @ x` blurs columns.
     """
-
-    def __init__(self, size: int, greatest: float, device: torch.device) -> None:
-        self.size, self.greatest = size, greatest
-        reach = blur_taps(np.zeros(1), greatest).shape[1] - 2
-        at = torch.arange(size, device=device)
-        distance = (at[:, None] - at).abs()
-        self.distance = distance.clamp(max=reach + 1).flatten()  # [size * size], the last is 0
-        self.first, self.last = min(reach, size), max(0, size - reach)
-
-    def __call__(self, taps: Tensor) -> Tensor:
-        """Matrices from kernels: the image's edge pixels repeat beyond it.
-
-        Args:
-            taps: of `blur_taps`, on the same device, [n, reach + 2].
-
-        Returns:
-            Rows that sum to 1, [n, size, size]; `matrix @ x` blurs columns.
-        """
-        matrix = taps.index_select(1, self.distance).view(-1, self.size, self.size)
-        missing = 1 - matrix.sum(-1)
-        matrix[:, : self.first, 0] += missing[:, : self.first]
-        matrix[:, self.last :, -1] += missing[:, self.last :]
-        return matrix
+    reach = min(taps.shape[1], size) - 1
+    near = taps[:, : reach + 1]
+    line = taps.new_zeros(len(taps), 2 * size - 1)  # row 0 of the matrix is its second half
+    line[:, size - 1 : size + reach] = near
+    line[:, size - 1 - reach : size] = near.flip(1)
+    matrix = line.unfold(1, size, 1).flip(1)
+    # What a row would take from beyond the edge.
+    beyond = taps.flip(1).cumsum(1).flip(1)[:, 1 : 1 + size]
+    matrix[:, : beyond.shape[1], 0] += beyond
+    matrix[:, size - beyond.shape[1] :, -1] += beyond.flip(1)
+    return matrix

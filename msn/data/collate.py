@@ -49,30 +49,64 @@ class ImageBatch(NamedTuple):
         return self.pixels[start : start + height * width].view(height, width, 3)
 
 
-def pack(images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
-    """Put images of different sizes into one buffer.
+class PixelBuffer:
+    """Takes images of different sizes one after the other into one buffer.
 
-    In a worker process the buffer is shared memory, so that sending it copies nothing.
+    Each image is copied while it is still in the cache, and its own memory is free for the next. In
+    a worker process the buffer is shared memory, so that sending it copies nothing. Room that is
+    not used is never touched and costs nothing.
 
     Args:
-        images: uint8 arrays [h, w, 3].
+        count: images that are expected.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._expected = count
+        self._pixels = torch.empty((0, 3), dtype=torch.uint8)
+        self._sizes: list[tuple[int, int]] = []
+        self._end = 0
+
+    def add(self, image: np.ndarray) -> None:
+        """Take an image uint8 [h, w, 3]."""
+        height, width, _ = image.shape
+        end = self._end + height * width
+        if end > len(self._pixels):
+            left = max(1, self._expected - len(self._sizes))
+            self._grow(max(self._end + int(_ROOM * left * height * width), end))
+        self._pixels[self._end : end].view(height, width, 3).numpy()[:] = image
+        self._sizes.append((height, width))
+        self._end = end
+
+    def packed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`pixels`, `starts` and `sizes` of `ImageBatch`."""
+        sizes = torch.tensor(self._sizes, dtype=torch.int64).view(-1, 2)
+        areas = sizes.prod(1)
+        return self._pixels[: self._end], areas.cumsum(0) - areas, sizes
+
+    def _grow(self, num_pixels: int) -> None:
+        larger = _buffer(num_pixels)
+        larger[: self._end] = self._pixels[: self._end]
+        self._pixels = larger
+
+
+_ROOM = 1.25  # times what images as large as the first would need
+
+
+def pack(images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
+    """Put images uint8 [h, w, 3] into one buffer.
 
     Returns:
         `pixels`, `starts` and `sizes` of `ImageBatch`.
     """
-    sizes = np.array([image.shape[:2] for image in images], np.int64).reshape(-1, 2)
-    ends = sizes.prod(1).cumsum()
-    pixels = _buffer(int(ends[-1]) if len(ends) else 0)
-    rows = pixels.numpy()
-    for image, end in zip(images, ends, strict=True):
-        height, width, _ = image.shape
-        rows[end - height * width : end].reshape(height, width, 3)[:] = image
-    starts = ends - sizes.prod(1)
-    return pixels, torch.from_numpy(starts), torch.from_numpy(sizes)
+    buffer = PixelBuffer(len(images))
+    for image in images:
+        buffer.add(image)
+    return buffer.packed()
 
 
 def _buffer(num_pixels: int) -> Tensor:
     if get_worker_info() is None:
-        return torch.empty((num_pixels, 3), dtype=torch.uint8)
+        # NumPy asks the kernel for huge pages, which are cheaper to touch for the first time.
+        return torch.from_numpy(np.empty((num_pixels, 3), np.uint8))
     storage = torch.UntypedStorage._new_shared(num_pixels * 3)
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (num_pixels, 3), (3, 1))

@@ -1,12 +1,16 @@
-"""Colour changes in whole gray levels, as Pillow makes them, for one view or many at once.
+"""Colour changes as Pillow makes them, for one view or many at once, on any device.
 
-Pixels are floats that hold whole numbers 0 to 255, planes first: [..., 3, H, W]. Brightness,
-contrast and saturation move a view towards or away from a base: black, its mean gray, its gray
-image. Hue turns the colour circle. `out` arguments are written to and save the cost of fresh
-memory, which on a CPU is higher than that of the arithmetic.
+Pixels are floats from 0 to 255, planes first: [..., 3, H, W]. Brightness, contrast and saturation
+move a view towards or away from a base: black, its mean gray, its gray image. Hue turns the colour
+circle. Pillow works in whole gray levels and cuts fractions off; here they are kept, less the half
+level that cutting costs on average, which is nearer to Pillow than it shows and costs nothing.
+Everything is in place: on a CPU fresh memory costs more than the arithmetic.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,14 +18,34 @@ from torch import Tensor
 # ITU-R 601 luma with the 16-bit weights that Pillow uses.
 LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
 HUE_STEPS = 255  # Pillow turns the hue by whole 1/255 of the circle, fractions cut off
-HUE_PLANES = 8  # scratch planes that `turn_hue` needs
+HUE_PLANES = 5  # scratch planes that `turn_hue` needs
+CUT = 0.5  # gray levels that are lost on average when fractions are cut off
 
 
-def gray_image(pixels: Tensor, out: Tensor | None = None) -> Tensor:
-    """Gray values of a colour image, [..., 3, H, W] to [..., H, W], rounded."""
-    red, green, blue = pixels.unbind(-3)
+Channels = Sequence[Tensor]
+
+
+def channels_of(pixels: Tensor) -> Channels:
+    """Red, green and blue of [..., 3, H, W] as views [..., 1, H, W]."""
+    return pixels.split(1, -3)
+
+
+def gray_image(channels: Channels, out: Tensor | None = None) -> Tensor:
+    """Gray values of a colour image, [..., 1, H, W]."""
+    red, green, blue = channels
     gray = torch.mul(red, LUMA[0], out=out)
-    return gray.add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2]).round_()
+    return gray.add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
+
+
+def mean_gray(pixels: Tensor) -> Tensor:
+    """Mean gray of views, [..., 3, H, W] to [..., 1, 1, 1]: a whole number, as Pillow's is."""
+    means = pixels.flatten(-2).mean(-1)
+    return (means @ _luma(pixels.device)).add_(0.5).floor_()[..., None, None, None]
+
+
+@cache
+def _luma(device: torch.device) -> Tensor:
+    return torch.tensor(LUMA, device=device)
 
 
 def blend(pixels: Tensor, base: Tensor | float, factor: Tensor | float) -> Tensor:
@@ -29,53 +53,62 @@ def blend(pixels: Tensor, base: Tensor | float, factor: Tensor | float) -> Tenso
 
     Args:
         pixels: [..., 3, H, W].
-        base: broadcasts against `pixels`.
-        factor: broadcasts against `pixels`.
+        base: broadcasts against `pixels`; overwritten if it is a tensor.
+        factor: a number for all pixels, or a tensor that broadcasts against base and `pixels`.
     """
-    # Pillow cuts fractions off; x + (factor - 1) * 0 stays a whole number, f * x + (1 - f) * x not.
-    return pixels.sub_(base).mul_(factor).add_(base).clamp_(0, 255).floor_()
+    if isinstance(factor, Tensor):
+        rest = base.mul_(1 - factor).sub_(CUT) if isinstance(base, Tensor) else base - CUT
+        return pixels.mul_(factor).add_(rest).clamp_(0, 255)
+    base = torch.as_tensor(base, dtype=pixels.dtype, device=pixels.device)
+    base.mul_(1 - factor).sub_(CUT)
+    return torch.add(base, pixels, alpha=factor, out=pixels).clamp_(0, 255)
 
 
-def turn_hue(pixels: Tensor, turns: Tensor | float, scratch: Tensor) -> Tensor:
+def turn_hue(
+    pixels: Tensor, channels: Channels, turns: Tensor | float, scratch: Sequence[Tensor]
+) -> Tensor:
     """Turn the colours around the circle in place; value and saturation stay.
 
-    Written without branches or division into sextants: a channel is a wave of the angle h that is
-    full within 1 (a sixth of the circle) of its own colour and empty from 2 on.
+    Written without masks and divisions. With the angle h in sixths of the circle from red, in
+    [-3, 3], and chroma c = high - low, a channel is full within 1 of its own colour, empty from 2
+    on and linear between: clamp(high + c - c * distance, low, high).
 
     Args:
         pixels: [..., 3, H, W].
-        turns: in [-0.5, 0.5], whole multiples of 1/255; broadcasts against [..., H, W].
-        scratch: [HUE_PLANES, ..., H, W], overwritten.
+        channels: of `channels_of`.
+        turns: in [-0.5, 0.5]; a number for all pixels, or a tensor [..., 1, 1, 1].
+        scratch: HUE_PLANES planes [..., 1, H, W], overwritten.
     """
-    red, green, blue = pixels.unbind(-3)
-    high, low, chroma, angle, most, mask, step, wave = scratch.unbind(0)
-    torch.maximum(red, green, out=most)
-    torch.maximum(most, blue, out=high)
-    torch.minimum(red, green, out=low)
-    torch.minimum(low, blue, out=low)
+    red, green, blue = channels
+    high, low, chroma, angle, other = scratch
+    torch.maximum(torch.maximum(red, green, out=high), blue, out=high)
+    torch.minimum(torch.minimum(red, green, out=low), blue, out=low)
     torch.sub(high, low, out=chroma)
 
-    # Angle times chroma: g - b where red is greatest, 2c + b - r if green, 4c + r - g if blue.
-    torch.sub(green, blue, out=angle)
-    torch.gt(green, red, out=mask)
-    torch.sub(blue, red, out=step).add_(chroma, alpha=2).sub_(angle)
-    angle.addcmul_(mask, step)
-    torch.gt(blue, most, out=mask)
-    torch.sub(red, green, out=step).add_(chroma, alpha=4).sub_(angle)
-    angle.addcmul_(mask, step)
-    torch.clamp(chroma, min=1, out=step)  # chroma is whole, so this only avoids 0 / 0
-    angle.div_(step).add_(6 * turns)  # in [-1 - 3, 5 + 3]
+    # c * h = p + q + 2 * min(p, c - q) with p = high - red and q = |green - blue|, where red is the
+    # greatest (p = 0), the middle (q = c) and the least (p = c) alike; green - blue has its sign.
+    torch.sub(green, blue, out=green)
+    torch.abs(green, out=other)  # q
+    torch.sub(high, red, out=angle)  # p
+    torch.sub(chroma, other, out=blue)  # c - q
+    other.add_(angle).add_(torch.minimum(angle, blue, out=blue), alpha=2).copysign_(green)
+    if isinstance(turns, Tensor):
+        torch.addcmul(other, chroma, 6 * turns, out=angle)
+    else:
+        torch.add(other, chroma, alpha=6 * turns, out=angle)  # in [-6c, 6c]
 
-    # Distance d from the colours at 0, 2 and 4; full to 1, empty from 2: high - c * clamp(d - 1).
-    for channel, colour in ((red, 0), (green, 2), (blue, 4)):
-        # |(h - colour) wrapped to [-3, 3]|, without a remainder, which is slow on a CPU.
-        torch.sub(angle, colour, out=wave)
-        torch.mul(wave, 1 / 6, out=step).round_()
-        wave.sub_(step, alpha=6).abs_().sub_(1).clamp_(0, 1)
-        torch.addcmul(high, chroma, wave, value=-1, out=channel)
-    return pixels.round_()
+    # Distances from red, green and blue are 3 - ||h| - 3|, ||h + 1| - 3| and ||h - 1| - 3|.
+    red.copy_(angle)
+    torch.add(angle, chroma, out=green)
+    torch.sub(angle, chroma, out=blue)
+    torch.add(high, chroma, out=other)
+    pixels.abs_().sub_(chroma.mul_(3)).abs_()
+    torch.sub(chroma, red, out=red)
+    return torch.clamp(torch.sub(other, pixels, out=pixels), low, high, out=pixels)
 
 
-def whole_turns(hue: float) -> float:
+def whole_turns(hue: Tensor | float) -> Tensor | float:
     """The turn that Pillow makes of a hue in [-0.5, 0.5]."""
+    if isinstance(hue, Tensor):
+        return (hue * HUE_STEPS).trunc() / HUE_STEPS
     return int(hue * HUE_STEPS) / HUE_STEPS

@@ -6,6 +6,7 @@ up to rounding. Which is fastest depends on the device and the images (`benchmar
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,33 +37,31 @@ def crop(batch: ImageBatch, views: slice, size: int, kernel: str) -> Tensor:
         batch: decoded images; the table on the CPU, the pixels on any device.
         views: which rows of the table; all become `size` px.
         size: side of the result in px.
-        kernel: `native` (an image at a time, CPU only), `whole` (two matrix products over whole
-            images of one size) or `padded` (two matrix products over crops gathered from images of
-            any size).
+        kernel: `whole` (two matrix products over whole images of one size) or `padded` (two matrix
+            products over crops gathered from images of any size).
 
     Returns:
-        Values 0 to 255, [v, B, 3, size, size]: uint8 by `native`, float32 (not rounded) by others.
+        Values 0 to 255, not rounded, float32 [v, B, 3, size, size].
     """
     table = batch.table[views]
-    if kernel == "native":
-        return _native(batch, table, size)
     if kernel == "whole":
         return _whole(batch, table, size)
     return _padded(batch, table, size)
 
 
-def _native(batch: ImageBatch, table: Tensor, size: int) -> Tensor:
-    """torch's own uint8 kernel, one crop at a time."""
-    out = torch.empty((*table.shape[:2], 3, size, size), dtype=torch.uint8)
-    boxes = table[..., :5].long().tolist()
-    for b in range(table.shape[1]):
-        image = batch.image(b)
-        for v in range(table.shape[0]):
-            top, left, height, width, flip = boxes[v][b]
-            part = image[top : top + height, left : left + width].permute(2, 0, 1)[None]
-            view = F.interpolate(part, size=(size, size), mode="bilinear", antialias=True)[0]
-            out[v, b] = view.flip(-1) if flip else view
-    return out
+def resize(part: np.ndarray, size: int) -> Tensor:
+    """Resize a part of an image by torch's own uint8 kernel, on the CPU.
+
+    Args:
+        part: uint8 [h, w, 3], need not be contiguous.
+        size: side of the result in px.
+
+    Returns:
+        uint8 [3, size, size].
+    """
+    # Views are taken in NumPy, where they cost a tenth; interleaved pixels have the fast kernel.
+    planes = torch.from_numpy(np.ascontiguousarray(part)[None].transpose(0, 3, 1, 2))
+    return F.interpolate(planes, size=(size, size), mode="bilinear", antialias=True)[0]
 
 
 def resampling_weights(

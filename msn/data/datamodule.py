@@ -50,7 +50,7 @@ class MSNDataModule(LightningDataModule):
             one for each core that this process may use otherwise.
         prefetch_batches: batches that each worker prepares ahead, >= 1.
         seed: of order and views.
-        max_bad_fraction: share of the training images that may be unreadable.
+        max_bad_fraction: share of the indexed files that may be unreadable.
         strict: whether one unreadable image ends the run.
         backend: `batched`, `reference` or `auto`, which takes `batched`.
         views: settings of the views, see `ViewSettings`.
@@ -102,7 +102,7 @@ class MSNDataModule(LightningDataModule):
         self.num_workers = resolve_workers(num_workers, in_memory=self._in_memory)
         self.prefetch_batches = prefetch_batches
         self.ledger = BadImageLedger(
-            num_images=len(self.pools.train), max_fraction=max_bad_fraction, strict=strict
+            num_images=len(self.pools.train.source), max_fraction=max_bad_fraction, strict=strict
         )
         self.run_dir: Path | None = None
         self.force_resume = False
@@ -194,7 +194,6 @@ class MSNDataModule(LightningDataModule):
             if self.run_dir is not None:
                 self.ledger.file = Path(self.run_dir) / "bad_images.csv"
             self.ledger.add(batch.bad)
-            self.ledger.write()
             self.ledger.check()
 
     def fingerprint(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from msn.data.collate import BadImage, ImageBatch, pack
+from msn.data.collate import BadImage, ImageBatch, PixelBuffer
 from msn.data.decode import BadImageError, DecodedImage
 from msn.data.randomness import counter_hash
 from msn.data.sampler import BatchKey
@@ -81,17 +81,15 @@ class TrainingSet(Dataset[ImageBatch]):
         source = self.images.source
         if isinstance(source, ArraySource):
             return self._from_memory(source, key)
-        decoded, bad = [], []
+        buffer, full_sizes, bad = PixelBuffer(len(key.indices)), [], []
         for index in key.indices:
             image, found = self._decode_or_replace(int(index), key.epoch)
-            decoded.append(image)
+            buffer.add(image.pixels)
+            full_sizes.append((image.height, image.width, image.reduction))
             bad += found
-        heights, widths, reductions = (
-            np.array([getattr(image, name) for image in decoded])
-            for name in ("height", "width", "reduction")
-        )
+        heights, widths, reductions = np.array(full_sizes).T
         parameters = self._draw(key.epoch, key.indices, heights, widths)
-        pixels, starts, sizes = pack([image.pixels for image in decoded])
+        pixels, starts, sizes = buffer.packed()
         _reduce_boxes(parameters, reductions, sizes.numpy())
         return _batch(key, pixels, starts, sizes, parameters, bad)
 

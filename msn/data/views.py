@@ -32,6 +32,9 @@ COLUMNS = (
     *("brightness", "contrast", "saturation", "hue", "order", "gray", "blur"),
 )
 _COLUMN = {name: number for number, name in enumerate(COLUMNS)}
+# Columns of the four colour changes by their numbers, and the factors that change nothing.
+FACTORS = [_COLUMN[name] for name in ("brightness", "contrast", "saturation", "hue")]
+NO_CHANGE = np.array([1.0, 1.0, 1.0, 0.0], np.float32)
 
 
 class Views(NamedTuple):
