@@ -28,8 +28,15 @@ class Block(TimmBlock):
     attn: Attention
     use_kernels = True
 
-    def forward(self, tokens: Tensor, groups: Groups) -> Tensor:  # type: ignore[override]
-        """Attend and transform every token, [T, D] -> [T, D]."""
+    def forward(  # type: ignore[override]
+        self, tokens: Tensor, groups: Groups, class_only: bool = False
+    ) -> Tensor:
+        """Attend and transform every token, [T, D] -> [T, D], or see `class_tokens`.
+
+        Both ways lead through here, because compiling a module in place compiles its `forward`.
+        """
+        if class_only:
+            return self.class_tokens(tokens, groups)
         if self.use_kernels and kernels.wins(tokens, groups):
             return self._forward_by_kernels(tokens, groups)
         tokens = tokens + self._attend(self.norm1(tokens), groups)

@@ -43,8 +43,9 @@ def assign(projections: Tensor, prototypes: Tensor, temperature: float) -> Tenso
     Returns:
         [..., K], each row's exponentials sum to 1.
     """
-    cosines = F.normalize(projections, dim=-1) @ F.normalize(prototypes, dim=-1).T
-    return torch.log_softmax(cosines / temperature, dim=-1)
+    # The small factor is divided, not the [..., K] product.
+    projections = F.normalize(projections, dim=-1) / temperature
+    return torch.log_softmax(projections @ F.normalize(prototypes, dim=-1).T, dim=-1)
 
 
 def sharpen(log_probs: Tensor, temperature: float | Tensor) -> Tensor:

@@ -112,7 +112,10 @@ class Encoder(nn.Module):
         chunk_kept = [k if k is None or k.ndim == 1 else k[:, images] for k in kept]
         if not torch.is_grad_enabled():
             return self.trunk(chunk, chunk_kept)
-        return checkpoint(self.trunk, chunk, chunk_kept, use_reentrant=False)
+        # Nothing in the trunk is random.
+        return checkpoint(
+            self.trunk, chunk, chunk_kept, use_reentrant=False, preserve_rng_state=False
+        )
 
 
 class MSN(nn.Module):
@@ -157,12 +160,23 @@ class MSN(nn.Module):
             kept: patches that rand views keep, [M] or [R, B, M]; None keeps all.
             chunk_size: images a trunk pass (`Encoder.forward`); None takes all at once.
         """
+        projected = self.project_target(target, chunk_size)
+        return Projections(self.project_anchors(rand, focal, kept, chunk_size), projected)
+
+    @torch.no_grad()
+    def project_target(self, target: Tensor, chunk_size: int | None = None) -> Tensor:
+        """The unmasked view through the target, [B, 3, S, S] -> [B, P], without gradient."""
+        (out,) = self.target([target.unsqueeze(0)], [None], chunk_size)
+        return out[0]
+
+    def project_anchors(
+        self, rand: Tensor, focal: Tensor, kept: Tensor | None, chunk_size: int | None = None
+    ) -> Tensor:
+        """Rand then focal views through the anchor, [V, B, P]; arguments as of `forward`."""
         groups = [(rand, kept), (focal, None)]
         present = [(views, keep) for views, keep in groups if views.shape[0] > 0]
-        with torch.no_grad():
-            (target_out,) = self.target([target.unsqueeze(0)], [None], chunk_size)
-        anchor_out = self.anchor([v for v, _ in present], [k for _, k in present], chunk_size)
-        return Projections(torch.cat(anchor_out), target_out[0])
+        out = self.anchor([v for v, _ in present], [k for _, k in present], chunk_size)
+        return torch.cat(out)
 
     @torch.no_grad()
     def update_target(self, momentum: float, skip: Tensor | None = None) -> None:

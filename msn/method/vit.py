@@ -10,6 +10,7 @@ once per block over everything; only attention is taken per view size. Parameter
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -103,10 +104,9 @@ class VisionTransformer(nn.Module):
         groups = tuple((tokens.shape[0], tokens.shape[1]) for tokens in embedded)
         packed = torch.cat([tokens.flatten(0, 1) for tokens in embedded])  # [T, D]
         *full_blocks, last_block = self.blocks
-        assert isinstance(last_block, Block)
         for block in full_blocks:
             packed = block(packed, groups)
-        classes = self.norm(last_block.class_tokens(packed, groups))
+        classes = self.norm(last_block(packed, groups, class_only=True))
         parts = classes.split([batch for batch, _ in groups])
         return [part.unflatten(0, view.shape[:-3]) for part, view in zip(parts, views, strict=True)]
 
@@ -161,10 +161,11 @@ class VisionTransformer(nn.Module):
         tokens = self.embed(images, None)
         groups = ((tokens.shape[0], tokens.shape[1]),)
         packed, outputs = tokens.flatten(0, 1), []
-        for index, block in enumerate(self.blocks):
-            packed = block(packed, groups)
-            if index >= self.depth - last:
-                outputs.append(packed.view_as(tokens))
+        with _as_written():
+            for index, block in enumerate(self.blocks):
+                packed = block(packed, groups)
+                if index >= self.depth - last:
+                    outputs.append(packed.view_as(tokens))
         return outputs
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
@@ -173,6 +174,13 @@ class VisionTransformer(nn.Module):
                 f"image size {height} x {width} is not divisible by patch_size {self.patch_size}"
             )
         return height // self.patch_size, width // self.patch_size
+
+
+def _as_written() -> AbstractContextManager[object]:
+    """Blocks compiled for training steps run uncompiled: each batch size would compile anew."""
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def init_linear(module: nn.Module) -> None:

@@ -74,7 +74,7 @@ def build_trainer(
         devices=devices,
         num_nodes=num_nodes,
         strategy=strategy,
-        precision=_resolve_precision(precision, accelerator),
+        precision=resolve_precision(precision, accelerator),
         deterministic=deterministic,
         log_every_n_steps=log_every_n_steps,
         limit_train_batches=limit_train_batches,
@@ -103,7 +103,12 @@ def _check_at_least_one(**numbers: int) -> None:
             raise UserError(f"trainer.{name} must be >= 1, got {value}")
 
 
-def _resolve_precision(precision: str, accelerator: str) -> str:
+def resolve_precision(precision: str, accelerator: str) -> str:
+    """What `trainer.precision` means: "auto" is bf16-mixed on CUDA and 32-true elsewhere.
+
+    Raises:
+        UserError: if it is not one of `PRECISIONS`.
+    """
     if precision not in PRECISIONS:
         raise UserError(f"trainer.precision must be in {', '.join(PRECISIONS)}, got {precision}")
     if precision != "auto":

@@ -47,7 +47,9 @@ def module_of(config, **changes):
         **changes,
     }
     model = {name: config[name] for name in trunk}
-    return MSNModule(model=model, method=method, seed=0, chunk_size=None)
+    return MSNModule(
+        model=model, method=method, seed=0, chunk_size=None, compile=False, kernels=True
+    )
 
 
 def trainer_of(tmp_path, **changes):

@@ -1,0 +1,300 @@
+"""The steps that `msn bench what=step` compares, each in a process of its own.
+
+A process of its own gives each method its own memory to measure and its own allocator; the parent
+lets them step in turns, so that a slow moment of the machine hits all alike.
+"""
+
+import importlib.util
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import msn
+from msn.commands.lightly_step import LightlyStep
+from msn.data.dataset import Subset, TrainingSet
+from msn.data.device_views import make_batched_views
+from msn.data.sampler import BatchKey
+from msn.data.sources import ArraySource
+from msn.data.views import Views, ViewSettings
+from msn.errors import UserError
+from msn.method import optim
+from msn.training.module import MSNModule
+from msn.training.rate import synchronise
+
+PARTS = ("views", "target", "anchors", "loss", "backward", "optimiser", "ema")
+_EPOCHS, _STEPS_PER_EPOCH = 1000, 100  # only so that schedules have values
+_IMAGE_HEIGHT, _IMAGE_WIDTH = 375, 500  # px, of the decoded images that views are cut from
+
+
+class Case(NamedTuple):
+    """What is measured; plain data, for it travels to the processes."""
+
+    model: dict[str, Any]
+    method: dict[str, Any]
+    views: dict[str, Any]
+    batch_size: int
+    chunk_size: int | None
+    compile: bool | str
+    kernels: bool
+    precision: str
+    device: str
+
+
+class Step(Protocol):
+    """One method, ready to step."""
+
+    def step(self) -> None:
+        """Forward, backward, optimiser, EMA."""
+
+
+class MsnStep:
+    """The product's step, as `MSNModule` and Lightning take it."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.device = case, torch.device(case.device)
+        self.module = MSNModule(
+            model=case.model,
+            method=case.method,
+            seed=0,
+            chunk_size=case.chunk_size,
+            compile=case.compile,
+            kernels=case.kernels,
+        ).to(self.device)
+        self.module.plan_schedule(epochs=_EPOCHS, steps_per_epoch=_STEPS_PER_EPOCH)
+        self.module.network.train()
+        self.compiled = self.module.make_fast(self.device)
+        self.optimizer = self.module.configure_optimizers()
+        self.views = random_views(case)
+
+    def step(self) -> None:
+        """As in training, the views already made."""
+        with self._autocast():
+            loss = self.module.training_step(self.views, 0)["loss"]
+        loss.backward()
+        self._finish_step()
+        self._update_target()
+
+    def parts(self) -> dict[str, float]:
+        """Seconds of each part of one more step, waiting for the device after each of them."""
+        network, chunk = self.module.network, self.case.chunk_size
+        seconds: dict[str, float] = {}
+
+        def timed(name: str, run: Callable[[], Any]) -> Any:
+            synchronise(self.device)
+            start = time.perf_counter()
+            result = run()
+            synchronise(self.device)
+            seconds[name] = time.perf_counter() - start
+            return result
+
+        target, rand, focal = timed("views", self._make_views)
+        kept = self.module.draw_kept_patches(rand)
+        with self._autocast():
+            wanted = timed("target", lambda: network.project_target(target, chunk))
+            anchors = timed("anchors", lambda: network.project_anchors(rand, focal, kept, chunk))
+            terms = timed(
+                "loss", lambda: self.module.loss(anchors, wanted, network.prototypes, 0.25)
+            )
+        timed("backward", terms.loss.backward)
+        timed("optimiser", self._finish_step)
+        timed("ema", self._update_target)
+        return seconds
+
+    def _finish_step(self) -> None:
+        assert self.module.schedule is not None
+        self.module.configure_gradient_clipping(self.optimizer)
+        optim.set_values(self.optimizer, self.module.schedule.at(1))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _update_target(self) -> None:
+        assert self.module.schedule is not None
+        self.module.network.update_target(self.module.schedule.at(1).momentum)
+
+    def _make_views(self) -> Views:
+        if not hasattr(self, "_decoded"):
+            settings = ViewSettings(**self.case.views)
+            shape = (self.case.batch_size, _IMAGE_HEIGHT, _IMAGE_WIDTH, 3)
+            pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+            source = ArraySource(where="noise", pixels=pixels, labels=None, classes=[])
+            images = TrainingSet(Subset(source), settings, seed=0, reduce=True)
+            batch = images[BatchKey(0, 0, np.arange(self.case.batch_size))]
+            self._decoded = batch._replace(pixels=batch.pixels.to(self.device)), settings
+            make_batched_views(*self._decoded, dtype=torch.float32)
+        return make_batched_views(*self._decoded, dtype=torch.float32)
+
+    def _autocast(self) -> torch.autocast:
+        half = self.case.precision == "bf16-mixed"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half)
+
+
+class YardstickStep:
+    """`benchmarks/yardstick.py`, eager and in float32, whatever the product does."""
+
+    def __init__(self, case: Case) -> None:
+        yardstick, method = _yardstick(), case.method
+        device = torch.device(case.device)
+        self.model = yardstick.Yardstick(
+            model=case.model, head=method["head"], num_prototypes=method["num_prototypes"]
+        ).to(device)
+        for parameter in self.model.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        self.optimizer = self.model.train().build_optimizer()
+        self.numbers = yardstick.Numbers(
+            lr=method["lr"],
+            weight_decay=method["weight_decay"],
+            momentum=method["momentum"],
+            temperature=method["temperature"],
+            sharpen_temperature=method["sharpen_temperature"],
+            sinkhorn_iterations=method["sinkhorn_iterations"] if method["use_sinkhorn"] else 0,
+            me_max_weight=method["me_max_weight"],
+            clip_grad_norm=method["clip_grad_norm"] or float("inf"),
+        )
+        self.views = random_views(case)
+        side = self.views.rand.shape[-1] // case.model["patch_size"]
+        kept = int(side**2 * (1 - method["patch_drop"]))
+        self.kept = torch.randperm(side**2)[:kept].to(device)
+
+    def step(self) -> None:
+        """One plain step."""
+        self.model.step(self.optimizer, tuple(self.views), self.kept, self.numbers)
+
+
+METHODS: dict[str, Callable[[Case], Step]] = {
+    "msn": MsnStep,
+    "eager_yardstick": YardstickStep,
+    "lightly": lambda case: LightlyStep(
+        case.model, case.method, tuple(random_views(case)), torch.device(case.device)
+    ),
+}
+
+
+def available() -> list[str]:
+    """Methods that can be measured here: the yardstick from a checkout, lightly if installed."""
+    found = {
+        "msn": True,
+        "eager_yardstick": _yardstick_path().is_file(),
+        "lightly": importlib.util.find_spec("lightly") is not None,
+    }
+    return [name for name, there in found.items() if there]
+
+
+class Worker:
+    """A method in its own process.
+
+    Args:
+        name: one of `METHODS`.
+        case: what to measure.
+    """
+
+    def __init__(self, name: str, case: Case) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, name, case), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def ask(self, question: str, number: int = 1) -> Any:
+        """`steps` (seconds a step of `number` steps), `parts`, `peak_bytes` or `compiled`.
+
+        Raises:
+            UserError: what went wrong in the process.
+        """
+        try:
+            self._connection.send((question, number))
+            answer = self._connection.recv()
+        except (EOFError, BrokenPipeError):
+            raise UserError("a measured process ended: too little memory?") from None
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        self._connection.close()
+        self._process.join(timeout=10)
+        if self._process.is_alive():
+            self._process.terminate()
+
+
+def _serve(connection: Connection, name: str, case: Case) -> None:
+    device = torch.device(case.device)
+    before = _memory("VmRSS")
+    try:
+        method = METHODS[name](case)
+    except UserError as error:
+        connection.recv()
+        connection.send(error)
+        return
+    while True:
+        try:
+            question, number = connection.recv()
+        except EOFError:
+            return
+        if question == "steps":
+            connection.send(_seconds_a_step(method, number, device))
+        elif question == "parts":
+            connection.send(method.parts())  # type: ignore[attr-defined]
+        elif question == "compiled":
+            connection.send(getattr(method, "compiled", False))
+        elif device.type == "cuda":
+            connection.send(torch.cuda.max_memory_allocated())
+        else:
+            peak = _memory("VmHWM")
+            connection.send(None if peak is None or before is None else peak - before)
+
+
+def _seconds_a_step(method: Step, number: int, device: torch.device) -> float:
+    synchronise(device)
+    start = time.perf_counter()
+    for _ in range(number):
+        method.step()
+    synchronise(device)
+    return (time.perf_counter() - start) / number
+
+
+def _memory(name: str) -> int | None:
+    """VmRSS or VmHWM (its greatest value) of this process in bytes; None where not told."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
+
+
+def random_views(case: Case) -> Views:
+    """Normal noise in the shapes of the case's views, on its device."""
+    settings, batch = ViewSettings(**case.views), case.batch_size
+    large, small = settings.rand_size, settings.focal_size
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=case.device)
+
+    return Views(
+        noise(batch, 3, large, large),
+        noise(settings.rand_views, batch, 3, large, large),
+        noise(settings.focal_views, batch, 3, small, small),
+    )
+
+
+def _yardstick_path() -> Path:
+    return Path(msn.__file__).parents[1] / "benchmarks" / "yardstick.py"
+
+
+def _yardstick() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("msn_yardstick", _yardstick_path())
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,83 @@
+"""Compiled blocks: same numbers, same names, no recompilation from step to step."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.testing import assert_close
+
+from msn.errors import UserError
+from msn.method.masking import PatchDrop, draw_key
+from msn.method.network import MSN
+from msn.training.speed import compilation, compile_blocks, make_fast
+from tests.conftest import SMALL_HEAD, SMALL_MODEL
+
+CPU = torch.device("cpu")
+
+
+def network():
+    torch.manual_seed(0)
+    return MSN(model={**SMALL_MODEL, "depth": 4}, head=SMALL_HEAD, num_prototypes=10).double()
+
+
+def gradients(msn, step):
+    """Projections and gradients of one step with its own patch mask."""
+    generator = torch.Generator().manual_seed(step)
+    shapes = [(4, 3, 16, 16), (1, 4, 3, 16, 16), (3, 4, 3, 8, 8)]
+    views = [torch.rand(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    drop = PatchDrop(patch_drop=0.3, patch_drop_scope="batch")
+    kept = drop.draw(16, rand_views=1, images=range(4), global_batch_size=4, key=draw_key(0, step))
+    out = msn(*views, kept)
+    msn.zero_grad()
+    (out.anchor.square().sum() + out.target.sum()).backward()
+    return [out.anchor.detach(), out.target, *(p.grad for p in msn.anchor.parameters())]
+
+
+def test_compiled_blocks_give_plain_numbers_under_plain_names_and_compile_once():
+    plain, compiled = network(), network()
+    names = list(compiled.state_dict())
+    torch._dynamo.reset()
+    counters.clear()
+    compile_blocks(compiled, backend="aot_eager")
+    graphs = []
+    for step in range(4):
+        for ours, theirs in zip(gradients(compiled, step), gradients(plain, step), strict=True):
+            assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+        graphs.append(counters["stats"]["unique_graphs"])
+    # Anchor and target, each with full blocks and with class tokens alone, and all blocks alike.
+    assert graphs == [4, 4, 4, 4]
+    assert sum(counters["graph_break"].values()) == 0
+    assert list(compiled.state_dict()) == names
+    assert not any("_orig_mod" in name for name in names)
+    _evaluating_compiles_nothing(compiled)
+    torch._dynamo.reset()
+
+
+def _evaluating_compiles_nothing(compiled):
+    """Feature extraction meets batches of other sizes."""
+    before = counters["stats"]["unique_graphs"]
+    with torch.no_grad():
+        for batch in (1, 2, 3):
+            images = torch.rand(batch, 3, 16, 16, dtype=torch.float64)
+            compiled.target.trunk.forward_features(images, norm=True)
+    assert counters["stats"]["unique_graphs"] == before
+
+
+def test_kernels_can_be_switched_off():
+    msn = network()
+    assert make_fast(msn, CPU, compile_wish=None, use_kernels=False) is False
+    assert not any(block.use_kernels for block in msn.anchor.trunk.blocks)
+
+
+def test_compile_is_true_false_or_auto():
+    assert compilation("auto") is None
+    assert compilation(True) is True
+    with pytest.raises(UserError, match="true, false or auto"):
+        compilation("yes")
+
+
+def test_without_a_compiler_training_goes_on(monkeypatch, caplog):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    with caplog.at_level("INFO", logger="msn"):
+        assert make_fast(network(), CPU, compile_wish=True, use_kernels=True) is False
+    assert "no C++ compiler" in caplog.text
