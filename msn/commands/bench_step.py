@@ -7,10 +7,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from msn.commands.step_methods import PARTS, Case, Worker, available
+from msn.commands.step_methods import PARTS, Case, Worker, available, step_flops
 from msn.data.views import ViewSettings
 from msn.errors import UserError
-from msn.method.flops import flops_per_image
 from msn.training.rate import measure_matrix_rate
 from msn.training.trainer import resolve_precision
 
@@ -118,7 +117,7 @@ def _repeats(seconds: float, device: torch.device) -> int:
 def _rows(
     case: Case, seconds: dict[str, list[float]], rate: float, facts: dict[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    flops = step_flops(case)
+    flops = step_flops(case).total
     common = {
         "batch_size": case.batch_size,
         "device": device_name(case),
@@ -150,24 +149,6 @@ def _rows(
     return [*rows, {**limit, **common}]
 
 
-def step_flops(case: Case) -> float:
-    """Nominal operations of one step, see `msn.method.flops`."""
-    views = ViewSettings(**case.views)
-    return (
-        case.batch_size
-        * flops_per_image(
-            model=case.model,
-            head=case.method["head"],
-            num_prototypes=case.method["num_prototypes"],
-            patch_drop=case.method["patch_drop"],
-            rand_views=views.rand_views,
-            focal_views=views.focal_views,
-            rand_size=views.rand_size,
-            focal_size=views.focal_size,
-        ).total
-    )
-
-
 def device_name(case: Case) -> str:
     """The device as a person knows it."""
     if case.device == "cuda":
@@ -181,7 +162,7 @@ def show(rows: list[dict[str, Any]], case: Case, console: Console) -> None:
     compiled = "compiled" if first["compiled"] else "not compiled"
     console.print(
         f"A training step of {case.batch_size} images on {first['device']}: "
-        f"{step_flops(case) / 1e9:,.0f} GFLOP nominal; msn in {case.precision}, {compiled}"
+        f"{step_flops(case).total / 1e9:,.0f} GFLOP nominal; msn in {case.precision}, {compiled}"
     )
     table = Table()
     table.add_column("step")

@@ -27,6 +27,7 @@ from msn.data.sources import ArraySource
 from msn.data.views import Views, ViewSettings
 from msn.errors import UserError
 from msn.method import optim
+from msn.method.flops import Flops, flops_per_image
 from msn.training.module import MSNModule
 from msn.training.rate import synchronise
 
@@ -47,6 +48,22 @@ class Case(NamedTuple):
     kernels: bool
     precision: str
     device: str
+
+
+def step_flops(case: Case) -> Flops:
+    """Nominal operations of one step, see `msn.method.flops`."""
+    views = ViewSettings(**case.views)
+    an_image = flops_per_image(
+        model=case.model,
+        head=case.method["head"],
+        num_prototypes=case.method["num_prototypes"],
+        patch_drop=case.method["patch_drop"],
+        rand_views=views.rand_views,
+        focal_views=views.focal_views,
+        rand_size=views.rand_size,
+        focal_size=views.focal_size,
+    )
+    return Flops(*(case.batch_size * part for part in an_image))
 
 
 class Step(Protocol):

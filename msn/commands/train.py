@@ -11,7 +11,9 @@ from hydra.types import RunMode
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
+from msn.commands import plan
 from msn.commands.entry import build, to_plain
 from msn.commands.result import finish
 from msn.commands.run_directory import RunDirectory, choose_run_directory, is_inherited
@@ -41,6 +43,9 @@ def run(config: DictConfig) -> None:
     settings = to_plain(config)
     _quieten()
     seed_everything(_seed(settings["seed"]), verbose=False)
+    if settings["plan"]:
+        plan.run(config, settings, Console())
+        return
     preemption: Preemption = build(config, "callbacks.preemption")
     preemption.install()
     try:
