@@ -100,15 +100,16 @@ def _trunk_bytes(
     size = 8 if precision == "64-true" else 4
     if precision in ("bf16-mixed", "16-mixed"):
         # Input of both norms in float32; the normed inputs of qkv and MLP, q, k, v, the mixed
-        # values and the hidden layer in half precision; a compiled block makes the GELU anew.
-        block = tokens * width * (2 * 4 + 2 * (2 + 3 + 1 + ratio))
+        # values (each group's and all together) and the hidden layer in half precision; a compiled
+        # block makes the GELU anew.
+        block = tokens * width * (2 * 4 + 2 * (2 + 3 + 2 + ratio))
         passing = tokens * width * 2 * (2 * ratio + 4)
     elif use_kernels:
-        # As above without GELU, with the attention weights.
+        # As above, the mixed values once, with the attention weights.
         block = tokens * width * size * (2 + 2 + 3 + 1 + ratio) + scores * size
         passing = tokens * width * size * (ratio + 4)
     else:
-        block = tokens * width * size * (2 + 2 + 3 + 1 + 2 * ratio)
+        block = tokens * width * size * (2 + 2 + 3 + 2 + 2 * ratio)
         passing = tokens * width * size * (2 * ratio + 4)
     # Cut patches, the last block's tokens and their norm.
     ends = tokens * size * (3 * trunk.patch_size**2 + 3 * width)

@@ -1,0 +1,163 @@
+"""Forecast of a step's memory against what autograd keeps and what a process takes."""
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from msn.commands.step_methods import Case, Worker
+from msn.data.views import ViewSettings
+from msn.method.network import MSN
+from msn.method.replay import load_golden
+from msn.training.memory import forecast_memory, suggest_chunk_size
+from tests.conftest import GOLDEN
+from tests.training.test_module import module_of
+
+MODEL = {
+    "img_size": 64,
+    "patch_size": 8,
+    "embed_dim": 96,
+    "depth": 6,
+    "num_heads": 3,
+    "mlp_ratio": 4.0,
+}
+HEAD = {"hidden_dim": 64, "output_dim": 16, "use_batch_norm": True}
+VIEWS = {
+    "rand_views": 1,
+    "focal_views": 4,
+    "rand_size": 64,
+    "focal_size": 32,
+    "patch_size": 8,
+    "rand_scale": [0.3, 1.0],
+    "focal_scale": [0.05, 0.3],
+    "ratio": [0.75, 1.33],
+    "flip_probability": 0.5,
+    "jitter_probability": 0.8,
+    "brightness": 0.4,
+    "contrast": 0.4,
+    "saturation": 0.4,
+    "hue": 0.1,
+    "gray_probability": 0.2,
+    "blur_probability": 0.5,
+    "blur_radius": [0.1, 2.0],
+}
+
+
+def kept_bytes(network, batch_size, use_kernels):
+    """Bytes of all storages that the anchor's forward pass keeps, without the parameters."""
+    for block in network.anchor.trunk.blocks:
+        block.use_kernels = use_kernels
+    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    sizes = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor  # held, so that no address is used twice
+
+    rand, focal = torch.rand(1, batch_size, 3, 64, 64), torch.rand(4, batch_size, 3, 32, 32)
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        out = network.project_anchors(rand, focal, torch.arange(48))
+    assert out.requires_grad
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("use_kernels", [True, False])
+def test_activations_are_those_that_autograd_keeps(use_kernels):
+    network = MSN(model=MODEL, head=HEAD, num_prototypes=8)
+    forecast = forecast_memory(
+        network,
+        ViewSettings(**VIEWS),
+        batch_size=4,
+        chunk_size=None,
+        patch_drop=0.25,
+        precision="32-true",
+        use_kernels=use_kernels,
+    )
+    assert forecast.activations == pytest.approx(kept_bytes(network, 4, use_kernels), rel=0.05)
+
+
+def test_chunks_bound_activations_and_leave_the_rest():
+    network = MSN(model=MODEL, head=HEAD, num_prototypes=8)
+
+    def forecast(batch_size, chunk_size):
+        return forecast_memory(
+            network,
+            ViewSettings(**VIEWS),
+            batch_size=batch_size,
+            chunk_size=chunk_size,
+            patch_drop=0.25,
+            precision="32-true",
+            use_kernels=True,
+        )
+
+    whole, chunked = forecast(64, None), forecast(64, 8)
+    assert chunked[:4] == whole[:4]
+    assert chunked.workspace == pytest.approx(whole.workspace / 8)
+    assert chunked.peak < whole.peak / 2
+    assert forecast(128, 8).workspace == chunked.workspace
+
+
+def test_the_largest_chunk_that_fits_is_suggested():
+    peaks = {None: 100.0, 1: 10.0, 2: 20.0, 4: 40.0}
+    assert suggest_chunk_size(peaks, 100) is None
+    assert suggest_chunk_size(peaks, 25) == 2
+    with pytest.raises(ValueError, match="max"):
+        suggest_chunk_size(peaks, 5)
+
+
+def peak_of(model, **changes):
+    """Measured and forecast bytes of two steps in a process of their own."""
+    settings = module_of(load_golden(GOLDEN["default"]).config).settings["method"]
+    method = {**settings, "num_prototypes": 1024, "patch_drop": 0.15}
+    method["head"] = {"hidden_dim": 2048, "output_dim": 256, "use_batch_norm": True}
+    views = {**VIEWS, "focal_views": 10, "rand_size": 224, "focal_size": 96, "patch_size": 16}
+    case = Case(
+        **{
+            "model": model,
+            "method": method,
+            "views": views,
+            "batch_size": 8,
+            "chunk_size": None,
+            "compile": False,
+            "kernels": True,
+            "precision": "32-true",
+            "device": "cpu",
+            **changes,
+        }
+    )
+    worker = Worker("msn", case)
+    worker.ask("steps", 2)
+    measured = worker.ask("peak_bytes")
+    worker.close()
+    with torch.device("meta"):
+        network = MSN(model=model, head=method["head"], num_prototypes=1024)
+    forecast = forecast_memory(
+        network,
+        ViewSettings(**views),
+        batch_size=case.batch_size,
+        chunk_size=case.chunk_size,
+        patch_drop=0.15,
+        precision="32-true",
+        use_kernels=True,
+    )
+    return measured, forecast
+
+
+@pytest.mark.slow
+def test_a_batch_in_chunks_takes_the_memory_of_a_chunk_and_the_forecast_holds():
+    """S/16 with four of its blocks, for time; batch 64 in chunks of 8 beside batch 8."""
+    model = {
+        "img_size": 224,
+        "patch_size": 16,
+        "embed_dim": 384,
+        "depth": 4,
+        "num_heads": 6,
+        "mlp_ratio": 4.0,
+    }
+    small, small_forecast = peak_of(model)
+    chunked, forecast = peak_of(model, batch_size=64, chunk_size=8)
+    more_views = forecast.views - small_forecast.views
+    assert chunked <= 1.25 * (small + more_views)
+    assert small_forecast.peak == pytest.approx(small, rel=0.15)
+    assert forecast.peak == pytest.approx(chunked, rel=0.15)
