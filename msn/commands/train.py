@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from msn.commands import plan
-from msn.commands.entry import build, to_plain
+from msn.commands.entry import build, one_line, to_plain
 from msn.commands.result import finish
 from msn.commands.run_directory import RunDirectory, choose_run_directory, is_inherited
 from msn.commands.run_loggers import build_loggers
@@ -89,11 +89,24 @@ def _run(config: DictConfig, settings: dict[str, Any], preemption: Preemption) -
     for logger in trainer.loggers:
         logger.log_hyperparams(settings)
     _describe_run(trainer, directory, data, module)
-    trainer.fit(module, datamodule=data, ckpt_path=directory.resume_from)
+    _fit(trainer, module, data, directory)
     if trainer.interrupted:
         return
     finish(settings, directory, trainer, data, module, protocol)
     trainer.strategy.barrier()
+
+
+def _fit(trainer: Trainer, module: MSNModule, data: MSNDataModule, directory: RunDirectory) -> None:
+    """Train; a data worker that was killed ends the run in one line, as the system may do again."""
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=directory.resume_from)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"{one_line(error)} (out of memory? data.num_workers=N takes fewer); the same command "
+            f"with run.dir={directory.path} goes on"
+        ) from None
 
 
 def _build_trainer(config: DictConfig, data: MSNDataModule, module: MSNModule) -> Trainer:

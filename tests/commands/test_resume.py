@@ -1,10 +1,13 @@
 """A run that was cut off goes on where it stood and ends with the numbers of one that was not."""
 
 import json
+import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -46,7 +49,7 @@ class Disturb(Callback):
 def run(command, monkeypatch):
     """Run train.py without the evaluation at its end, disturbed after a step."""
 
-    def end(settings, directory, data, module, protocol):
+    def end(settings, directory, *_):
         directory.write_status("finished")
 
     monkeypatch.setattr(train, "finish", end)
@@ -120,6 +123,36 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(run, tmp_path
     code, out, _ = run(*where)
     assert code == 0
     assert f"{newest} is damaged (its checksum does not match): skipped" in caplog.text
+    assert "epoch-1-step-3.ckpt" in out
+
+
+def test_a_killed_data_worker_ends_the_run_in_one_line_and_it_can_go_on(run, tmp_path):
+    where = [*ARGUMENTS, f"run.dir={tmp_path / 'run'}", "data.num_workers=1"]
+
+    def kill_worker():
+        multiprocessing.active_children()[0].kill()
+        time.sleep(0.2)
+
+    code, _, err = run(*where, step=4, act=kill_worker)
+    assert code == 2
+    assert re.search(r"error: DataLoader worker .* killed by signal.* goes on", err)
+    assert "Traceback" not in err
+    code, out, _ = run(*where)
+    assert code == 0
+    assert "epoch-1-step-3.ckpt" in out
+
+
+def test_a_lost_data_mount_ends_the_run_in_one_line_and_it_can_go_on(run, tmp_path, images):
+    away = tmp_path / "away"
+    where = [*ARGUMENTS, "data=folder", f"data.root={images}", "data.global_batch_size=4"]
+    where += [f"run.dir={tmp_path / 'run'}", "data.num_workers=0"]
+    code, _, err = run(*where, step=4, act=lambda: images.rename(away))
+    assert code == 2
+    assert "images cannot be read" in err
+    assert "Traceback" not in err
+    away.rename(images)
+    code, out, err = run(*where)
+    assert code == 0, err
     assert "epoch-1-step-3.ckpt" in out
 
 
