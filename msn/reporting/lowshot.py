@@ -15,14 +15,18 @@ Row = Mapping[str, Any]
 
 
 def table_of(record: RunRecord) -> tuple[list[str], list[tuple[str, list[Row | None]]]]:
-    """Column titles and, for each backbone, its rows in their order; None where it has none."""
+    """Column titles and, for each backbone and variant, its rows; None where it has none."""
     rows: Sequence[Row] = [] if record.lowshot is None else record.lowshot["rows"]
     columns = list(dict.fromkeys(column_title(row) for row in rows))
-    backbones = list(dict.fromkeys(row["backbone"] for row in rows))
-    cells = {(row["backbone"], column_title(row)): row for row in rows}
+    backbones = list(dict.fromkeys(_row_title(row) for row in rows))
+    cells = {(_row_title(row), column_title(row)): row for row in rows}
     return columns, [
         (name, [cells.get((name, column)) for column in columns]) for name in backbones
     ]
+
+
+def _row_title(row: Row) -> str:
+    return f"{row['backbone']}, {row['variant']}" if row.get("variant") else row["backbone"]
 
 
 def column_title(row: Row) -> str:
@@ -40,7 +44,7 @@ def accuracy_chart(records: Sequence[RunRecord]) -> Chart | None:
     for record in records:
         lines: dict[str, list[Row]] = {}
         for row in [] if record.lowshot is None else record.lowshot["rows"]:
-            if row["classifier"] in ("logistic", "finetune") and "labelled_images" in row:
+            if row["classifier"] in ("logistic", "finetune") and not row.get("variant"):
                 lines.setdefault(f"{row['backbone']}|{row['classifier']}", []).append(row)
         for key, points in lines.items():
             backbone, classifier = key.split("|")

@@ -211,7 +211,8 @@ def _lowshot(records: Sequence[RunRecord], accuracy: Chart | None) -> str:
             about = f"{record.name}: " if several else ""
             caption = (
                 f"{about}top-1 on held-out images, mean and standard deviation over label sets; "
-                "below, the 95 % bootstrap interval over the images"
+                "below, the 95 % bootstrap interval over the images, and where there is one the "
+                "mean with lambda cross-validated inside each label set (cv)"
             )
             parts.append(table_html(["backbone", *columns], cells, caption=caption))
     if accuracy is not None:
@@ -227,6 +228,9 @@ def _cell(row: Mapping[str, Any] | None) -> str:
         text += f" \u00b1 {100 * row['top1_std']:.1f}"
     if interval := row.get("interval"):
         text += f"<br><small>[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]</small>"
+    if validated := row.get("cross_validated"):
+        text += f"<br><small>cv {100 * validated['top1_mean']:.1f} \u00b1 "
+        text += f"{100 * validated['top1_std']:.1f}</small>"
     if paper := row.get("paper"):
         text += f"<br><small>paper {100 * paper['top1']:.1f}</small>"
     return text
