@@ -7,7 +7,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from msn.commands.step_methods import PARTS, Case, Worker, available, step_flops
+from msn.commands.step_methods import PARTS, Case, available, step_flops
+from msn.commands.step_worker import Worker
 from msn.data.views import ViewSettings
 from msn.errors import UserError
 from msn.training.rate import measure_matrix_rate

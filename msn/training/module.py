@@ -94,7 +94,11 @@ class MSNModule(LightningModule):
     def make_fast(self, device: torch.device) -> bool:
         """Prepare the network for steps on a device, see `msn.training.speed.make_fast`."""
         return make_fast(
-            self.network, device, compile_wish=self._compile_wish, use_kernels=self._use_kernels
+            self.network,
+            device,
+            compile_wish=self._compile_wish,
+            use_kernels=self._use_kernels,
+            spare_memory=self.chunk_size is not None,
         )
 
     def on_train_epoch_start(self) -> None:
@@ -158,6 +162,7 @@ class MSNModule(LightningModule):
         optim.set_values(optimizer, values)
         before = None if self.finite_check is None else BufferGuard(self.network)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.network.zero_grad()  # not left to stand beside the next step's activations
         if self.finite_check is None or before is None:
             self.network.update_target(values.momentum)
             return

@@ -30,7 +30,12 @@ def compilation(wish: bool | str) -> bool | None:
 
 
 def make_fast(
-    network: MSN, device: torch.device, *, compile_wish: bool | None, use_kernels: bool
+    network: MSN,
+    device: torch.device,
+    *,
+    compile_wish: bool | None,
+    use_kernels: bool,
+    spare_memory: bool,
 ) -> bool:
     """Prepare a network that lies on its device for training.
 
@@ -39,6 +44,7 @@ def make_fast(
         device: where it will train.
         compile_wish: compile the blocks; None does on CUDA alone (on a CPU it measured no faster).
         use_kernels: take `msn.method.kernels` where they are faster.
+        spare_memory: leave out what trades memory for time.
 
     Returns:
         Whether the blocks are compiled.
@@ -46,7 +52,7 @@ def make_fast(
     for encoder in (network.anchor, network.target):
         for block in encoder.trunk.blocks:
             block.use_kernels = use_kernels  # type: ignore[assignment]
-    if device.type == "cpu":
+    if device.type == "cpu" and not spare_memory:
         keep_freed_memory()
     compiles = device.type == "cuda" if compile_wish is None else compile_wish
     if compiles and device.type == "cpu" and not _has_compiler():
@@ -77,7 +83,8 @@ def keep_freed_memory() -> bool:
     """Tell glibc to keep freed memory for the next step instead of giving it back to the kernel.
 
     Every step takes and frees the same gigabytes; having the kernel map and clear them anew costs
-    about 5 % of a step on the CPU. The peak stays what it was. For the whole process, for good.
+    about 5 % of a step on the CPU. Without chunks the peak stays what it was; the tensors of chunks
+    leave holes. For the whole process, for good.
 
     Returns:
         Whether the C library could be told; others than glibc are left alone.

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from msn.commands.step_methods import Case, Worker
+from msn.commands.step_methods import Case
+from msn.commands.step_worker import Worker
 from msn.data.views import ViewSettings
 from msn.method.network import MSN
 from msn.method.replay import load_golden

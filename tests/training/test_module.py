@@ -13,7 +13,7 @@ from msn.training.trainer import build_trainer
 from tests.conftest import GOLDEN, SMALL_HEAD, SMALL_MODEL
 
 
-def module_of(config, **changes):
+def module_of(config, *, chunk_size=None, kernels=True, **changes):
     trunk = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
     method = {
         "num_prototypes": config["num_prototypes"],
@@ -48,7 +48,7 @@ def module_of(config, **changes):
     }
     model = {name: config[name] for name in trunk}
     return MSNModule(
-        model=model, method=method, seed=0, chunk_size=None, compile=False, kernels=True
+        model=model, method=method, seed=0, chunk_size=chunk_size, compile=False, kernels=kernels
     )
 
 
@@ -76,10 +76,17 @@ class TargetLeftInEval(Callback):
         pl_module.network.target.eval()
 
 
-@pytest.mark.parametrize("name", GOLDEN)
-def test_lightning_s_loop_reproduces_the_reference_s_weights(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *((name, {}) for name in GOLDEN),
+        ("default", {"chunk_size": 3}),  # loss, gradients, optimiser and EMA as of whole batches
+        ("default", {"kernels": False}),
+    ],
+)
+def test_lightning_s_loop_reproduces_the_reference_s_weights(tmp_path, monkeypatch, name, settings):
     golden = load_golden(GOLDEN[name])
-    module = module_of(golden.config)
+    module = module_of(golden.config, **settings)
     load_network(module.network.double(), golden.tensors)
     module.plan_schedule(
         epochs=golden.config["epochs"], steps_per_epoch=golden.config["steps_per_epoch"]
@@ -95,6 +102,8 @@ def test_lightning_s_loop_reproduces_the_reference_s_weights(tmp_path, monkeypat
     trainer = trainer_of(tmp_path, callbacks=[TargetLeftInEval()])
     trainer.fit(module, DataLoader(batches, batch_size=None))
     assert [d for d in _compare_final(module.network, golden.tensors) if not d.ok] == []
+    blocks = [*module.network.anchor.trunk.blocks, *module.network.target.trunk.blocks]
+    assert {block.use_kernels for block in blocks} == {settings.get("kernels", True)}
 
 
 def test_build_gives_what_the_module_builds():
