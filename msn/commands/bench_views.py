@@ -27,7 +27,7 @@ from msn.errors import UserError
 DECODING = ("decode", "worker", "pil_recipe")
 CPU = torch.device("cpu")
 _ROUNDS = 5  # the median of so many; every round measures everything once
-_BATCH = 40  # images of a batch on the CPU
+_BATCH = 120  # images of a batch on the CPU
 _CUDA_BATCH = 256
 _MOST_IMAGES = 120  # of a folder that are measured
 

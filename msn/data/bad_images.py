@@ -116,14 +116,15 @@ class BadImageLedger:
         """Learn what others have written since; then the file stands at its end."""
         file.seek(self._read_to)
         data = file.read()
-        for row in csv.reader(io.StringIO(os.fsdecode(data), newline="")):
+        whole = data[: data.rfind(b"\n") + 1]  # whoever wrote last may have been killed amid a row
+        for row in csv.reader(io.StringIO(os.fsdecode(whole), newline="")):
             if len(row) == len(COLUMNS) and row[2].isdigit():
                 image = BadImage(int(row[2]), row[0], row[1])
                 self.known.setdefault(image.index, image)
         if file.tell() == 0:
             file.write((",".join(COLUMNS) + "\n").encode())
-        elif data and not data.endswith(b"\n"):
-            file.write(b"\n")  # whoever wrote last was killed in the middle
+        elif len(whole) < len(data):
+            file.write(b"\n")
 
 
 def _rows(images: Iterable[BadImage]) -> bytes:

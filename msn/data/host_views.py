@@ -39,6 +39,8 @@ from msn.data.views import (
 )
 
 _ORDER, _GRAY, _BLUR = (COLUMNS.index(name) for name in ("order", "gray", "blur"))
+_SCALE = [1 / (255 * std) for std in IMAGENET_STD]
+_SHIFT = [torch.tensor(-m / s) for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)]
 _CHUNK_PIXELS = 1 << 16  # of the views that are in the cache together
 # Most of a blur's matrix is zero; in strips, which pays for large views alone, less of it counts.
 _WHOLE_BLUR_UP_TO = 128  # px
@@ -124,8 +126,6 @@ class _Workbench:
     def __init__(self, size: int) -> None:
         self.size = size
         self._spaces: dict[int, _Space] = {}
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-        self.scale, self.shift = 1 / (255 * std), mean / std
 
     def change(self, cut: Tensor, rows: Tensor, taps: Tensor) -> None:
         """Jitter, gray and blur cut views uint8 [n, 3, size, size] by their rows of the table."""
@@ -147,7 +147,12 @@ class _Workbench:
 
     def put(self, out: Tensor, numbers: Tensor) -> None:
         """Normalise, and write the views to their places in `out`."""
-        out.index_copy_(0, numbers, self.space.pixels.mul_(self.scale).sub_(self.shift))
+        single = len(numbers) == 1
+        target = channels_of(out[numbers[0]][None]) if single else self.space.channels
+        for channel, plane in enumerate(self.space.channels):
+            torch.add(_SHIFT[channel], plane, alpha=_SCALE[channel], out=target[channel])
+        if not single:
+            out.index_copy_(0, numbers, self.space.pixels)
 
     def _jitter(self, change: int, factors: Tensor) -> None:
         if (factors.numpy() == NO_CHANGE[change]).all():
@@ -181,6 +186,9 @@ class _Workbench:
             torch.bmm(lines[..., near], matrix[:, to, near].mT, out=blurred[..., to])
         for to, near in strips:
             across = matrix[:, to, near]
+            if count == 1:
+                torch.bmm(across.expand(3, -1, -1), rows[0, :, near], out=views[0, :, to])
+                continue
             for channel in range(3):
                 torch.bmm(across, rows[:, channel, near], out=views[:, channel, to])
 

@@ -101,7 +101,7 @@ def test_a_reduced_image_shows_the_same_at_a_whole_fraction(kind, orientation, r
 
     ours = decode(data, allowed)
     upright = (220, 180) if orientation == 6 else (180, 220)
-    assert asked == [upright]
+    assert set(asked) == {upright}
     assert (ours.height, ours.width) == upright
     assert 1 <= ours.reduction <= reduction
     assert ours.pixels.shape[:2] == tuple(-(-side // ours.reduction) for side in upright)

@@ -1,0 +1,32 @@
+"""A folder with damaged images is trained through where that is allowed, and refused where not."""
+
+import pytest
+
+from tests.commands.conftest import TINY
+from tests.data.photos import make_folder
+from tests.data.test_bad_images import DAMAGE, read_rows
+
+KINDS = ["empty", "truncated", "no image", "bomb"]  # those that are there before a run begins
+RUN = [*TINY[:5], "trainer.max_epochs=1", "trainer.accelerator=cpu", "data=folder"]
+RUN += ["data.global_batch_size=50", "data.num_workers=2", "data.use_labels=false"]
+
+
+@pytest.mark.slow
+def test_one_percent_of_every_kind(command, tmp_path):
+    root = make_folder(tmp_path / "in", classes=8, images=50)  # 400 images, 4 damaged
+    for number, kind in enumerate(KINDS):
+        DAMAGE[kind](root / f"class_{number}" / "7.jpg")
+    where = [f"data.root={root}", f"run.dir={tmp_path / 'run'}"]
+    code, _, err = command("train", *RUN, *where)
+    assert code == 2
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "data.max_bad_fraction=0.001: " in line
+
+    code, out, err = command(
+        "train", *RUN, *where[:1], f"run.dir={tmp_path / 'two'}", "data.max_bad_fraction=0.02"
+    )
+    assert code == 0
+    assert out.splitlines()[-1] == f"run directory: {tmp_path / 'two'}"
+    rows = read_rows(tmp_path / "two" / "bad_images.csv")
+    assert sorted(row["path"] for row in rows) == [f"class_{i}/7.jpg" for i in range(4)]
+    assert err.count("replaced an unreadable image") == 4

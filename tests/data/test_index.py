@@ -1,0 +1,134 @@
+"""The index of a folder is kept, used again, and never out of date."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from msn.data import index
+from msn.data.index import StringTable, scan_folder
+from msn.data.sources import labels_from_folders
+from tests.data.photos import photo
+
+
+def scan(root):
+    return list(scan_folder(str(root), cache_from=1))
+
+
+def fill(root):
+    for name in ("a/1.jpg", "a/2.jpg", "b/c/3.png", "4.webp"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        photo(0).save(root / name)
+    age(root)
+    return root
+
+
+def age(root):
+    """As if nothing had changed for a while: a folder changed just now is not trusted."""
+    for path in (root, *root.rglob("*")):
+        if path.is_dir():
+            os.utime(path, (1e9, 1e9))
+
+
+def rename(root):
+    (root / "a/1.jpg").rename(root / "a/9.jpg")
+
+
+CHANGES = {
+    "a file is added": lambda root: photo(1).save(root / "b/c/new.jpg"),
+    "a file is gone": lambda root: (root / "4.webp").unlink(),
+    "a file has another name": rename,
+    "a folder is added": lambda root: (root / "d").mkdir() or photo(1).save(root / "d/5.jpg"),
+    "a folder has moved": lambda root: (root / "b/c").rename(root / "a/c"),
+}
+
+
+def test_an_unchanged_folder_is_not_walked_again(tmp_path, monkeypatch):
+    root = fill(tmp_path / "in")
+    first = scan(root)
+    monkeypatch.setattr(index, "_walk", None)
+    assert scan(root) == first == ["4.webp", "a/1.jpg", "a/2.jpg", "b/c/3.png"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_change_is_seen(tmp_path, change):
+    root = fill(tmp_path / "in")
+    before = scan(root)
+    CHANGES[change](root)
+    after = scan(root)
+    assert after != before
+    assert after == sorted(
+        str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()
+    )
+
+
+def test_a_folder_that_changed_just_now_is_not_trusted(tmp_path, index_cache):
+    root = fill(tmp_path / "in")
+    os.utime(root / "a")
+    scan(root)
+    assert not list(index_cache.glob("index-*.bin"))
+
+
+@pytest.mark.parametrize("damage", [b"", b"words", bytes(200)])
+def test_a_damaged_index_is_made_anew(tmp_path, index_cache, damage):
+    root = fill(tmp_path / "in")
+    first = scan(root)
+    (file,) = index_cache.glob("index-*.bin")
+    file.write_bytes(damage)
+    assert scan(root) == first
+
+
+def test_a_cut_off_index_is_made_anew(tmp_path, index_cache):
+    root = fill(tmp_path / "in")
+    first = scan(root)
+    (file,) = index_cache.glob("index-*.bin")
+    file.write_bytes(file.read_bytes()[:-70])
+    assert scan(root) == first
+
+
+def test_strings_of_any_bytes_survive():
+    strings = ["", "plain", "caf\u00e9", os.fsdecode(b"\xff\xfe"), "two\nlines"]
+    assert list(StringTable.from_strings(strings)) == strings
+
+
+MILLION = """
+import resource, sys, time
+import msn.data.sources as sources
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter()
+found = sources.folder_source(sys.argv[1], key="root", use_labels=True)
+print(len(found), time.perf_counter() - start, found.name(987_654), len(found.classes))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.slow
+def test_a_million_paths_load_quickly_and_small(tmp_path, index_cache):
+    """The index is put into the cache by hand: a million files would take minutes to make."""
+    root = tmp_path / "in"
+    folders = {"": 0} | {f"class_{c:04d}": 0 for c in range(1000)}
+    for folder in folders:
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    age(root)
+    stamps = {folder: os.stat(root / folder).st_mtime_ns for folder in folders}
+    names = (f"class_{c:04d}/image_{i:08d}.JPEG" for c in range(1000) for i in range(1000))
+    index._store_cached(os.path.realpath(root), StringTable.from_strings(names), stamps)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = [sys.executable, "-c", MILLION, str(root)]
+    out = subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout
+    first, megabytes = out.splitlines()
+    count, seconds, name, classes = first.split()
+    assert (count, name, classes) == ("1000000", "class_0987/image_00000654.JPEG", "1000")
+    assert float(seconds) < 2
+    assert float(megabytes) < 200
+
+
+def test_labels_are_the_first_folders_however_many_images_each_has():
+    counts = [1, 2, 3, 64, 65, 1, 1000]
+    names = [f"c{c}/{i:04d}.jpg" for c, count in enumerate(counts) for i in range(count)]
+    labels, classes = labels_from_folders(StringTable.from_strings(names))
+    assert np.array_equal(labels, np.repeat(np.arange(7), counts))
+    assert classes == [f"c{c}" for c in range(7)]
