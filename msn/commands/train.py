@@ -92,6 +92,7 @@ def _run(config: DictConfig, settings: dict[str, Any], preemption: Preemption) -
     _fit(trainer, module, data, directory)
     if trainer.interrupted:
         return
+    module.make_whole()
     finish(settings, directory, trainer, data, module, protocol)
     trainer.strategy.barrier()
 

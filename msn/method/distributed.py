@@ -4,11 +4,15 @@ All of them are differentiable with the gradient that is right when the trainer 
 gradients over processes (DDP), i.e. that of the mean of the processes' losses.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 
 def num_processes() -> int:
@@ -42,6 +46,24 @@ def all_reduce_logsumexp(x: Tensor) -> Tensor:
     parts = [torch.empty_like(x) for _ in range(num_processes())]
     dist.all_gather(parts, x.detach().contiguous())
     return torch.logsumexp(torch.stack(parts), dim=0)
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor that may be cut over the processes, whole on each of them; a collective then."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+@contextmanager
+def gathered(network: nn.Module) -> Iterator[None]:
+    """Within, parts of a cut network can be called on their own; all processes must do so."""
+    if not isinstance(network, FSDPModule):
+        yield
+        return
+    network.unshard()
+    try:
+        yield
+    finally:
+        network.reshard()
 
 
 class BatchNorm(nn.BatchNorm1d):

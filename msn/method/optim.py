@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from msn.errors import UserError
+from msn.method.distributed import whole
 from msn.method.network import MSN
 from msn.method.schedules import ScheduleValues
 
@@ -73,4 +74,4 @@ def clip_encoder(encoder: nn.Module, max_norm: float | None) -> Tensor:
     norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(encoder.parameters(), max_norm, norm, foreach=True)
-    return norm
+    return whole(norm)

@@ -15,6 +15,7 @@ from msn.errors import UserError
 from msn.method.finite import FiniteCheck
 from msn.training.durable import write_checkpoint
 from msn.training.module import MSNModule
+from msn.training.sharding import whole_state
 
 log = logging.getLogger(__name__)
 
@@ -116,8 +117,9 @@ class Guard(Callback):
             "views": {name: view.cpu() for name, view in views._asdict().items()},
             "kept": None if kept is None else kept.cpu(),
         }
+        state = whole_state(module.network)
         if trainer.is_global_zero:
-            content["network"] = module.network.state_dict()
+            content["network"] = state
         path = self.directory / "dumps" / f"step-{seen.step}" / f"rank-{trainer.global_rank}.pt"
         write_checkpoint(path, content)
         return path.with_name("rank-0.pt")

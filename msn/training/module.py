@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from msn.data.views import Views
 from msn.errors import UserError
 from msn.method import optim
-from msn.method.distributed import num_processes, process_index
+from msn.method.distributed import num_processes, process_index, whole
 from msn.method.finite import BufferGuard, FiniteCheck
 from msn.method.loss import MSNLoss, power_law_prior
 from msn.method.masking import PatchDrop, draw_key
@@ -18,6 +19,7 @@ from msn.method.network import MSN, ProjectionHead
 from msn.method.schedules import Schedule
 from msn.method.vit import VisionTransformer
 from msn.schema import refuse_unknown, take
+from msn.training.sharding import shard, whole_state
 from msn.training.speed import compilation, make_fast
 
 CHECKPOINT_FORMAT = 1
@@ -81,6 +83,24 @@ class MSNModule(LightningModule):
         """
         numbers = take("method", self.settings["method"], Schedule)
         self.schedule = Schedule(**numbers, epochs=epochs, steps_per_epoch=steps_per_epoch)
+
+    def configure_model(self) -> None:
+        """Cut the network over the processes where the strategy wants that."""
+        if self.device_mesh is not None and not isinstance(self.network, FSDPModule):
+            shard(self.network, self.device_mesh["data_parallel"])
+
+    def make_whole(self) -> None:
+        """Put a network that was cut together again, on every process."""
+        if isinstance(self.network, FSDPModule):
+            state = whole_state(self.network)
+            device = self.device
+            method = self.settings["method"]
+            self.network = MSN(
+                model=take("model", self.settings["model"], VisionTransformer),
+                head=take("method.head", method["head"], ProjectionHead),
+                num_prototypes=method["num_prototypes"],
+            ).to(device, state["prototypes"].dtype)
+            self.network.load_state_dict(state)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over anchor and prototypes in one fused kernel."""
@@ -146,7 +166,7 @@ class MSNModule(LightningModule):
                 self.trainer.precision != "16-mixed"
             ):  # there the scaler tries until norms are finite
                 assert self.network.prototypes.grad is not None
-                numbers += [self.grad_norm, self.network.prototypes.grad.norm()]
+                numbers += [self.grad_norm, whole(self.network.prototypes.grad.norm())]
             optimizer.found_inf = self.finite_check.judge(numbers)  # type: ignore[attr-defined]
 
     def optimizer_step(

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from msn.data.views import Views
-from msn.method.distributed import num_processes
+from msn.method.distributed import num_processes, whole
 from msn.method.flops import flops_per_image
 from msn.training.module import MSNModule
 from msn.training.rate import measure_matrix_rate
@@ -104,7 +104,7 @@ class Monitors(Callback):
     def _add(self, module: MSNModule, outputs: Any, batch: Views) -> None:
         terms, features = outputs["terms"], self._features
         assert features is not None
-        prototypes = module.network.prototypes
+        prototypes = whole(module.network.prototypes)
         if not self._flops:
             self._flops = _flops_per_image(module, batch)
         if self._window is None:

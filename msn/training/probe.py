@@ -14,6 +14,7 @@ from msn.data.views import IMAGENET_MEAN, IMAGENET_STD
 from msn.errors import UserError
 from msn.evaluation.features import forward_feature
 from msn.evaluation.knn import knn_predictions
+from msn.method.distributed import gathered
 from msn.method.geometry import alignment, rankme, uniformity
 from msn.method.vit import VisionTransformer
 from msn.training.module import MSNModule
@@ -76,6 +77,7 @@ class Probe(Callback):
             torch.no_grad(),
             torch.compiler.set_stance("force_eager"),
             trainer.precision_plugin.forward_context(),
+            gathered(pl_module.network),
         ):
             self.latest = self._images.figures(pl_module.network.target.trunk)
         self.latest_epoch = trainer.current_epoch

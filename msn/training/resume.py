@@ -28,11 +28,14 @@ def identity_of(settings: Mapping[str, Any]) -> dict[str, Any]:
         settings: the resolved configuration of a training run.
     """
     flat = dict(_flat("", settings))
-    return {
+    # Moments of a network that is cut are stored in another order.
+    sharded = flat.get("trainer.strategy") == "fsdp2"
+    identity = {
         key: value
         for key, value in flat.items()
         if key in _SINGLE or any(key.startswith(f"{group}.") for group in _WHOLE)
     }
+    return {**identity, "trainer.strategy": "fsdp2" if sharded else "auto"}
 
 
 def check_same_run(

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import Logger
 
 from msn.errors import UserError
 from msn.training.checkpointing import DurableCheckpointIO
+from msn.training.sharding import ShardedStrategy
 
 PRECISIONS = ("auto", "32-true", "64-true", "bf16-mixed", "bf16-true", "16-mixed")
 
@@ -47,7 +48,7 @@ def build_trainer(
         accelerator: as in Lightning: auto, cpu, gpu, mps, ...
         devices: number or list of devices of this node, or "auto" for all.
         num_nodes: >= 1.
-        strategy: as in Lightning: auto, ddp, ...
+        strategy: as in Lightning: auto, ddp, ...; fsdp2 cuts the network over the processes.
         precision: "auto" is bf16-mixed on CUDA and 32-true elsewhere.
         deterministic: use deterministic kernels alone, for bit-equal reruns on CUDA.
         log_every_n_steps: >= 1.
@@ -73,7 +74,7 @@ def build_trainer(
         accelerator=accelerator,
         devices=devices,
         num_nodes=num_nodes,
-        strategy=strategy,
+        strategy=ShardedStrategy() if strategy == "fsdp2" else strategy,
         precision=resolve_precision(precision, accelerator),
         deterministic=deterministic,
         log_every_n_steps=log_every_n_steps,

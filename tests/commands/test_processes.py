@@ -9,6 +9,7 @@ import torch
 
 from msn.training.checkpointing import newest_checkpoint
 from msn.training.preemption import EXIT_CODE
+from msn.weights import read_weights
 from tests.commands.conftest import TINY
 from tests.conftest import ROOT
 from tests.method.test_distributed import free_port
@@ -41,7 +42,7 @@ def end(process):
 
 def torchrun(*arguments, **environment):
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    return end(start(*launcher, PROGRAM, *arguments, **environment))
+    return end(start(*launcher, *arguments, **environment))
 
 
 def srun(*arguments, **environment):
@@ -78,7 +79,7 @@ def test_stopped_on_two_processes_and_resumed_on_two_and_one_it_equals_one_proce
     straight = state(tmp_path / "straight")
     run = [*ARGUMENTS, f"run.root={tmp_path}"]
     directory = tmp_path / "digits" / "slurm-4711-0"
-    code, out = torchrun(*run, "run.name=slurm-4711-0", DISTURB="1:4:SIGTERM")
+    code, out = torchrun(PROGRAM, *run, "run.name=slurm-4711-0", DISTURB="1:4:SIGTERM")
     assert code != 0
     assert out.count("interrupted: saved") == 1, out
     # The flag is exchanged in the background of one step, so all stop one step after the signal.
@@ -95,6 +96,27 @@ def test_stopped_on_two_processes_and_resumed_on_two_and_one_it_equals_one_proce
     # Views are made in single precision, from batches of other sizes.
     for name, value in straight["state_dict"].items():
         torch.testing.assert_close(resumed["state_dict"][name], value, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_a_network_cut_over_processes_trains_stops_resumes_and_is_exported(tmp_path):
+    """FSDP2 on two processes against one process, in single precision."""
+    single = [a for a in ARGUMENTS if "precision" not in a]
+    code, out = end(start(PROGRAM, *single, f"run.dir={tmp_path / 'straight'}"))
+    assert code == 0, out
+    cut = [*single, "trainer.strategy=fsdp2", f"run.dir={tmp_path / 'cut'}"]
+    _, out = torchrun(PROGRAM, *cut, DISTURB="1:4:SIGTERM")
+    assert out.count("interrupted: saved") == 1, out
+    code, out = torchrun("-m", "msn", "train", *cut)
+    assert code == 0, out
+    assert "resuming from" in out
+    first, second = (state(tmp_path / name)["state_dict"] for name in ("straight", "cut"))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-3)
+    backbone = read_weights(tmp_path / "cut" / "backbone.safetensors").trunk
+    for name, value in backbone.items():
+        assert torch.equal(value, second[f"network.target.trunk.{name}"])
 
 
 @pytest.mark.slow

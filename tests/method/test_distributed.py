@@ -8,14 +8,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
 from torch.testing import assert_close
 
 from msn.method import distributed, loss, optim
+from msn.method.distributed import whole
 from msn.method.finite import FiniteCheck
 from msn.method.loss import MSNLoss
 from msn.method.network import MSN
 from msn.method.schedules import ScheduleValues
 from msn.method.traffic import step_traffic
+from msn.training.sharding import shard
 from tests.conftest import SMALL_HEAD, SMALL_MODEL
 
 STEPS = 5
@@ -74,15 +77,18 @@ def parallel(step, counted):
     return wrapped
 
 
-def several_steps(images, rank=0, world=1, spoil=False):
+def several_steps(images, rank=0, world=1, spoil=False, cut=False):
     """Loss, terms, targets, gradients and buffers of the first step, weights after five of them.
 
-    The gradient is DDP's. With `spoil` process 1 brings not-a-number in the third step.
+    The gradient is DDP's, or FSDP2's where the network is cut. With `spoil` process 1 brings
+    not-a-number in the third step.
     """
     torch.manual_seed(0)
     step, counted = Step(), {}
     network = step.network
-    run = parallel(step, counted) if world > 1 else step
+    if cut:
+        shard(network, init_device_mesh("cpu", (world,)))
+    run = parallel(step, counted) if world > 1 and not cut else step
     optimizer = optim.build_optimizer(network, betas=(0.9, 0.999), eps=1e-8, fused=True)
     check = FiniteCheck(max_skipped=3)
     share = images.shape[1] // world
@@ -97,7 +103,7 @@ def several_steps(images, rank=0, world=1, spoil=False):
             result["loss"] = distributed.all_reduce_mean(terms.loss.detach())
             result["me_max"], result["targets"] = terms.me_max.detach(), terms.targets
             gradients = {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
-            result |= {f"grad {n}": grad.clone() for n, grad in gradients.items()}
+            result |= {f"grad {n}": whole(grad).clone() for n, grad in gradients.items()}
             result |= {f"buffer {n}": value.clone() for n, value in network.named_buffers()}
         norm = optim.clip_encoder(network.anchor, 1.0)
         optim.set_values(optimizer, ScheduleValues(1e-3, 0.1, 0.9, 0.25))
@@ -105,7 +111,7 @@ def several_steps(images, rank=0, world=1, spoil=False):
         optimizer.step()
         network.update_target(0.9, check.skip)
         skipped.append(float(check.skip))
-    result |= {f"weight {n}": p.detach().clone() for n, p in network.named_parameters()}
+    result |= {f"weight {n}": whole(p.detach()).clone() for n, p in network.named_parameters()}
     result["skipped"] = torch.tensor(skipped)
     return result, dict(counted)
 
@@ -126,6 +132,8 @@ def worker(rank, port, images, mutation, queue):
         spoilt, _ = several_steps(images, rank, 2, spoil=True)
         result |= {f"spoilt {name}": spoilt[name] for name in spoilt if "weight" in name}
         result["spoilt skipped"] = spoilt["skipped"]
+        in_parts, _ = several_steps(images, rank, 2, cut=True)
+        result |= {f"cut {name}": value for name, value in in_parts.items()}
     queue.put((rank, {name: value.numpy() for name, value in result.items()}, counted))
     dist.barrier()
     dist.destroy_process_group()
@@ -190,6 +198,14 @@ def test_a_step_that_is_not_finite_in_one_process_is_taken_by_none(two, images):
     assert alone["skipped"].tolist() == [0, 0, 1, 0, 0]
     assert differing(alone, spoilt) == set()
     assert all(value.isfinite().all() for value in spoilt.values())
+
+
+def test_a_network_cut_over_two_processes_equals_one_that_is_whole(one, two):
+    """FSDP2: gradients, clipping, optimiser, EMA and running statistics on the parts."""
+    cut = {name.removeprefix("cut "): value for name, value in two[0].items() if "cut " in name}
+    del cut["targets"]  # of half the batch
+    assert cut.keys() == one.keys() - {"targets"}
+    assert differing(one, cut) == set()
 
 
 def test_bytes_that_are_sent_are_those_of_the_formulas(two):
