@@ -16,9 +16,12 @@
     legend: { orientation: "h", x: 0, y: -0.16, yanchor: "top", bgcolor: "rgba(0,0,0,0)" },
     ...own, xaxis: axis(own.xaxis), yaxis: axis(own.yaxis),
   });
+  // Named one by one: plotly's own choice may hold buttons that leave the page.
   const settings = {
     responsive: true, displaylogo: false,
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", ...(mouse ? [] : ["zoom2d"])],
+    modeBarButtons: [
+      ["toImage"], mouse ? ["zoom2d", "pan2d"] : ["pan2d"], ["zoomIn2d", "zoomOut2d", "resetScale2d"],
+    ],
   };
   const plots = [...document.querySelectorAll(".plot")].map((box) => [
     box, JSON.parse(box.parentElement.querySelector("script").textContent),

@@ -134,6 +134,8 @@ addEventListener("load", () => setTimeout(() => {
       > box.parentElement.getBoundingClientRect().right + 1).length;
   found.ground = getComputedStyle(document.body).backgroundColor;
   found.ink = getComputedStyle(document.querySelector(".plot .xtick text")).fill;
+  found.buttons = [...document.querySelectorAll(".modebar-btn")].map((b) => b.dataset.title
+    || b.getAttribute("aria-label"));
   const pre = document.createElement("p");
   pre.id = "found"; pre.textContent = JSON.stringify(found); document.body.append(pre);
 }, 1500));
@@ -169,6 +171,8 @@ def test_a_browser_draws_all_charts_without_errors_shifts_or_sideways_scrolling(
         assert found["charts"] == str(len(PANELS) + 2)
         assert found["lines"] >= sum(len(panel.series) for panel in PANELS)
         assert found["shift"] == 0
+        assert found["buttons"]
+        assert not [title for title in found["buttons"] if "hare" in title or "loud" in title]
         assert found["sideways"] == found["wide"] == 0
     assert desktop["ground"] != dark["ground"]
     assert desktop["ink"] != dark["ink"]
