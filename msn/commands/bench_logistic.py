@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from msn.commands.eval_lowshot import choose_device
 from msn.errors import UserError
 from msn.evaluation.logistic import fit_logistic
 from msn.weights.files import open_weights
@@ -31,11 +32,10 @@ def run(config: Mapping[str, Any], console: Console) -> list[dict[str, Any]]:
     Raises:
         UserError: if a setting or a file is wrong.
     """
+    _check(config)
+    device = choose_device(str(config["device"]))
     rows, labels = _problem(config)
-    device = torch.device(config["device"])
     rows, labels = rows.to(device), labels.to(device)
-    if not float(config["lambd"]) > 0:
-        raise UserError(f"lambd={config['lambd']}: must be > 0")
     num_classes, strength = int(labels.max()) + 1, float(config["lambd"]) / len(rows)
     begin = time.perf_counter()
     fit = fit_logistic(
@@ -93,6 +93,17 @@ def check(rows: Tensor, labels: Tensor, weight: Tensor, strength: float) -> tupl
     return objective, float((gradient / len(rows) + strength * weight).norm())
 
 
+def _check(config: Mapping[str, Any]) -> None:
+    for key in ("lambd", "tolerance"):
+        value = config[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise UserError(f"{key}={value}: must be a number > 0")
+    for key, least in (("seed", 0), ("max_evaluations", 1)):
+        value = config[key]
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UserError(f"{key}={value}: must be a whole number >= {least}")
+
+
 def _problem(config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     if config["features"] is not None:
         return _read(Path(str(config["features"])))
@@ -100,7 +111,7 @@ def _problem(config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     for key, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 2:
             raise UserError(f"{key}={value}: must be a whole number >= 2")
-    generator = torch.Generator().manual_seed(int(config["seed"]))
+    generator = torch.Generator().manual_seed(config["seed"])
     rows = torch.randn(sizes["n"], sizes["d"], generator=generator)
     return F.normalize(rows, dim=1), torch.arange(sizes["n"]) % sizes["classes"]
 

@@ -5,8 +5,10 @@ Work is kept in pieces beside `out` until it is whole, so that a stopped job goe
 
 import hashlib
 import json
+import logging
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,13 @@ from msn.data.datamodule import resolve_workers
 from msn.data.decode import BadImageError
 from msn.data.sources import Source, folder_source, list_source
 from msn.errors import UserError
-from msn.evaluation.cache import images_key, weights_key
+from msn.evaluation.cache import digest_of, images_key, weights_key
 from msn.evaluation.features import check_feature, forward_feature
 from msn.evaluation.progress import Progress
 from msn.weights import Backbone, load_backbone
 from msn.weights.files import open_weights, save_tensors, user_umask, writing_to
+
+log = logging.getLogger(__name__)
 
 # Images of a piece: what a stopped job loses at most.
 PIECE = 1024
@@ -88,7 +92,7 @@ def _check(settings: dict[str, Any], out: Path) -> None:
 
 
 def _embed(backbone: Backbone, images: _Images, settings: dict[str, Any], pieces: Path) -> None:
-    """Fill the directory of pieces; those that are there are passed over."""
+    """Fill the directory of pieces; those that are there and whole are passed over."""
     device = choose_device(settings["device"])
     workers = resolve_workers(settings["data"]["num_workers"], in_memory=False)
     with writing_to(pieces):
@@ -96,7 +100,7 @@ def _embed(backbone: Backbone, images: _Images, settings: dict[str, Any], pieces
         pieces.chmod(0o777 & ~user_umask())
     backbone.to(device)
     ranges = [range(at, min(at + PIECE, len(images))) for at in range(0, len(images), PIECE)]
-    left = [indices for indices in ranges if not _piece(pieces, indices[0]).exists()]
+    left = [indices for indices in ranges if not _is_whole(_piece(pieces, indices[0]), indices)]
     total = sum(len(indices) for indices in left)
     if total < len(images):
         print(f"resuming: {len(images) - total} of {len(images)} images are done")
@@ -114,7 +118,26 @@ def _embed(backbone: Backbone, images: _Images, settings: dict[str, Any], pieces
                 readable.append(is_readable)
                 progress.advance(len(batch))
             tensors = {"features": torch.cat(rows), "readable": torch.cat(readable)}
-            save_tensors(_piece(pieces, indices[0]), tensors, {})
+            save_tensors(_piece(pieces, indices[0]), tensors, _digests(tensors))
+
+
+def _is_whole(piece: Path, indices: range) -> bool:
+    """Whether a piece is there as it was written; a damaged one is named and made again."""
+    if not piece.exists():
+        return False
+    try:
+        tensors, metadata = open_weights(piece)
+        said = {name: metadata.get(name) for name in tensors}
+        whole = said == _digests(tensors) and len(tensors["readable"]) == len(indices)
+    except (UserError, KeyError):
+        whole = False
+    if not whole:
+        log.warning("%s is damaged and made again", piece)
+    return whole
+
+
+def _digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: digest_of(tensor) for name, tensor in tensors.items()}
 
 
 def _join(pieces: Path, names: list[str], out: Path, header: dict[str, Any]) -> list[str]:

@@ -11,10 +11,11 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
 from msn.commands.entry import build, to_plain
-from msn.commands.evaluation_log import log_to_wandb
-from msn.commands.run_directory import choose_run_directory
+from msn.commands.evaluation_log import WandbLog
+from msn.commands.run_directory import RunDirectory, choose_run_directory
 from msn.data.datamodule import resolve_workers
 from msn.data.dataset import LabelledImages
+from msn.data.index import cache_folder
 from msn.data.pools import build_pools
 from msn.data.sources import ArraySource
 from msn.errors import UserError
@@ -26,10 +27,12 @@ from msn.evaluation.backbones import (
     random_backbone,
 )
 from msn.evaluation.lowshot import PIXELS, evaluate
+from msn.evaluation.pixels import LARGEST_SIDE
 from msn.evaluation.protocol import Protocol
 from msn.evaluation.results import print_table, write_results
 from msn.evaluation.rows import Result
 from msn.schema import take
+from msn.training.launch import join_launched_processes
 
 BASELINES = ("random", PIXELS)
 TABLE_FILE = "lowshot.json"
@@ -47,6 +50,7 @@ def run(config: DictConfig) -> None:
     settings = to_plain(config)
     protocol: Protocol = build(config, "protocol")
     _check(settings)
+    wanted = check_baselines(settings["baselines"], protocol)
     with _processes() as (rank, processes):
         directory = choose_run_directory(config) if rank == 0 else None
         opened = open_backbones(
@@ -57,9 +61,10 @@ def run(config: DictConfig) -> None:
         train, held_out = _labelled_sets(settings["data"])
         protocol.check(train.labels, train.classes)
         in_memory = isinstance(train.images.source, ArraySource)
+        log = _open_log(directory, settings)  # told before the work, not after
         results = evaluate(
             protocol,
-            [*opened, *baselines(settings["baselines"], opened[0], settings["seed"])],
+            [*opened, *baselines(wanted, opened[0], settings["seed"])],
             train,
             held_out,
             num_workers=resolve_workers(settings["data"]["num_workers"], in_memory=in_memory),
@@ -71,10 +76,16 @@ def run(config: DictConfig) -> None:
         return
     directory.create(OmegaConf.create(settings))
     write_table(directory.path, results, (train, held_out), settings)
-    if settings.get("logger"):
-        log_to_wandb(directory.path, results, settings)
     directory.write_status("finished")
+    if log is not None:
+        log.write(directory.path, results)
     print(f"run directory: {directory.path}")
+
+
+def _open_log(directory: RunDirectory | None, settings: dict[str, Any]) -> WandbLog | None:
+    if directory is None or not settings.get("logger"):
+        return None
+    return WandbLog(directory.path, settings)
 
 
 def write_table(
@@ -93,13 +104,29 @@ def write_table(
     write_results(directory / TABLE_FILE, results, settings)
 
 
+def check_baselines(setting: str | list[str], protocol: Protocol) -> list[str]:
+    """Names of the baselines that a person or, with `auto`, the protocol wants.
+
+    Raises:
+        UserError: if there is no such baseline.
+    """
+    if setting == "auto":
+        return list(protocol.baselines)
+    wanted = [setting] if isinstance(setting, str) else list(setting or [])
+    for name in wanted:
+        if name not in BASELINES:
+            allowed = ", ".join(BASELINES)
+            raise UserError(f"baselines must be among {allowed}, or auto, got {name}")
+    return wanted
+
+
 def baselines(wanted: list[str], like: FrozenBackbone, seed: int) -> list[Subject]:
     """A random network of the same shape and raw pixels, as far as wanted."""
     found: list[Subject] = []
     if "random" in wanted:
         found.append(random_backbone(like, seed=seed))
     if PIXELS in wanted:
-        found.append(RawPixels(PIXELS, like.image_size))
+        found.append(RawPixels(PIXELS, min(like.image_size, LARGEST_SIDE)))
     return found
 
 
@@ -113,9 +140,10 @@ def choose_device(name: str) -> torch.device:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator if accelerator is not None else torch.device("cpu")
     try:
-        return torch.empty(0, device=name).device
+        torch.empty(0, device=name)
     except (RuntimeError, AssertionError):
         raise UserError(f"device={name} is not to be had on this machine") from None
+    return torch.device(name)  # as it was named: cuda without a number stands for all
 
 
 def choose_devices(name: str, processes: int) -> tuple[torch.device, ...]:
@@ -124,7 +152,7 @@ def choose_devices(name: str, processes: int) -> tuple[torch.device, ...]:
     if device.type != "cuda" or device.index is not None:
         return (device,)
     if processes > 1:
-        return (torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))),)
+        return (torch.device("cuda", torch.cuda.current_device()),)
     return tuple(torch.device("cuda", i) for i in range(torch.cuda.device_count()))
 
 
@@ -134,17 +162,21 @@ def cache_directory(setting: str | None) -> Path | None:
         return None
     if setting != "auto":
         return Path(setting)
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "msn" / "features"
+    return cache_folder() / "features"
 
 
 @contextmanager
 def _processes() -> Iterator[tuple[int, int]]:
     """Rank and number of the processes that a launcher started, in one group meanwhile."""
+    join_launched_processes(os.environ)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield 0, 1
         return
-    dist.init_process_group("gloo")  # rows travel through host memory
+    backend = "gloo"  # rows travel through host memory
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"  # gradients do not
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    dist.init_process_group(backend)
     try:
         yield dist.get_rank(), dist.get_world_size()
     finally:
@@ -174,9 +206,6 @@ def _labelled_sets(data: dict[str, Any]) -> tuple[LabelledImages, LabelledImages
 
 
 def _check(settings: dict[str, Any]) -> None:
-    for name in settings["baselines"]:
-        if name not in BASELINES:
-            raise UserError(f"baselines must be among {', '.join(BASELINES)}, got {name}")
     for name in settings.get("logger") or {}:
         if name != "wandb":
             raise UserError(f"logger must be wandb or none for an evaluation, got {name}")

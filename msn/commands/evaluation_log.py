@@ -1,38 +1,64 @@
 """A low-shot table in Weights & Biases, when it is asked for."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from msn.errors import UserError
 from msn.evaluation.rows import Result, table_key
 
+_COLUMNS = ("backbone", "classifier", "labels", "splits", "top1_mean", "top1_std", "lambda")
 
-def log_to_wandb(directory: Path, results: Sequence[Result], settings: dict[str, Any]) -> None:
-    """Log the rows as a table and each accuracy as a summary value; WANDB_MODE is honoured.
+
+class WandbLog:
+    """A run of Weights & Biases, opened before the work so that a missing login is told first.
 
     Args:
-        directory: the run directory; wandb keeps its files below it.
-        results: rows of the table.
-        settings: plain configuration.
-    """
-    import wandb  # only where it is asked for: importing it takes a second
+        directory: the run directory, whose missing parents are made; wandb keeps its files below.
+        settings: plain configuration; WANDB_MODE is honoured.
 
-    rows = [result.row for result in results]
-    names = ("backbone", "classifier", "labels", "splits", "top1_mean", "top1_std", "lambda")
-    logger = settings["logger"]["wandb"]
-    run = wandb.init(
-        project=logger["project"],
-        name=logger["name"],
-        job_type="eval_lowshot",
-        dir=str(directory),
-        config=settings,
-    )
-    data = [[row[name] for name in names] for row in rows]
-    run.log({"lowshot": wandb.Table(columns=list(names), data=data)})
-    for row in rows:
-        parts = [row["backbone"], *table_key(row)]
-        run.summary["/".join(["lowshot", *filter(None, parts)])] = row["top1_mean"]
-    picture = directory / "lowshot.png"
-    if picture.is_file():
-        run.log({"lowshot_curve": wandb.Image(str(picture))})
-    run.finish()
+    Raises:
+        UserError: wandb knows no login or does not answer; nothing is left then.
+    """
+
+    def __init__(self, directory: Path, settings: dict[str, Any]) -> None:
+        import wandb  # only where it is asked for: importing it takes a second
+
+        logger = settings["logger"]["wandb"]
+        existed = directory.exists()
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self._run = wandb.init(
+                project=logger["project"],
+                name=logger["name"],
+                job_type="eval_lowshot",
+                dir=str(directory),
+                config=settings,
+            )
+        except Exception as error:  # of login, network or settings: wandb has many classes
+            if not existed:
+                with contextlib.suppress(OSError):
+                    directory.rmdir()
+            reason = " ".join(str(error).split())
+            raise UserError(f"logger=wandb: {reason}; WANDB_MODE=offline needs no login") from None
+
+    def write(self, directory: Path, results: Sequence[Result]) -> None:
+        """Log the rows as a table, each accuracy as a summary value, and the curve.
+
+        Args:
+            directory: the run directory.
+            results: rows of the table.
+        """
+        import wandb
+
+        rows = [result.row for result in results]
+        data = [[row[name] for name in _COLUMNS] for row in rows]
+        self._run.log({"lowshot": wandb.Table(columns=list(_COLUMNS), data=data)})
+        for row in rows:
+            parts = [row["backbone"], *table_key(row)]
+            self._run.summary["/".join(["lowshot", *filter(None, parts)])] = row["top1_mean"]
+        picture = directory / "lowshot.png"
+        if picture.is_file():
+            self._run.log({"lowshot_curve": wandb.Image(str(picture))})
+        self._run.finish()

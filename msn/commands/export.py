@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from msn.commands.entry import to_plain
 from msn.errors import UserError
+from msn.weights.checkpoints import newest_checkpoint
 from msn.weights.classifier import read_classifier
 from msn.weights.export import export
 from msn.weights.formats import FORMATS
@@ -28,7 +29,9 @@ def run(config: DictConfig) -> None:
         raise UserError(f"format must be one of {allowed}, got {settings['format']!r}")
     if not isinstance(settings["overwrite"], bool):
         raise UserError(f"overwrite must be true or false, got {settings['overwrite']!r}")
-    weights = read_weights(checkpoint, num_heads=settings["model"]["num_heads"])
+    weights = read_weights(
+        _source(checkpoint, settings["format"]), num_heads=settings["model"]["num_heads"]
+    )
     run_dir = _run_directory(checkpoint)
     if run_dir is not None:
         weights.meta["config_digest"] = _digest(run_dir / "config.yaml")
@@ -50,6 +53,15 @@ def run(config: DictConfig) -> None:
         f"{report['max_abs_difference']:.1e} (allowed {report['tolerance']:.0e})"
     )
     print(f"exported to: {out}")
+
+
+def _source(checkpoint: Path, format: str) -> Path:
+    """What to read: the released layout has room for anchor, head and prototypes.
+
+    A run directory's backbone lacks these; its newest checkpoint has them.
+    """
+    newest = newest_checkpoint(checkpoint / "checkpoints") if format == "official" else None
+    return newest or checkpoint
 
 
 def _run_directory(checkpoint: Path) -> Path | None:

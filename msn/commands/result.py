@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from msn.commands.eval_lowshot import baselines, write_table
+from msn.commands.eval_lowshot import baselines, check_baselines, write_table
 from msn.commands.report import REPORT_FILE, open_run, write_report
 from msn.commands.run_directory import RunDirectory
 from msn.commands.run_loggers import log_results
 from msn.data.datamodule import MSNDataModule
 from msn.evaluation.backbones import FrozenBackbone
-from msn.evaluation.lowshot import PIXELS, evaluate
+from msn.evaluation.lowshot import evaluate
 from msn.evaluation.protocol import Protocol
 from msn.training.module import MSNModule
 from msn.weights import save_backbone
@@ -49,9 +49,10 @@ def finish(
         print("no labels: no low-shot table")
     if labelled is not None:
         backbone = FrozenBackbone("msn", trunk, protocol.features.image_size or trunk.img_size)
+        wanted = check_baselines(settings["baselines"], protocol)
         results = evaluate(
             protocol,
-            [backbone, *baselines(["random", PIXELS], backbone, settings["seed"])],
+            [backbone, *baselines(wanted, backbone, settings["seed"])],
             *labelled,
             num_workers=data.num_workers,
             device=device,
@@ -84,6 +85,6 @@ def _meta(module: MSNModule) -> dict[str, Any]:
     return {
         "model": dict(module.settings["model"]),
         "method": module.settings["method"],
-        "epoch": module.current_epoch,
+        "epoch": module.finished_epochs,
         **module.checkpoint_info,
     }

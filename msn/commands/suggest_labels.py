@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from msn.commands.entry import to_plain
-from msn.commands.eval_lowshot import choose_device, without_views
+from msn.commands.eval_lowshot import cache_directory, choose_device, without_views
 from msn.data.datamodule import resolve_workers
 from msn.data.dataset import LabelledImages, Subset
 from msn.data.decode import BadImageError
@@ -27,12 +27,12 @@ from msn.evaluation.contact_sheet import contact_sheet
 from msn.evaluation.features import FeatureSettings, Runtime
 from msn.evaluation.frozen import Logistic, logistic_results
 from msn.evaluation.label_choice import METHODS, Choice, cover_prototypes, k_medoids
-from msn.evaluation.sets import FeatureSet, LabelSet
+from msn.evaluation.sets import FeatureSet, LabelSet, held_out_features
 from msn.method.network import ProjectionHead
 from msn.schema import take
-from msn.training.checkpointing import newest_checkpoint
 from msn.weights import Weights, read_weights
-from msn.weights.files import write_bytes
+from msn.weights.checkpoints import newest_checkpoint
+from msn.weights.files import placed_at, write_bytes
 
 NAMES_FILE, TABLE_FILE, SHEET_FILE = "suggested.txt", "suggested.csv", "contact_sheet.png"
 _SHEET_IMAGES = 200
@@ -45,13 +45,13 @@ def run(config: DictConfig) -> None:
     Args:
         config: `checkpoint`, `data` (of `build_pools`), `budget`, `choose`, `out`,
             `features` (of `FeatureSettings`), `logistic` (of `frozen.Logistic`), `compare_seeds`,
-            `device`, `model.num_heads`.
+            `device`, `cache_dir`, `model.num_heads`.
 
     Raises:
         UserError: if a setting, a path or a file is wrong.
     """
     settings = to_plain(without_views(config))
-    out = Path(str(settings["out"]))
+    out = Path(str(settings["out"])).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out={out}: exists and is not an empty directory")
     method, budget = settings["choose"], settings["budget"]
@@ -59,6 +59,7 @@ def run(config: DictConfig) -> None:
         raise UserError(f"choose={method}: must be one of {', '.join(METHODS)}")
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
         raise UserError(f"budget={budget}: must be a whole number >= 1")
+    data = take("data", _images_of(settings["data"]), build_pools)
     num_heads = settings["model"]["num_heads"]
     weights = read_weights(_with_prototypes(settings["checkpoint"]), num_heads=num_heads)
     if method == "prototypes" and (weights.head is None or weights.prototypes is None):
@@ -66,8 +67,9 @@ def run(config: DictConfig) -> None:
             f"checkpoint={settings['checkpoint']}: has no head and prototypes, like any export; "
             "choose=medoids needs neither"
         )
-    subject = open_backbone("msn", settings["checkpoint"], image_size=None, num_heads=num_heads)
-    pools = build_pools(**take("data", settings["data"], build_pools))
+    size = settings["features"]["image_size"]
+    subject = open_backbone("msn", settings["checkpoint"], image_size=size, num_heads=num_heads)
+    pools = build_pools(**data)
     chooser = _Chooser(settings, subject, weights, pools.train)
     choice = chooser.choose(budget)
     _write(out, pools.train, choice)
@@ -78,6 +80,13 @@ def run(config: DictConfig) -> None:
             return
         held_out = LabelledImages(pools.held_out, "held-out")
         chooser.compare(choice, LabelledImages(pools.labelled, "training"), held_out)
+
+
+def _images_of(data: dict[str, Any]) -> dict[str, Any]:
+    """The data as they are meant: a root without a kind is a folder of images, or a list."""
+    if data["source"] != "digits" or data["root"] is None:
+        return data
+    return {**data, "source": "list" if Path(data["root"]).is_file() else "folder"}
 
 
 def _with_prototypes(checkpoint: str) -> str:
@@ -95,9 +104,9 @@ class _Chooser:
         self.settings = FeatureSettings(**take("features", config["features"], FeatureSettings))
         device = choose_device(config["device"])
         workers = resolve_workers(config["data"]["num_workers"], in_memory=False)
-        self.runtime = Runtime((device,), workers)
+        self.runtime = Runtime((device,), workers, cache_directory(config["cache_dir"]))
         images = _Unlabelled(pool)
-        self.features = subject.features(images, self.settings, self.runtime, "pool")
+        self.features = subject.features(images, self.settings, self.runtime, "pool").rows
         self.cosines = self._cosines(images) if config["choose"] == "prototypes" else None
 
     def choose(self, budget: int) -> Choice:
@@ -119,13 +128,14 @@ class _Chooser:
             for seed in range(seeds)
         ]
         test = self.subject.features(held_out, self.settings, self.runtime, "held out")
+        test_set = held_out_features(held_out, test)
         sets = [LabelSet("suggested", "suggested", choice.positions.sort().values)]
         sets += [LabelSet("random", f"seed {i}", r.sort().values) for i, r in enumerate(random)]
         results = logistic_results(
             "msn",
             sets,
             FeatureSet(self.features, train.labels, train.classes),
-            FeatureSet(test, held_out.labels, train.classes),
+            test_set,
             settings=Logistic(**take("logistic", self.config["logistic"], Logistic)),
             feature=self.settings.feature,
             device=self.runtime.devices[0],
@@ -158,14 +168,23 @@ class _Chooser:
         head.load_state_dict(tensors)
         # Running statistics: what the head of an image is must not depend on its neighbours.
         head.eval()
+        tokens = self._normed_tokens(images)
+        return F.normalize(head(tokens), dim=1) @ F.normalize(prototypes.float(), dim=1).T
+
+    def _normed_tokens(self, images: "_Unlabelled") -> Tensor:
+        """Class tokens after the final norm, without another look at the images if possible."""
+        feature = self.settings.feature
+        if feature == "class_token":
+            return self.subject.trunk.norm(self.features)
+        if feature == "class_token_norm":
+            return self.features
         normed = FeatureSettings(
             feature="class_token_norm",
             image_size=self.settings.image_size,
             batch_size=self.settings.batch_size,
             precision=self.settings.precision,
         )
-        tokens = self.subject.features(images, normed, self.runtime, "pool")
-        return F.normalize(head(tokens), dim=1) @ F.normalize(prototypes.float(), dim=1).T
+        return self.subject.features(images, normed, self.runtime, "pool").rows
 
 
 class _Unlabelled:
@@ -212,9 +231,10 @@ def _write(out: Path, pool: Subset, choice: Choice) -> None:
     )
     picture = io.BytesIO()
     sheet.save(picture, format="png")
-    write_bytes(out / SHEET_FILE, picture.getvalue())
-    write_bytes(out / TABLE_FILE, text.getvalue().encode("utf-8", "surrogateescape"))
-    write_names(out / NAMES_FILE, names)
+    with placed_at(out) as directory:
+        write_bytes(directory / SHEET_FILE, picture.getvalue())
+        write_bytes(directory / TABLE_FILE, text.getvalue().encode("utf-8", "surrogateescape"))
+        write_names(directory / NAMES_FILE, names)
 
 
 def _print_comparison(

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from msn.commands import plan
 from msn.commands.entry import build, one_line, to_plain
+from msn.commands.eval_lowshot import check_baselines
 from msn.commands.result import finish
 from msn.commands.run_directory import RunDirectory, choose_run_directory, is_inherited
 from msn.commands.run_loggers import build_loggers
@@ -60,6 +61,7 @@ def _run(config: DictConfig, settings: dict[str, Any], preemption: Preemption) -
     data: MSNDataModule = build(config, "data")
     module: MSNModule = build(config, "module")
     protocol: Protocol = build(config, "protocol")
+    check_baselines(settings["baselines"], protocol)
     labelled = data.labelled_sets()
     if labelled is not None:
         protocol.check(labelled[0].labels, labelled[0].classes)

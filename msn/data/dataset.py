@@ -22,6 +22,8 @@ from msn.errors import UserError
 log = logging.getLogger(__name__)
 
 REPLACEMENT_TRIES = 20
+# In the `info` of an image that stands in the place of one that cannot be read.
+REPLACED = "replaced"
 REDUCING_GAP = 2.0  # a crop keeps at least this many times its final size after reduction
 _REPLACE = 3  # keeps these draws apart from those of order, split and views
 
@@ -178,7 +180,8 @@ def _batch(
 class LabelledImages(Dataset[Image.Image]):
     """Labelled images for evaluation; item i is image i at its full size, RGB.
 
-    An image that cannot be read is replaced by the next readable one of its class and logged.
+    An image that cannot be read is replaced by the next readable one of its class, whose `info`
+    says so under `REPLACED`, and logged.
 
     Args:
         images: images of a source with labels.
@@ -226,9 +229,12 @@ class LabelledImages(Dataset[Image.Image]):
         at = alike.index(i)
         for other in (alike[at + 1 :] + alike[:at])[:REPLACEMENT_TRIES]:
             try:
-                return self._rgb(other)
+                image = self._rgb(other)
             except BadImageError as error:
                 self._report(other, error)
+            else:
+                image.info[REPLACED] = True  # it travels with the image, also out of a worker
+                return image
         name = self.classes[int(self.labels[i])]
         raise UserError(f"{self.images.source.where}: no image of class {name} can be read")
 

@@ -6,17 +6,18 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from msn.data.randomness import counter_hash, permutation
-from msn.evaluation.features import LabelledSet
+from msn.evaluation.features import LabelledSet, Runtime, is_replaced
 
 _ORDER, _VIEW = 6, 7  # keep these draws apart
 
 
-class AugmentedImages(Dataset[tuple[Tensor, int]]):
+class AugmentedImages(Dataset[tuple[Tensor, int, bool]]):
     """Views of one epoch with labels; workers and their number change nothing.
 
     Args:
@@ -43,11 +44,13 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
         """Number of images."""
         return len(self.positions)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        """The view and label of image i."""
+    def __getitem__(self, i: int) -> tuple[Tensor, int, bool]:
+        """The view and label of image i, and whether another stands in its place."""
         position = int(self.positions[i])
         with seeded(self.seed, _VIEW, self.epoch, position):
-            return self.transform(self.images[position]), int(self.images.labels[position])
+            image = self.images[position]
+            view = self.transform(image)
+        return view, int(self.images.labels[position]), is_replaced(image)
 
 
 def epoch_batches(count: int, batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
@@ -61,16 +64,45 @@ def in_pieces(batch: Sequence[int], size: int) -> list[list[int]]:
     return [list(batch[at : at + size]) for at in range(0, len(batch), size)]
 
 
+def over_processes(found: set[int], runtime: Runtime) -> set[int]:
+    """What any process has found, where they share the work."""
+    if not runtime.shared:
+        return found
+    gathered: list[set[int]] = [set() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, found)
+    return set().union(*gathered)
+
+
 @contextmanager
-def seeded(*coordinates: int) -> Iterator[None]:
-    """Seed torch (CPU), numpy and Python inside the block, and leave them as they were."""
+def seeded(*coordinates: int, device: torch.device | None = None) -> Iterator[None]:
+    """Seed torch, numpy and Python inside the block, and leave them as they were.
+
+    Args:
+        coordinates: what the draws shall depend on.
+        device: an accelerator whose generator is seeded too; None takes the CPU's alone.
+    """
+    with _seeded_host(*coordinates) as seed:
+        if device is None or device.type == "cpu":
+            yield
+            return
+        module, where = torch.get_device_module(device), () if device.type == "mps" else (device,)
+        before = module.get_rng_state(*where)
+        module.set_rng_state(torch.Generator(device).manual_seed(seed).get_state(), *where)
+        try:
+            yield
+        finally:
+            module.set_rng_state(before, *where)
+
+
+@contextmanager
+def _seeded_host(*coordinates: int) -> Iterator[int]:
     seed = int(counter_hash(*coordinates)[0] % 2**32)
     python, numbers, state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     torch.default_generator.manual_seed(seed)
     try:
-        yield
+        yield seed
     finally:
         random.setstate(python)
         np.random.set_state(numbers)  # noqa: NPY002

@@ -13,16 +13,17 @@ from torch import Tensor
 
 from msn.errors import UserError
 from msn.evaluation.features import (
+    Extracted,
     FeatureSettings,
     LabelledSet,
     Runtime,
     extract_features,
-    pixel_features,
 )
+from msn.evaluation.pixels import NoNetwork, pixel_transform
 from msn.method.vit import VisionTransformer
 from msn.weights import build_trunk, read_weights
 from msn.weights.preprocessing import image_transform
-from msn.weights.weights import IMAGENET_MEAN, IMAGENET_STD
+from msn.weights.weights import BASELINES, IMAGENET_MEAN, IMAGENET_STD, say_assumed_heads
 
 _TIMM = "timm/"
 
@@ -36,7 +37,7 @@ class Subject(Protocol):
 
     def features(
         self, images: LabelledSet, settings: FeatureSettings, runtime: Runtime, title: str
-    ) -> Tensor:
+    ) -> Extracted:
         """Features of all images, float32 [n, D]."""
 
     def kind(self, settings: FeatureSettings) -> str:
@@ -54,6 +55,7 @@ class FrozenBackbone:
         mean: of the normalisation, of each channel.
         std: likewise.
         about: what its file says of it (epoch, licence, ...), for the results.
+        is_baseline: whether it is nobody's, for comparison alone.
     """
 
     name: str
@@ -62,6 +64,7 @@ class FrozenBackbone:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     about: dict[str, Any] = field(default_factory=dict)
+    is_baseline: bool = False
 
     def __post_init__(self) -> None:
         if self.image_size < 1 or self.image_size % self.trunk.patch_size:
@@ -82,7 +85,7 @@ class FrozenBackbone:
 
     def features(
         self, images: LabelledSet, settings: FeatureSettings, runtime: Runtime, title: str
-    ) -> Tensor:
+    ) -> Extracted:
         """Features of all images, float32 [n, D]."""
         return extract_features(
             self.trunk,
@@ -113,9 +116,21 @@ class RawPixels:
 
     def features(
         self, images: LabelledSet, settings: FeatureSettings, runtime: Runtime, title: str
-    ) -> Tensor:
+    ) -> Extracted:
         """Pixels of all images, float32 [n, 3 * size * size]."""
-        return pixel_features(images, self.size)
+        plain = FeatureSettings(
+            feature="class_token", image_size=None, batch_size=settings.batch_size, precision="32"
+        )
+        cpu = torch.device("cpu")  # there is nothing to compute, but much to decode
+        return extract_features(
+            NoNetwork(),
+            images,
+            transform=pixel_transform(self.size),
+            settings=plain,
+            runtime=runtime._replace(devices=(cpu,) * len(runtime.devices)),
+            preprocessing={"pixels": self.size},
+            title=f"{self.name}: {title}",
+        )
 
     def kind(self, settings: FeatureSettings) -> str:
         """What the features are, for rows and heads."""
@@ -127,7 +142,8 @@ def random_backbone(like: FrozenBackbone, *, seed: int, name: str = "random") ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         trunk = VisionTransformer(**like.trunk.model_config)  # type: ignore[arg-type]
-    return FrozenBackbone(name, trunk.eval(), like.image_size, like.mean, like.std)
+    size, mean, std = like.image_size, like.mean, like.std
+    return FrozenBackbone(name, trunk.eval(), size, mean, std, is_baseline=True)
 
 
 def open_backbones(
@@ -140,7 +156,7 @@ def open_backbones(
             `timm/MODEL@FILE` for a ViT of timm by name with a local file. A single nameless path is
             called `msn`.
         image_size: side of the crop in px; None takes each backbone's own.
-        num_heads: where a file cannot tell; default width // 64.
+        num_heads: of every backbone whose file cannot tell; default width // 64, with a warning.
 
     Raises:
         UserError: two names are the same, a path cannot be read, or a size does not fit.
@@ -151,7 +167,7 @@ def open_backbones(
     named = [_name_and_path(str(entry), alone=len(entries) == 1) for entry in entries]
     names = [name for name, _ in named]
     twice = sorted(
-        {name for name in names if names.count(name) > 1} | ({"random", "pixels"} & set(names))
+        {name for name in names if names.count(name) > 1} | (set(BASELINES) & set(names))
     )
     if twice:
         raise UserError(
@@ -175,6 +191,7 @@ def open_backbone(
         told = _told_by_timm(model)
         num_heads = told.pop("num_heads")
     weights = read_weights(path, num_heads=num_heads)
+    say_assumed_heads(weights, path)
     trunk = build_trunk(weights).float()
     about = {**told, **weights.meta}
     return FrozenBackbone(

@@ -4,15 +4,17 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from msn.errors import UserError
+from msn.weights.files import save_tensors
+from msn.weights.weights import trunk_digest
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ class FeatureCache:
         whole = (
             metadata.get("key") == self.digest
             and features.shape[0] == rows
-            and metadata.get("sha256") == _digest_of(features)
+            and metadata.get("sha256") == digest_of(features)
         )
         if not whole:
             log.warning("feature cache: %s is not what was written and made again", path)
@@ -56,14 +58,10 @@ class FeatureCache:
 
     def store(self, part: int, features: Tensor) -> None:
         """Write a part, all or nothing; a cache that cannot be written is a cache not used."""
-        metadata = {"key": self.digest, "sha256": _digest_of(features)}
-        data = safetensors.torch.save({"features": features}, metadata)
+        metadata = {"key": self.digest, "sha256": digest_of(features)}
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.directory, delete=False) as file:
-                file.write(data)
-            os.replace(file.name, self._path(part))
-        except OSError as error:
+            save_tensors(self._path(part), {"features": features}, metadata)
+        except UserError as error:
             log.warning("feature cache: cannot write below %s (%s)", self.directory, error)
 
     def _path(self, part: int) -> Path:
@@ -72,11 +70,7 @@ class FeatureCache:
 
 def weights_key(module: nn.Module) -> str:
     """Digest of every parameter and buffer with its name: other weights, other features."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
-        digest.update(_bytes_of(tensor))
-    return digest.hexdigest()
+    return trunk_digest(module.state_dict())
 
 
 def images_key(identities: Iterable[str]) -> str:
@@ -87,10 +81,7 @@ def images_key(identities: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _digest_of(tensor: Tensor) -> str:
-    return hashlib.sha256(_bytes_of(tensor)).hexdigest()
-
-
-def _bytes_of(tensor: Tensor) -> bytes:
+def digest_of(tensor: Tensor) -> str:
+    """Digest of a tensor's bytes."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -4,6 +4,7 @@ The paper's feature is the class token of the target trunk's last block *before*
 (A.2), from one centre crop.
 """
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +19,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from msn.data.dataset import REPLACED
 from msn.errors import UserError
 from msn.evaluation.cache import FeatureCache, images_key, weights_key
 from msn.evaluation.progress import Progress
+
+log = logging.getLogger(__name__)
 
 PRECISIONS = ("32", "bf16")
 # Images of a part: what an interrupted extraction loses at most, per device.
@@ -80,6 +84,15 @@ class FeatureSettings:
         self.batch_size, self.precision = batch_size, precision
 
 
+class Extracted(NamedTuple):
+    """Features of some images."""
+
+    rows: Tensor
+    """[n, D], float32 on the CPU."""
+    replaced: Tensor
+    """Which images cannot be read, so that others stand in their places, bool [n]."""
+
+
 class Runtime(NamedTuple):
     """Where an evaluation runs; results do not depend on it."""
 
@@ -102,7 +115,7 @@ def extract_features(
     runtime: Runtime,
     preprocessing: Mapping[str, Any],
     title: str,
-) -> Tensor:
+) -> Extracted:
     """Features of all images, the same on every process.
 
     Args:
@@ -115,7 +128,8 @@ def extract_features(
         title: what the progress bar says.
 
     Returns:
-        [n, D] (D times N for `last_N`), float32 on the CPU.
+        Rows [n, D] (D times N for `last_N`). A part with an image that cannot be read is not
+        cached: the image may be there again the next time.
 
     Raises:
         UserError: the feature is unknown, the trunk's patch does not divide the image, or a
@@ -134,33 +148,20 @@ def extract_features(
             "images": images_key(images.identity(i) for i in range(len(images))),
         }
         cache = FeatureCache(runtime.cache_dir, key)
-    features = _Job(
-        trunk, TransformedImages(images, transform), settings, runtime, cache, title
-    ).run()
-    _check_finite(features, images, title)
-    return features
+    found = _Job(trunk, TransformedImages(images, transform), settings, runtime, cache, title).run()
+    _check_finite(found.rows, images, title)
+    return found
 
 
-def pixel_features(images: LabelledSet, size: int) -> Tensor:
-    """Raw pixels of the centre crop, the floor that any backbone must beat.
-
-    Args:
-        images: map-style data set of RGB images.
-        size: side in px to which the shorter side is resized, >= 1.
-
-    Returns:
-        In [0, 1], float32 [n, 3 * size * size].
-    """
-    rows = []
-    for i in range(len(images)):
-        image = images[i]
-        scale = size / min(image.size)
-        width, height = (max(size, round(side * scale)) for side in image.size)
-        left, top = (width - size) // 2, (height - size) // 2
-        resized = image.resize((width, height), Image.Resampling.BILINEAR)
-        cropped = resized.crop((left, top, left + size, top + size))
-        rows.append(torch.frombuffer(bytearray(cropped.tobytes()), dtype=torch.uint8))
-    return torch.stack(rows).float() / 255
+def warn_of_idle(runtime: Runtime, what: str) -> None:
+    """Say so where training on images leaves all devices but the first idle."""
+    if len(runtime.devices) > 1:
+        log.warning(
+            "%s uses one of %d devices of a process: start it with torchrun --nproc-per-node=%d",
+            what,
+            len(runtime.devices),
+            len(runtime.devices),
+        )
 
 
 def check_feature(feature: str, depth: int | None) -> None:
@@ -195,8 +196,8 @@ def forward_feature(trunk: nn.Module, images: Tensor, feature: str) -> Tensor:
     return normed[:, 0] if feature == "class_token_norm" else normed[:, 1:].mean(dim=1)
 
 
-class TransformedImages(Dataset[Tensor]):
-    """Images ready for the trunk."""
+class TransformedImages(Dataset[tuple[Tensor, bool]]):
+    """Images ready for the trunk, each with whether it replaces one that cannot be read."""
 
     def __init__(self, images: LabelledSet, transform: Callable[[Image.Image], Tensor]) -> None:
         self.images, self.transform = images, transform
@@ -204,8 +205,14 @@ class TransformedImages(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, i: int) -> Tensor:
-        return self.transform(self.images[i])
+    def __getitem__(self, i: int) -> tuple[Tensor, bool]:
+        image = self.images[i]
+        return self.transform(image), is_replaced(image)
+
+
+def is_replaced(image: Image.Image) -> bool:
+    """Whether an image stands in the place of one that cannot be read."""
+    return bool(image.info.get(REPLACED))
 
 
 class _Job:
@@ -232,7 +239,7 @@ class _Job:
         self.rank = dist.get_rank() if runtime.shared else 0
         self.world = dist.get_world_size() if runtime.shared else 1
 
-    def run(self) -> Tensor:
+    def run(self) -> Extracted:
         """All rows, in order, on the CPU."""
         mine = range(self.rank, len(self.parts), self.world)
         found = {part: self._load(part) for part in mine}
@@ -250,19 +257,20 @@ class _Job:
                     ]
                     for job in jobs:
                         found.update(job.result())
-        rows = {part: features for part, features in found.items() if features is not None}
+        whole = {part: features for part, features in found.items() if features is not None}
         if self.world > 1:
-            gathered: list[dict[int, Tensor]] = [{} for _ in range(self.world)]
-            dist.all_gather_object(gathered, rows)
-            rows = {part: features for some in gathered for part, features in some.items()}
-        return torch.cat([rows[part] for part in range(len(self.parts))])
+            gathered: list[dict[int, Extracted]] = [{} for _ in range(self.world)]
+            dist.all_gather_object(gathered, whole)
+            whole = {part: features for some in gathered for part, features in some.items()}
+        return _joined([whole[part] for part in range(len(self.parts))])
 
-    def _load(self, part: int) -> Tensor | None:
-        return None if self.cache is None else self.cache.load(part, len(self.parts[part]))
+    def _load(self, part: int) -> Extracted | None:
+        rows = None if self.cache is None else self.cache.load(part, len(self.parts[part]))
+        return None if rows is None else Extracted(rows, torch.zeros(len(rows), dtype=torch.bool))
 
     def _compute(
         self, parts: Sequence[int], device: torch.device, progress: Progress
-    ) -> dict[int, Tensor]:
+    ) -> dict[int, Extracted]:
         """Features of some parts on one device, each kept as soon as it is whole."""
         if not parts:
             return {}
@@ -277,10 +285,9 @@ class _Job:
         outputs = self._forward(trunk, loader, device, progress)
         found = {}
         for part in parts:
-            rows = torch.cat([next(outputs) for _ in self._batches(part)])
-            found[part] = rows
-            if self.cache is not None:
-                self.cache.store(part, rows)
+            found[part] = _joined([next(outputs) for _ in self._batches(part)])
+            if self.cache is not None and not bool(found[part].replaced.any()):
+                self.cache.store(part, found[part].rows)
         return found
 
     def _batches(self, part: int) -> list[list[int]]:
@@ -289,15 +296,21 @@ class _Job:
 
     def _forward(
         self, trunk: nn.Module, loader: DataLoader, device: torch.device, progress: Progress
-    ) -> Iterator[Tensor]:
+    ) -> Iterator[Extracted]:
         half = self.settings.precision == "bf16"
-        dtype = next(trunk.parameters()).dtype
-        for batch in loader:
+        dtype = next(trunk.parameters(), torch.empty(0)).dtype
+        for batch, replaced in loader:
             with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
                 moved = batch.to(device, dtype=dtype, non_blocking=True)
                 features = forward_feature(trunk, moved, self.settings.feature)
             progress.advance(len(batch))
-            yield features.float().cpu()
+            yield Extracted(features.float().cpu(), replaced)
+
+
+def _joined(parts: Sequence[Extracted]) -> Extracted:
+    return Extracted(
+        torch.cat([part.rows for part in parts]), torch.cat([part.replaced for part in parts])
+    )
 
 
 def _check_finite(features: Tensor, images: LabelledSet, title: str) -> None:

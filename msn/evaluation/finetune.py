@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -15,11 +15,23 @@ from torch.utils.data import DataLoader
 
 from msn.data.subsets import fraction_of_each_class, k_shot
 from msn.errors import UserError
-from msn.evaluation.augment import AugmentedImages, epoch_batches, in_pieces, seeded
+from msn.evaluation.augment import (
+    AugmentedImages,
+    epoch_batches,
+    in_pieces,
+    over_processes,
+    seeded,
+)
 from msn.evaluation.backbones import FrozenBackbone, Subject
-from msn.evaluation.features import FeatureSettings, LabelledSet, Runtime, TransformedImages
+from msn.evaluation.features import (
+    FeatureSettings,
+    LabelledSet,
+    Runtime,
+    TransformedImages,
+    warn_of_idle,
+)
 from msn.evaluation.progress import Progress
-from msn.evaluation.protocol import Plan, Protocol, all_labels
+from msn.evaluation.protocol import Plan, Protocol, all_labels, with_unreadable
 from msn.evaluation.recipe import Recipe
 from msn.evaluation.rows import Result, make_row
 from msn.evaluation.sets import ChosenImages, LabelSet
@@ -42,6 +54,9 @@ class FineTune(Protocol):
         features: `image_size`, `batch_size` (images a forward pass; larger batches are
             accumulated, which is exact without BatchNorm) and `precision`.
     """
+
+    baselines: ClassVar[tuple[str, ...]] = ()  # a whole training each
+    is_the_papers = True
 
     def __init__(
         self,
@@ -84,7 +99,7 @@ class FineTune(Protocol):
         """Fine-tune once for each label set; raw pixels have nothing to tune."""
         if not isinstance(subject, FrozenBackbone):
             return []
-        correct = []
+        correct, replaced, unreadable = [], set(), 0
         for number, labelled in enumerate(plan.sets):
             images = ChosenImages(plan.images, labelled.positions)
             training = FineTuning(
@@ -96,7 +111,11 @@ class FineTune(Protocol):
                 runtime=runtime,
             )
             training.run()
-            correct.append(training.predict(test) == test.labels)
+            predicted, missing = training.predict(test)
+            correct.append((predicted == test.labels) & ~missing)
+            unreadable = int(missing.sum())
+            found = over_processes(training.replaced, runtime)
+            replaced |= {int(labelled.positions[i]) for i in found}
         row = make_row(
             backbone=subject.name,
             classifier="finetune",
@@ -106,7 +125,7 @@ class FineTune(Protocol):
             labelled_images=len(plan.sets[0].positions),
             epochs=self.recipe.epochs,
         )
-        return [Result(row)]
+        return with_unreadable([Result(row)], labelled=len(replaced), held_out=unreadable)
 
 
 class FineTuning:
@@ -122,6 +141,7 @@ class FineTuning:
 
     Attributes:
         model: timm's vision transformer with a head.
+        replaced: images of this process's share that cannot be read, by number.
 
     Raises:
         UserError: there are not two images for every process.
@@ -139,6 +159,7 @@ class FineTuning:
     ) -> None:
         self.subject, self.images, self.recipe, self.seed = subject, images, recipe, seed
         self.runtime, self.device = runtime, runtime.devices[0]
+        warn_of_idle(runtime, "fine-tuning")
         self.rank, self.world = 0, 1
         if runtime.shared:
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -156,6 +177,7 @@ class FineTuning:
         self.model.to(self.device)
         self.mixture = recipe.mixture(classes)
         self.steps_per_epoch = len(images) // self.batch_size
+        self.replaced: set[int] = set()
 
     def run(self) -> None:
         """Train; every process ends with the same weights.
@@ -165,12 +187,14 @@ class FineTuning:
         """
         model: nn.Module = self.model
         if self.world > 1:
-            model = DistributedDataParallel(self.model)
+            own = [self.device] if self.device.type == "cuda" else None
+            model = DistributedDataParallel(self.model, device_ids=own)
         optimiser = torch.optim.AdamW(self._groups(), lr=self.recipe.lr)
         total = self.recipe.epochs * self.steps_per_epoch * self.batch_size
         title = f"{self.subject.name}: fine-tuning"
         step = 0
-        with seeded(self.seed, _TRAINING, self.rank), Progress(title, total, self.rank == 0) as bar:
+        draws = seeded(self.seed, _TRAINING, self.rank, device=self.device)
+        with draws, Progress(title, total, self.rank == 0) as bar:
             model.train()
             for epoch in range(self.recipe.epochs):
                 for pieces in self._batches(epoch):
@@ -188,16 +212,24 @@ class FineTuning:
         self.model.eval()
 
     @torch.no_grad()
-    def predict(self, test: LabelledSet) -> Tensor:
-        """Classes of the centre crops of some images, [m], on the CPU."""
+    def predict(self, test: LabelledSet) -> tuple[Tensor, Tensor]:
+        """Classes of the centre crops of some images, and which cannot be read: [m] each."""
         views = TransformedImages(test, self.subject.transform)
-        workers = self.runtime.num_workers
-        loader = DataLoader(views, batch_size=self.piece_size, num_workers=workers)
-        found = []
-        for images in loader:
+        mine = range(self.rank, len(test), self.world)  # each process its share
+        loader = DataLoader(
+            views,
+            batch_sampler=in_pieces(mine, self.piece_size),
+            num_workers=self.runtime.num_workers,
+        )
+        found = torch.zeros(2, len(test), dtype=torch.long)
+        for piece, (images, replaced) in zip(in_pieces(mine, self.piece_size), loader, strict=True):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-                found.append(self.model(images.to(self.device)).argmax(dim=1).cpu())
-        return torch.cat(found)
+                found[0, piece] = self.model(images.to(self.device)).argmax(dim=1).cpu()
+            found[1, piece] = replaced.long()
+        if self.world > 1:
+            found = found.to(self.device)  # where every kind of process group can sum
+            dist.all_reduce(found)
+        return found[0].cpu(), found[1].bool().cpu()
 
     def _groups(self) -> list[dict[str, Any]]:
         """Parameters by layer, each group with its `lr_scale`."""
@@ -228,7 +260,14 @@ class FineTuning:
             )
         )
         for batch in pieces:
-            yield [next(loader) for _ in batch]
+            ready = []
+            for piece in batch:
+                images, labels, others = next(loader)
+                self.replaced.update(
+                    i for i, other in zip(piece, others.tolist(), strict=True) if other
+                )
+                ready.append((images, labels))
+            yield ready
 
     def _accumulate(self, model: nn.Module, pieces: list[tuple[Tensor, Tensor]]) -> float:
         """Gradients of this process's mean loss; without BatchNorm pieces are exact."""

@@ -24,6 +24,8 @@ from msn.evaluation.sets import FeatureSet, LabelSet
 
 # Numbers of labelled rows gathered at once.
 _MAX_GATHERED = 2**28
+# Scores of held-out and of test images held at once.
+_MAX_SCORES = 2**27
 # Certified relative gap at which a candidate's held-out accuracy no longer changes noticeably.
 _SELECTION_TOLERANCE = 1e-3
 
@@ -91,6 +93,22 @@ class Logistic:
         )
 
 
+def check_lambda_choice(settings: Logistic, sets: Sequence[LabelSet], labels: Tensor) -> None:
+    """Raise a UserError where lambda shall be chosen and some set cannot choose.
+
+    Args:
+        settings: of the regression.
+        sets: label sets.
+        labels: of the pool that their positions point into, [n].
+    """
+    for labelled in sets if settings.lambd is None else []:
+        if int(torch.bincount(labels[labelled.positions]).max()) < 2:
+            raise UserError(
+                f"protocol.logistic.lambd=null: with {labelled.labels} labels no class has two "
+                "images, which cross-validation needs; give protocol.logistic.lambd"
+            )
+
+
 def logistic_results(
     backbone: str,
     sets: Sequence[LabelSet],
@@ -122,10 +140,8 @@ def logistic_results(
         chosen = problem.cross_validate(group)
         lambds = fixed or chosen
         if lambds is None:
-            raise UserError(
-                f"protocol.logistic.lambd=null: with {name} labels no class has two images, which "
-                "cross-validation needs; give protocol.logistic.lambd"
-            )
+            check_lambda_choice(settings, group, train.labels)
+        assert lambds is not None
         fits = problem.fit(group, lambds)
         more: dict[str, Any] = {"lambda_choice": "fixed" if fixed else "cross-validation"}
         if fixed and chosen:
@@ -205,6 +221,8 @@ class _Problem:
     def __init__(
         self, train: FeatureSet, test: FeatureSet, settings: Logistic, device: torch.device
     ) -> None:
+        if device.type == "mps":
+            device = torch.device("cpu")  # the proof of the optimum needs float64
         self.settings, self.num_classes = settings, len(train.classes)
         self.rows = settings.prepare(train.features.to(device))
         self.labels = train.labels.to(device)
@@ -223,7 +241,7 @@ class _Problem:
                 fit = self._solve(positions, [lambd], self.settings.tolerance)
                 converged &= bool(fit.converged.all())
                 for i, weight in zip(some, fit.weight[:, 0], strict=True):
-                    correct[i] = (self._scores(weight).argmax(1) == self.test_labels).cpu()
+                    correct[i] = (self._predicted(weight) == self.test_labels).cpu()
                     first = weight if i == 0 else first
         lambdas = [lambd / size for lambd, size in zip(lambds, sizes, strict=True)]
         return _Fits(first.cpu(), correct, lambdas, converged)
@@ -265,15 +283,19 @@ class _Problem:
 
     def _held_out(self, weights: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Hits and log losses of held-out images, summed, for weights [L, C, D]: each [L]."""
-        positions = positions.to(self.rows.device)
-        scores = self.rows[positions] @ weights.mT  # [L, v, C]
-        labels = self.labels[positions].expand(len(weights), -1)
-        log_probs = scores.log_softmax(dim=-1).gather(-1, labels.unsqueeze(-1))
-        hits = (scores.argmax(dim=-1) == labels).sum(dim=1)
-        return hits.double().cpu(), -log_probs.double().sum(dim=(1, 2)).cpu()
+        hits = loss = torch.zeros(len(weights), dtype=torch.float64)
+        step = max(1, _MAX_SCORES // (len(weights) * self.num_classes))
+        for some in positions.to(self.rows.device).split(step):
+            scores = self.rows[some] @ weights.mT  # [L, v, C]
+            labels = self.labels[some].expand(len(weights), -1)
+            log_probs = scores.log_softmax(dim=-1).gather(-1, labels.unsqueeze(-1))
+            hits = hits + (scores.argmax(dim=-1) == labels).sum(dim=1).cpu()
+            loss = loss - log_probs.cpu().double().sum(dim=(1, 2))
+        return hits, loss
 
-    def _scores(self, weight: Tensor) -> Tensor:
-        return self.test_rows @ weight.T
+    def _predicted(self, weight: Tensor) -> Tensor:
+        step = max(1, _MAX_SCORES // self.num_classes)
+        return torch.cat([(rows @ weight.T).argmax(1) for rows in self.test_rows.split(step)])
 
     def _chunks(self, members: list[int], size: int) -> list[list[int]]:
         step = max(1, _MAX_GATHERED // (size * self.rows.shape[1]))

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -14,15 +14,21 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from msn.errors import UserError
-from msn.evaluation.augment import AugmentedImages, epoch_batches, in_pieces
+from msn.evaluation.augment import AugmentedImages, epoch_batches, in_pieces, over_processes
 from msn.evaluation.backbones import FrozenBackbone, Subject
-from msn.evaluation.features import FeatureSettings, LabelledSet, Runtime, forward_feature
+from msn.evaluation.features import (
+    FeatureSettings,
+    LabelledSet,
+    Runtime,
+    forward_feature,
+    warn_of_idle,
+)
 from msn.evaluation.frozen import logistic_results
 from msn.evaluation.logistic import centre_and_normalise
 from msn.evaluation.progress import Progress
-from msn.evaluation.protocol import Plan, Protocol, all_labels, build_logistic
+from msn.evaluation.protocol import Plan, Protocol, all_labels, build_logistic, with_unreadable
 from msn.evaluation.rows import Head, Result, make_row
-from msn.evaluation.sets import FeatureSet, LabelSet
+from msn.evaluation.sets import FeatureSet, LabelSet, held_out_features, labelled_features
 from msn.schema import refuse_unknown, take
 
 log = logging.getLogger(__name__)
@@ -82,6 +88,9 @@ class Linear(Protocol):
         features: settings, see `FeatureSettings`.
     """
 
+    baselines: ClassVar[tuple[str, ...]] = ()  # a hundred passes over all images each
+    is_the_papers = True
+
     def __init__(
         self,
         *,
@@ -106,12 +115,15 @@ class Linear(Protocol):
     ) -> list[Result]:
         """Fit both classifiers and test them on centre crops."""
         device = runtime.devices[0]
-        test_set = self._set(subject, test, runtime, "held-out images")
+        found = subject.features(test, self.features, runtime, "held-out images")
+        test_set = held_out_features(test, found)
         results = []
+        replaced: set[int] = set()
         augment = self.probe is not None and self.probe.augment
         train_set: FeatureSet | None = None
         if self.logistic is not None or not augment or not isinstance(subject, FrozenBackbone):
-            train_set = self._set(subject, plan.images, runtime, "labelled images")
+            found = subject.features(plan.images, self.features, runtime, "labelled images")
+            train_set = labelled_features(plan.images, found)
         if self.logistic is not None and train_set is not None:
             results += logistic_results(
                 subject.name,
@@ -124,7 +136,9 @@ class Linear(Protocol):
             )
         if self.probe is not None:
             if augment and isinstance(subject, FrozenBackbone):
-                batches = augmented_batches(subject, plan, self.probe, self.features, runtime)
+                batches = augmented_batches(
+                    subject, plan, self.probe, self.features, runtime, replaced=replaced
+                )
             else:
                 assert train_set is not None
                 batches = frozen_batches(train_set, self.probe, runtime)
@@ -136,13 +150,8 @@ class Linear(Protocol):
                 runtime=runtime,
             )
             results.append(self._probe_result(subject, weight, bias, plan, test_set))
-        return results
-
-    def _set(
-        self, subject: Subject, images: LabelledSet, runtime: Runtime, what: str
-    ) -> FeatureSet:
-        features = subject.features(images, self.features, runtime, what)
-        return FeatureSet(features, images.labels, images.classes)
+        seen = len(over_processes(replaced, runtime)) if train_set is None else train_set.replaced
+        return with_unreadable(results, labelled=seen, held_out=test_set.replaced)
 
     def _probe_result(
         self, subject: Subject, weight: Tensor, bias: Tensor, plan: Plan, test: FeatureSet
@@ -221,12 +230,22 @@ def frozen_batches(train: FeatureSet, probe: Probe, runtime: Runtime) -> Batches
 
 
 def augmented_batches(
-    subject: FrozenBackbone, plan: Plan, probe: Probe, features: FeatureSettings, runtime: Runtime
+    subject: FrozenBackbone,
+    plan: Plan,
+    probe: Probe,
+    features: FeatureSettings,
+    runtime: Runtime,
+    *,
+    replaced: set[int],
 ) -> Batches:
-    """Rows of random crops; each process and worker makes its share of every batch."""
+    """Rows of random crops; each process and worker makes its share of every batch.
+
+    Images of its share that cannot be read are added to `replaced`.
+    """
     device, count = runtime.devices[0], len(plan.images)
     rank, world = (dist.get_rank(), dist.get_world_size()) if runtime.shared else (0, 1)
     size = min(probe.batch_size, count)
+    warn_of_idle(runtime, "the linear probe")
     trunk = subject.trunk.to(device).eval()
     transform = random_crops(subject.image_size, subject.mean, subject.std)
     positions = torch.arange(count)
@@ -246,8 +265,11 @@ def augmented_batches(
             )
             for batch in pieces:
                 rows, labels = [], []
-                for _ in batch:
-                    images, wanted = next(loader)
+                for piece in batch:
+                    images, wanted, others = next(loader)
+                    replaced.update(
+                        i for i, other in zip(piece, others.tolist(), strict=True) if other
+                    )
                     with torch.autocast(
                         device.type, torch.bfloat16, enabled=features.precision == "bf16"
                     ):

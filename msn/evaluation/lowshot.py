@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 from msn.evaluation.backbones import FrozenBackbone, Subject
+from msn.evaluation.cache import weights_key
 from msn.evaluation.features import LabelledSet, Runtime
-from msn.evaluation.paper import paper_figure
+from msn.evaluation.paper import is_imagenet, paper_figure
 from msn.evaluation.protocol import Protocol
 from msn.evaluation.rows import Result
 from msn.evaluation.sets import check_labelled
@@ -49,20 +50,29 @@ def evaluate(
     devices = device if isinstance(device, tuple) else (device,)
     runtime = Runtime(devices, num_workers, cache_dir, shared)
     plan = protocol.plan(train)
-    return [
-        _beside_paper(result, subject, len(train.classes))
-        for subject in subjects
-        for result in protocol.run(subject, plan, held_out, runtime)
-    ]
+    comparable = protocol.is_the_papers and is_imagenet(train.classes)
+    results = []
+    for subject in subjects:
+        found = protocol.run(subject, plan, held_out, runtime)
+        _say_what(found, subject)
+        _set_beside_paper(found, subject if comparable else None)
+        results += found
+    return results
 
 
-def _beside_paper(result: Result, subject: Subject, num_classes: int) -> Result:
-    """Add the paper's figure where architecture and number of classes are those of the paper."""
-    figure = None
+def _say_what(results: Sequence[Result], subject: Subject) -> None:
+    """Add which weights the figures are of, and at which size."""
     if isinstance(subject, FrozenBackbone):
-        classifier, labels = result.row["classifier"], result.row["labels"]
-        figure = paper_figure(
-            subject.trunk.model_config, classifier, labels, num_classes=num_classes
-        )
-    result.row["paper"] = None if figure is None else figure._asdict()
-    return result
+        digest = weights_key(subject.trunk)
+        for result in results:
+            result.row.update(weights=digest, image_size=subject.image_size)
+
+
+def _set_beside_paper(results: Sequence[Result], subject: Subject | None) -> None:
+    """Add the paper's figure for an architecture of the paper; None where nothing compares."""
+    for result in results:
+        figure = None
+        if isinstance(subject, FrozenBackbone) and not subject.is_baseline:
+            classifier, labels = result.row["classifier"], result.row["labels"]
+            figure = paper_figure(subject.trunk.model_config, classifier, labels)
+        result.row["paper"] = None if figure is None else figure._asdict()

@@ -124,8 +124,7 @@ def official_sets(
         UserError: a list is missing or cannot be fetched, names images or classes that are not
             there, or does not hold k images of every class.
     """
-    wanted = {*map(str, shots), *([ONE_PERCENT] if one_percent else [])}
-    lists = [entry for entry in OFFICIAL_LISTS if entry.labels in wanted]
+    lists = _wanted(shots, one_percent)
     if directory is None:
         directory = fetch_lists(cache_folder() / "imagenet_subsets", lists)
     # Building the names of 1.28 million images once is enough.
@@ -138,6 +137,28 @@ def official_sets(
         _check_balance(found, train, path)
         sets.append(found)
     return sets
+
+
+def are_the_papers(directory: Path, *, shots: Sequence[int], one_percent: bool) -> bool:
+    """Whether the lists of a directory are byte for byte those of the paper; names others."""
+    others = []
+    for entry in _wanted(shots, one_percent):
+        path = find_list(directory, entry)
+        if _digest(path.read_bytes()) != entry.sha256:
+            others.append(str(path))
+    if others:
+        log.warning(
+            "%d lists are not those of the paper, whose figures are left out (their SHA-256 "
+            "differs; first: %s)",
+            len(others),
+            others[0],
+        )
+    return not others
+
+
+def _wanted(shots: Sequence[int], one_percent: bool) -> list[OfficialList]:
+    wanted = {*map(str, shots), *([ONE_PERCENT] if one_percent else [])}
+    return [entry for entry in OFFICIAL_LISTS if entry.labels in wanted]
 
 
 def find_list(directory: Path, entry: OfficialList) -> Path:

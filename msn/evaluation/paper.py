@@ -1,6 +1,7 @@
 """What the paper reports (arXiv 2204.07141, Tables 1 to 4; ImageNet-1k top-1)."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 IMAGENET_CLASSES = 1000
@@ -60,19 +61,23 @@ _FIGURES: dict[str, dict[tuple[str, str], tuple[float, float | None]]] = {
 }
 
 
+def is_imagenet(classes: Sequence[str]) -> bool:
+    """Whether class names are those of ImageNet-1k: a thousand WordNet ids."""
+    return len(classes) == IMAGENET_CLASSES and all(
+        re.fullmatch(r"n\d{8}", name) for name in classes
+    )
+
+
 def paper_figure(
-    model: Mapping[str, int | float], classifier: str, labels: str, *, num_classes: int
+    model: Mapping[str, int | float], classifier: str, labels: str
 ) -> PaperFigure | None:
-    """The paper's figure for an architecture, None where it has none or the data are others.
+    """The paper's figure for an architecture on ImageNet-1k, None where it has none.
 
     Args:
         model: the six numbers of `VisionTransformer`.
         classifier: `logistic`, `linear`, `finetune` or `knn`.
         labels: `1`, `2`, `5`, `1%` or `all`.
-        num_classes: of the data.
     """
-    if num_classes != IMAGENET_CLASSES:
-        return None
     name = _MODELS.get((int(model["embed_dim"]), int(model["depth"]), int(model["patch_size"])))
     found = _FIGURES.get(name, {}).get((classifier, labels)) if name else None
     return None if name is None or found is None else PaperFigure(name, *found)

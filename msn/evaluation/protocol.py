@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,15 @@ from msn.evaluation.backbones import Subject
 from msn.evaluation.features import FeatureSettings, LabelledSet, Runtime
 from msn.evaluation.frozen import Logistic
 from msn.evaluation.rows import Result
-from msn.evaluation.sets import ChosenImages, FeatureSet, LabelSet, renumber, used_positions
+from msn.evaluation.sets import (
+    ChosenImages,
+    FeatureSet,
+    LabelSet,
+    held_out_features,
+    labelled_features,
+    renumber,
+    used_positions,
+)
 from msn.schema import refuse_unknown, take
 
 ALL = "all"
@@ -31,7 +39,15 @@ class Protocol(ABC):
 
     Args:
         features: settings, see `FeatureSettings`.
+
+    Attributes:
+        baselines: what stands beside the backbones unless a person says otherwise: what costs
+            little and tells much.
+        is_the_papers: whether figures of the paper may stand beside this protocol's.
     """
+
+    baselines: ClassVar[tuple[str, ...]] = ("random", "pixels")
+    is_the_papers: bool = False
 
     def __init__(self, features: Mapping[str, Any]) -> None:
         refuse_unknown("protocol.features", features, FeatureSettings)
@@ -110,15 +126,11 @@ class FeatureProtocol(Protocol):
         self, subject: Subject, plan: Plan, test: LabelledSet, runtime: Runtime
     ) -> list[Result]:
         """Extract features of labelled and held-out images, then fit."""
-        train_set, test_set = (
-            FeatureSet(
-                subject.features(images, self.features, runtime, what),
-                images.labels,
-                images.classes,
-            )
-            for images, what in ((plan.images, "labelled images"), (test, "held-out images"))
-        )
-        return self.results(
+        found = subject.features(plan.images, self.features, runtime, "labelled images")
+        train_set = labelled_features(plan.images, found)
+        found = subject.features(test, self.features, runtime, "held-out images")
+        test_set = held_out_features(test, found)
+        results = self.results(
             subject.name,
             plan.sets,
             train_set,
@@ -126,6 +138,20 @@ class FeatureProtocol(Protocol):
             feature=subject.kind(self.features),
             device=runtime.devices[0],
         )
+        return with_unreadable(results, labelled=train_set.replaced, held_out=test_set.replaced)
+
+
+def with_unreadable(results: list[Result], *, labelled: int, held_out: int) -> list[Result]:
+    """Add to the rows how many images could not be read.
+
+    Args:
+        results: of one backbone.
+        labelled: images to learn from that others of their class replace.
+        held_out: test images, each of which counts as wrong.
+    """
+    for result in results:
+        result.row.update(replaced_images=labelled, unreadable_test_images=held_out)
+    return results
 
 
 def all_labels(train: LabelledSet) -> LabelSet:

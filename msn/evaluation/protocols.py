@@ -4,7 +4,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,11 +18,12 @@ from msn.data.subsets import (
 )
 from msn.errors import UserError
 from msn.evaluation.features import LabelledSet
-from msn.evaluation.frozen import knn_results, logistic_results
-from msn.evaluation.official import ONE_PERCENT, official_sets
+from msn.evaluation.frozen import check_lambda_choice, knn_results, logistic_results
+from msn.evaluation.official import ONE_PERCENT, are_the_papers, official_sets
 from msn.evaluation.protocol import FeatureProtocol, Plan, all_labels, build_logistic
 from msn.evaluation.rows import Result
 from msn.evaluation.sets import FeatureSet, LabelSet
+from msn.method.distributed import process_index
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class _FewLabels(FeatureProtocol):
     def plan(self, train: LabelledSet) -> Plan:
         """Choose the labelled images, and keep lists of them where that is wanted."""
         plan = super().plan(train)
-        if self.write_lists is not None:
+        if self.write_lists is not None and process_index() == 0:
             names = plan.images.names
             for labelled in self._few(plan.sets):
                 path = Path(self.write_lists) / _list_name(labelled)
@@ -67,6 +68,7 @@ class _FewLabels(FeatureProtocol):
     def label_sets(self, train: LabelledSet) -> list[LabelSet]:
         """Sets with few labels, and all images where kNN is wanted."""
         sets = self.few_labels(train)
+        self.check_choice(sets, train.labels)
         if self.knn_neighbours is None:
             return sets
         if len(train) < self.knn_neighbours:
@@ -75,6 +77,10 @@ class _FewLabels(FeatureProtocol):
                 "labelled images"
             )
         return [*sets, all_labels(train)]
+
+    def check_choice(self, sets: Sequence[LabelSet], labels: Tensor) -> None:
+        """Refuse, before any work, a lambda that nothing can choose."""
+        check_lambda_choice(self.logistic, sets, labels)
 
     def results(
         self,
@@ -222,6 +228,9 @@ class ImageNetLowShot(_FewLabels):
         features: settings, see `FeatureSettings`.
     """
 
+    baselines: ClassVar[tuple[str, ...]] = ("random",)
+    is_the_papers = True
+
     def __init__(
         self,
         *,
@@ -244,15 +253,21 @@ class ImageNetLowShot(_FewLabels):
 
     def few_labels(self, train: LabelledSet) -> list[LabelSet]:
         """The official sets, three for each of 1, 2, 5, one for 1 %."""
-        return official_sets(
-            None if self.lists_dir is None else Path(self.lists_dir),
-            train,
-            shots=self.shots,
-            one_percent=self.one_percent,
-        )
+        wanted: dict[str, Any] = {"shots": self.shots, "one_percent": self.one_percent}
+        directory = None if self.lists_dir is None else Path(self.lists_dir)
+        sets = official_sets(directory, train, **wanted)
+        if directory is not None:
+            self.is_the_papers = are_the_papers(directory, **wanted)
+        return sets
 
     def check(self, labels: Tensor, classes: Sequence[str]) -> None:
         """Names are needed to check official lists: `plan` does."""
+
+    def check_choice(self, sets: Sequence[LabelSet], labels: Tensor) -> None:
+        """Refuse, before any work, a lambda that nothing can choose."""
+        for settings, percent in ((self.logistic, False), (self.one_percent_logistic, True)):
+            own = [labelled for labelled in sets if (labelled.labels == ONE_PERCENT) is percent]
+            check_lambda_choice(settings, own, labels)
 
     def results(
         self,

@@ -77,6 +77,8 @@ class Recipe:
         for rule, broken in wrong.items():
             if broken:
                 raise UserError(f"protocol.recipe needs {rule}")
+        if auto_augment is not None:
+            _check_policy(auto_augment)
         self.epochs, self.batch_size = epochs, batch_size
         self.lr, self.min_lr, self.warmup_epochs = lr, min_lr, warmup_epochs
         self.weight_decay, self.layer_decay, self.drop_path = weight_decay, layer_decay, drop_path
@@ -124,6 +126,18 @@ class Recipe:
             label_smoothing=self.label_smoothing,
             num_classes=num_classes,
         )
+
+
+def _check_policy(name: str) -> None:
+    """Let timm parse a policy now rather than when the first image is looked at."""
+    try:
+        transform: Compose = create_transform(32, is_training=True, auto_augment=name)
+        transform(Image.new("RGB", (32, 32)))
+    except Exception as error:  # timm asserts, converts and looks up whatever the text says
+        raise UserError(
+            f"protocol.recipe.auto_augment={name}: must be a policy of timm such as "
+            "rand-m9-mstd0.5-inc1, augmix-m3 or original, or null"
+        ) from error
 
 
 def _at_least_one_bit(

@@ -18,6 +18,7 @@ from msn.weights.files import save_tensors, write_bytes
 
 _FILE_WIDTH = 200  # characters of a line where the output is no terminal
 _DISTRIBUTION = "msn-pretraining"
+_ABOUT_HEAD = ("backbone", "weights", "image_size", "classifier", "labels", "lambda")
 _VERSIONS = ("torch", "torchvision", "timm", "numpy")
 
 
@@ -75,7 +76,7 @@ def save_head(path: Path, head: Head, row: Mapping[str, Any]) -> None:
         "centred": head.centred,
         "normalised": head.normalised,
         "split": head.split,
-        **{key: row[key] for key in ("backbone", "classifier", "labels", "lambda") if key in row},
+        **{key: row[key] for key in _ABOUT_HEAD if key in row},
     }
     save_tensors(path, tensors, {"msn": json.dumps(about)})
 

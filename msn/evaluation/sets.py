@@ -8,7 +8,9 @@ from PIL import Image
 from torch import Tensor
 
 from msn.errors import UserError
-from msn.evaluation.features import LabelledSet
+from msn.evaluation.features import Extracted, LabelledSet
+
+_NO_CLASS = -1
 
 
 class LabelSet(NamedTuple):
@@ -28,9 +30,11 @@ class FeatureSet(NamedTuple):
     features: Tensor
     """float32 [n, D]."""
     labels: Tensor
-    """In [0, C), [n]."""
+    """In [0, C), [n]; -1 for a test image that cannot be read."""
     classes: Sequence[str]
     """Names, C of them."""
+    replaced: int = 0
+    """Images that cannot be read."""
 
 
 class ChosenImages:
@@ -59,6 +63,17 @@ class ChosenImages:
     def __getitem__(self, i: int) -> Image.Image:
         """Image i of the chosen ones."""
         return self._images[self._positions[i]]
+
+
+def labelled_features(images: LabelledSet, found: Extracted) -> FeatureSet:
+    """Features to learn from; an image that cannot be read is another one of its class."""
+    return FeatureSet(found.rows, images.labels, images.classes, int(found.replaced.sum()))
+
+
+def held_out_features(images: LabelledSet, found: Extracted) -> FeatureSet:
+    """Features to test on; an image that cannot be read counts as wrong whatever is predicted."""
+    labels = torch.where(found.replaced, _NO_CLASS, images.labels)
+    return FeatureSet(found.rows, labels, images.classes, int(found.replaced.sum()))
 
 
 def used_positions(sets: Iterable[LabelSet]) -> Tensor:

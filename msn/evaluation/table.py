@@ -17,6 +17,8 @@ _CSV = (
     "splits",
     "labelled_images",
     "test_images",
+    "replaced_images",
+    "unreadable_test_images",
     "top1_mean",
     "top1_std",
     "interval_low",
@@ -80,6 +82,10 @@ def note(rows: Sequence[Row]) -> str:
         numbers = " or ".join(map(str, splits))
         parts.append(f"+- standard deviation over {numbers} sets of labelled images")
     parts += _strengths(rows)
+    if replaced := max((row.get("replaced_images", 0) for row in rows), default=0):
+        parts.append(f"{replaced} labelled images cannot be read: others of their class stand in")
+    if unreadable := max((row.get("unreadable_test_images", 0) for row in rows), default=0):
+        parts.append(f"{unreadable} held-out images cannot be read and count as wrong")
     if any("cross_validated" in row for row in rows):
         parts.append("cv: lambda cross-validated inside each labelled set, never on test images")
     if any(not row.get("converged", True) for row in rows):
@@ -123,15 +129,17 @@ def _lines(rows: Sequence[Row]) -> list[tuple[str, list[list[str]], bool]]:
     """Name, cells (as lines) and whether a backbone ends here."""
     columns = list(_headings(rows))
     lines = []
+    shown: set[str] = set()  # the paper's figures stand below the first backbone of their kind
     for backbone in dict.fromkeys(row["backbone"] for row in rows):
         own = {_key(row): row for row in rows if row["backbone"] == backbone}
         several = [(backbone, [_measured(own.get(column)) for column in columns])]
         if any("cross_validated" in row for row in own.values()):
             chosen = [_spread(own.get(column), "cross_validated") for column in columns]
             several.append((f"{backbone}, cv", chosen))
-        models = {row["paper"]["model"]: None for row in own.values() if row.get("paper")}
-        for model in models:
+        models = {row["paper"]["model"] for row in own.values() if row.get("paper")}
+        for model in sorted(models - shown):
             several.append((f"paper, {model}", [_published(own.get(column)) for column in columns]))
+        shown |= models
         ends = [False] * (len(several) - 1) + [True]
         lines += [(*line, end) for line, end in zip(several, ends, strict=True)]
     return lines

@@ -95,6 +95,7 @@ class Schedule:
             _check(name, value, 0 < value <= 1, "in (0, 1]")
         _check("schedule_stretch", schedule_stretch, schedule_stretch >= 1, ">= 1")
         _check("warmup_epochs", warmup_epochs, warmup_epochs >= 0, ">= 0")
+        self.steps_per_epoch = steps_per_epoch
         self.total_steps = int(schedule_stretch * epochs * steps_per_epoch)
         self.warmup_steps = int(warmup_epochs * steps_per_epoch)
         if self.warmup_steps >= epochs * steps_per_epoch and warmup_epochs > 0:

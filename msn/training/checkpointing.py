@@ -1,7 +1,6 @@
 """Checkpoints: written off the training thread, kept or removed by rule, found again when whole."""
 
 import logging
-import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +15,9 @@ from torch import Tensor
 from msn.errors import UserError
 from msn.training.durable import damage, remove_stale, write_checkpoint
 from msn.training.rng import gather_random_states, restore_random_state
+from msn.weights.checkpoints import checkpoints, epoch_and_step, newest_checkpoint
 
 log = logging.getLogger(__name__)
-
-_NAME = re.compile(r"epoch-(\d+)-step-(\d+)\.ckpt")
 
 
 class DurableCheckpointIO(CheckpointIO):
@@ -248,7 +246,7 @@ class PeriodicCheckpoint(Checkpoint):
         removable = [
             path
             for path in checkpoints(self.directory)
-            if _epoch_and_step(path) <= _epoch_and_step(written) and not self._is_for_good(path)
+            if epoch_and_step(path) <= epoch_and_step(written) and not self._is_for_good(path)
         ]
         for path in removable[: -self.keep_last]:
             try:
@@ -257,7 +255,7 @@ class PeriodicCheckpoint(Checkpoint):
                 log.warning("old checkpoint %s cannot be removed: %s", path, error.strerror)
 
     def _is_for_good(self, path: Path) -> bool:
-        epoch, step = _epoch_and_step(path)
+        epoch, step = epoch_and_step(path)
         if self.keep_every_n_epochs is None or epoch % self.keep_every_n_epochs:
             return False
         return epoch > 0 and step == epoch * self._steps_an_epoch  # not in the epoch's middle
@@ -266,20 +264,6 @@ class PeriodicCheckpoint(Checkpoint):
         writer = trainer.strategy.checkpoint_io
         assert isinstance(writer, DurableCheckpointIO)
         return writer
-
-
-def checkpoints(directory: Path) -> list[Path]:
-    """Checkpoint files of a directory, oldest first."""
-    if not directory.is_dir():
-        return []
-    files = [path for path in directory.iterdir() if _NAME.fullmatch(path.name)]
-    return sorted(files, key=_epoch_and_step)
-
-
-def newest_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint file of a directory, None if there is none."""
-    files = checkpoints(directory)
-    return files[-1] if files else None
 
 
 def newest_valid_checkpoint(directory: Path) -> Path | None:
@@ -297,10 +281,4 @@ def newest_valid_checkpoint(directory: Path) -> Path | None:
 
 def step_of(path: Path) -> int:
     """Optimiser steps that a checkpoint's name says it has seen."""
-    return _epoch_and_step(path)[1]
-
-
-def _epoch_and_step(path: Path) -> tuple[int, int]:
-    match = _NAME.fullmatch(path.name)
-    assert match is not None
-    return int(match[1]), int(match[2])
+    return epoch_and_step(path)[1]

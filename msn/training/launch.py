@@ -1,6 +1,6 @@
 """Who started this process, and how many decide as one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import NamedTuple, TypeVar
 
 from lightning.fabric.plugins.environments import SLURMEnvironment
@@ -47,6 +47,26 @@ def read_launch(environment: Mapping[str, str]) -> Launch | None:
             f"{launch.processes_per_node} on this node: every node must have the same number"
         )
     return launch
+
+
+def join_launched_processes(environment: MutableMapping[str, str]) -> None:
+    """Tell torch what srun says: its rendezvous reads the words of torchrun.
+
+    Raises:
+        UserError: see `read_launch`.
+    """
+    launch = read_launch(environment)
+    if launch is None or launch.by != "srun" or launch.processes == 1:
+        return
+    slurm = SLURMEnvironment()
+    found = {
+        "MASTER_ADDR": slurm.main_address,
+        "MASTER_PORT": slurm.main_port,
+        "RANK": slurm.global_rank(),
+        "LOCAL_RANK": slurm.local_rank(),
+        "WORLD_SIZE": launch.processes,
+    }
+    environment.update({name: str(value) for name, value in found.items()})
 
 
 def fit_devices(

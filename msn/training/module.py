@@ -189,15 +189,26 @@ class MSNModule(LightningModule):
         self.network.update_target(values.momentum, self.finite_check.skip)
         before.restore_if(self.finite_check.skip)
 
+    @property
+    def finished_epochs(self) -> int:
+        """Epochs whose every step is done; Lightning counts one only after its checkpoint."""
+        assert self.schedule is not None
+        return self.global_step // self.schedule.steps_per_epoch
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Describe the weights in plain data, so that other programs need not guess."""
         checkpoint["msn"] = {
             "format": CHECKPOINT_FORMAT,
-            "epoch": self.current_epoch,
+            "epoch": self.finished_epochs,
             "head": dict(self.network.anchor.head.config),
             **self.settings,
             **self.checkpoint_info,
         }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the licence that the run's first weights came with."""
+        if licence := checkpoint.get("msn", {}).get("licence"):
+            self.checkpoint_info["licence"] = licence
 
 
 def method_settings(

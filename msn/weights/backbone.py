@@ -11,7 +11,13 @@ from msn.method.vit import VisionTransformer
 from msn.weights.files import save_tensors
 from msn.weights.preprocessing import image_transform
 from msn.weights.reading import read_weights
-from msn.weights.weights import FORMAT, IMAGENET_MEAN, IMAGENET_STD, Weights
+from msn.weights.weights import (
+    FORMAT,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Weights,
+    say_assumed_heads,
+)
 
 
 class Backbone(VisionTransformer):
@@ -53,12 +59,14 @@ def load_backbone(path: str | Path, *, num_heads: int | None = None) -> Backbone
 
     Args:
         path: see `read_weights`.
-        num_heads: attention heads where the file cannot tell; default width // 64.
+        num_heads: attention heads where the file cannot tell; default width // 64, with a warning.
 
     Raises:
         UserError: see `read_weights`.
     """
-    return Backbone(read_weights(path, num_heads=num_heads)).eval()
+    weights = read_weights(path, num_heads=num_heads)
+    say_assumed_heads(weights, str(path))
+    return Backbone(weights).eval()
 
 
 def save_backbone(path: str | Path, trunk: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:

@@ -39,6 +39,8 @@ class Classifier:
     """Each feature row has its own mean subtracted."""
     normalised: bool
     """Each feature row is divided by its L2 norm, after centring."""
+    weights: str | None = None
+    """`trunk_digest` of the backbone whose features these were, where the file says it."""
 
 
 class FoldedHead(NamedTuple):
@@ -79,7 +81,8 @@ def read_classifier(path: str | Path, embed_dim: int) -> Classifier:
         raise UserError(f"head {path}: weight is {list(weight.shape)}, this backbone needs {want}")
     if bias is not None and not bool(bias.any()):
         bias = None
-    return Classifier(weight, None if bias is None else bias.float(), classes, **settings)
+    bias = None if bias is None else bias.float()
+    return Classifier(weight, bias, classes, **settings, weights=header.get("weights"))
 
 
 def fold(head: Classifier, norm_weight: Tensor, norm_bias: Tensor) -> FoldedHead:

@@ -1,12 +1,8 @@
 """Write weights for another library, load them there, compare, and only then put them in place."""
 
-import contextlib
 import dataclasses
 import importlib.util
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +13,14 @@ from msn.method.vit import VisionTransformer, resize_position_embeddings
 from msn.weights.backbone import complete_meta
 from msn.weights.card import model_card
 from msn.weights.classifier import Classifier
-from msn.weights.files import sync_directory, user_umask, write_bytes, writing_to
+from msn.weights.files import placed_at, write_bytes
 from msn.weights.formats import FORMATS, Export, Format, write_json
 from msn.weights.loading import versions
 from msn.weights.parity import check
 from msn.weights.reading import read_weights
-from msn.weights.weights import Weights, build_trunk
+from msn.weights.weights import BASELINES, Weights, build_trunk, trunk_digest
+
+PARITY_FILE = "parity.json"
 
 
 def export(
@@ -45,7 +43,8 @@ def export(
             that of the weights. Position embeddings are resized as the paper does.
         head: a classifier to put on top; for huggingface alone.
         overwrite: replace `out` where it exists.
-        lowshot: rows of a lowshot.json for the model card, None where there are none.
+        lowshot: rows of a lowshot.json for the model card, None where there are none; figures of
+            other weights than those written, or of another size, are left out.
 
     Returns:
         The content of `parity.json`.
@@ -55,19 +54,21 @@ def export(
             nothing is left then, and what stood at `out` still stands.
     """
     kind = _format(format, head)
+    _check_same_backbone(weights, head)
     out = out.resolve()
     _check_free(out, overwrite)
     resized = _at_size(weights, image_size)
     header = complete_meta({**weights.meta, "model": resized.model})
     content = Export(resized, header, head)
-    with _placed_at(out) as directory:
+    with placed_at(out) as directory:
         kind.write(content, directory)
         trunk = build_trunk(resized)
         report = {"format": format, **check(trunk, head, kind.load(directory))}
         report["weights_bit_equal"] = _check_round_trip(directory, trunk)
         report["versions"] = versions()
-        write_json(directory / "parity.json", report)
-        card = model_card(format, header, head=head, report=report, lowshot=lowshot)
+        write_json(directory / PARITY_FILE, report)
+        rows = _about(resized, lowshot)
+        card = model_card(format, header, head=head, report=report, lowshot=rows)
         write_bytes(directory / "README.md", card.encode())
     return report
 
@@ -87,14 +88,44 @@ def _format(name: str, head: Classifier | None) -> Format:
     return kind
 
 
+def _check_same_backbone(weights: Weights, head: Classifier | None) -> None:
+    said = None if head is None else head.weights
+    if said is not None and said != _digest(weights):
+        raise UserError("head: was fitted on features of another backbone, not of this one")
+
+
+def _about(weights: Weights, rows: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+    """Of a table the figures of exactly these weights, with the baselines beside them."""
+    digest = _digest(weights)
+    size = weights.model["img_size"]
+    own = [row for row in rows or [] if row.get("weights") == digest and row["image_size"] == size]
+    names = {row["backbone"] for row in own}
+    return [row for row in rows or [] if row["backbone"] in (*names, *BASELINES)] if own else None
+
+
+def _digest(weights: Weights) -> str:
+    return trunk_digest({name: tensor.float() for name, tensor in weights.trunk.items()})
+
+
 def _check_free(out: Path, overwrite: bool) -> None:
     if not out.exists():
         return
     if not overwrite:
         raise UserError(f"out={out} exists; overwrite=true replaces it")
-    # An export is flat: a directory that is not was made for something else.
-    if not out.is_dir() or any(entry.is_dir() for entry in out.iterdir()):
-        raise UserError(f"out={out} is not an export (a directory of files only): not replaced")
+    if not out.is_dir() or (any(out.iterdir()) and not _is_export(out)):
+        raise UserError(
+            f"out={out} is not an export (files with a {PARITY_FILE} of ours): not replaced"
+        )
+
+
+def _is_export(directory: Path) -> bool:
+    """Whether we have made a directory, and nobody has made folders in it since."""
+    try:
+        report = json.loads((directory / PARITY_FILE).read_text())
+    except (OSError, ValueError):
+        return False
+    ours = isinstance(report, dict) and report.get("format") in FORMATS
+    return ours and not any(entry.is_dir() for entry in directory.iterdir())
 
 
 def _at_size(weights: Weights, image_size: int | None) -> Weights:
@@ -124,41 +155,3 @@ def _check_round_trip(directory: Path, trunk: VisionTransformer) -> bool:
     if not all(torch.equal(tensor, states[name]) for name, tensor in again.items()):
         raise UserError("the export does not read back bit by bit; nothing written")
     return True
-
-
-@contextlib.contextmanager
-def _placed_at(out: Path) -> Iterator[Path]:
-    """A temporary directory beside `out` that becomes `out` if the block succeeds."""
-    with writing_to(out):
-        made = [parent for parent in out.parents if not parent.exists()]
-        temporary = None
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-            temporary.chmod(0o777 & ~user_umask())
-            yield temporary
-            sync_directory(temporary)
-            _swap(temporary, out)
-            sync_directory(out.parent)
-        except BaseException:
-            if temporary is not None:
-                shutil.rmtree(temporary, ignore_errors=True)
-            for parent in made:
-                with contextlib.suppress(OSError):
-                    parent.rmdir()
-            raise
-
-
-def _swap(new: Path, out: Path) -> None:
-    if not out.exists():
-        new.rename(out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    os.replace(out, old / "old")
-    try:
-        os.replace(new, out)
-    except OSError:
-        os.replace(old / "old", out)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)

@@ -5,6 +5,7 @@ import errno
 import os
 import pickle
 import re
+import shutil
 import tempfile
 import warnings
 import zipfile
@@ -119,11 +120,54 @@ def writing_to(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
+@contextlib.contextmanager
+def placed_at(out: Path) -> Iterator[Path]:
+    """A temporary directory beside `out` that replaces `out` if the block succeeds.
+
+    Raises:
+        UserError: if the place cannot be written to; nothing is left then, and what stood at `out`
+            still stands.
+    """
+    with writing_to(out):
+        made = [parent for parent in out.parents if not parent.exists()]
+        temporary = None
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+            temporary.chmod(0o777 & ~user_umask())
+            yield temporary
+            sync_directory(temporary)
+            _swap(temporary, out)
+            sync_directory(out.parent)
+        except BaseException:
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
+            for parent in made:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+            raise
+
+
 def user_umask() -> int:
     """What `tempfile` ignores: the permission bits that files of this user do not have."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def _swap(new: Path, out: Path) -> None:
+    if not out.exists():
+        new.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    os.replace(out, old / "old")
+    try:
+        os.replace(new, out)
+    except OSError:
+        os.replace(old / "old", out)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _refused(path: Path, error: Exception) -> str:

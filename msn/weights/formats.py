@@ -1,5 +1,6 @@
 """What each kind of export consists of, and which library checks it."""
 
+import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from msn.weights import huggingface, loading, timm
 from msn.weights.backbone import save_backbone
 from msn.weights.classifier import Classifier, fold
-from msn.weights.files import save_tensors, write_atomically, write_bytes
+from msn.weights.files import save_tensors, write_bytes
 from msn.weights.official import official_layout
 from msn.weights.onnx import write_onnx
 from msn.weights.parity import Loaded
@@ -77,13 +78,20 @@ def _write_huggingface(export: Export, directory: Path) -> None:
 
 def _write_torch(export: Export, directory: Path) -> None:
     trunk = dict(export.weights.trunk)
-    write_atomically(directory / "backbone.pth", lambda file: torch.save(trunk, file))
+    _save(directory / "backbone.pth", trunk)
     save_backbone(directory / BACKBONE_FILE, trunk, export.header)
 
 
 def _write_official(export: Export, directory: Path) -> None:
     layout = {**official_layout(export.weights), "msn": export.header}
-    write_atomically(directory / loading.OFFICIAL_FILE, lambda file: torch.save(layout, file))
+    _save(directory / loading.OFFICIAL_FILE, layout)
+
+
+def _save(path: Path, content: dict[str, Any]) -> None:
+    """`torch.save` by way of memory: of a full disk it would say nothing but RuntimeError."""
+    data = io.BytesIO()
+    torch.save(content, data)
+    write_bytes(path, data.getvalue())
 
 
 def _write_onnx(export: Export, directory: Path) -> None:

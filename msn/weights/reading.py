@@ -10,6 +10,7 @@ from torch import Tensor
 
 from msn.errors import UserError
 from msn.weights import huggingface, timm
+from msn.weights.checkpoints import newest_checkpoint
 from msn.weights.files import open_weights
 from msn.weights.official import split_encoder
 from msn.weights.onnx import read_onnx
@@ -20,6 +21,7 @@ from msn.weights.weights import (
     SCRATCH_LICENCE,
     UNKNOWN_LICENCE,
     Weights,
+    check_channels,
     check_trunk,
     infer_model,
     strip_prefix,
@@ -57,7 +59,8 @@ def read_weights(path: str | Path, *, num_heads: int | None = None) -> Weights:
             its newest checkpoint); a state dict in timm's or Hugging Face's names (`.pth`, `.pt`,
             `.bin`, `.safetensors`); a timm directory; a Hugging Face ViTMSN, ViTMAE or ViT
             directory; a `.pth.tar` in the layout of facebookresearch/msn.
-        num_heads: attention heads where the file cannot tell; default width // 64, at least 1.
+        num_heads: attention heads where the file cannot tell, else of no effect; default
+            width // 64, for multiples of 64 alone.
 
     Raises:
         UserError: if there is nothing to read, it is damaged, carries code or belongs to another
@@ -91,6 +94,8 @@ def _read_directory(path: Path) -> _Parts:
         return _read_file(path / BACKBONE_FILE, {})
     if (path / "config.json").is_file():
         return _read_model_directory(path)
+    if newest := newest_checkpoint(path / "checkpoints") or newest_checkpoint(path):
+        return _read_file(newest, {})
     for pattern in ("*.pth.tar", "*.onnx", "*.ckpt", "checkpoints/*.ckpt"):
         if found := list(path.glob(pattern)):
             return _read_file(max(found, key=lambda file: file.stat().st_mtime_ns), {})
@@ -122,7 +127,10 @@ def _told_by_preprocessor(path: Path) -> dict[str, Any]:
         return {}
     content = _read_json(path)
     names = {"image_mean": "mean", "image_std": "std"}
-    return {ours: content[theirs] for theirs, ours in names.items() if theirs in content}
+    told = {ours: content[theirs] for theirs, ours in names.items() if theirs in content}
+    for name, value in told.items():
+        check_channels(value, f"{path}: image_{name}")
+    return told
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -140,6 +148,7 @@ def _read_file(path: Path, told: Mapping[str, Any]) -> _Parts:
     content, metadata = read_onnx(path) if path.suffix == ".onnx" else open_weights(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: must hold a dictionary of tensors, got {type(content).__name__}")
+    content = {name: value for name, value in content.items() if isinstance(name, str)}
     header = _header(content.get("msn"), metadata, path)
     parts = _interpret(content, header, str(path))
     if "norm" in header:
@@ -162,6 +171,9 @@ def _header(entry: Any, metadata: Mapping[str, str], path: Path) -> dict[str, An
         raise UserError(f"{path}: damaged header ({error})") from error
     if not isinstance(header, dict) or not isinstance(header.get("model", {}), dict):
         raise UserError(f"{path}: damaged header (no JSON object)")
+    for key in ("mean", "std"):
+        if key in header:
+            check_channels(header[key], f"{path}: header {key}")
     if header.get("format", FORMAT) != FORMAT:
         raise UserError(f"{path}: format {header['format']!r}, this version reads {FORMAT}")
     return header
@@ -201,7 +213,7 @@ def _official(content: Mapping[str, Any]) -> _Parts:
         source="released",
         trunk=trunk,
         head=head,
-        prototypes=content.get("prototypes"),
+        prototypes=_tensor_or_none(content.get("prototypes")),
         anchor_trunk=anchor_trunk,
         anchor_head=anchor_head,
         meta={"licence": PUBLISHED_LICENCE} | ({} if epoch is None else {"epoch": epoch}),
@@ -225,13 +237,21 @@ def _unwrapped(content: dict[str, Any], where: str) -> dict[str, Tensor]:
     for wrapper in _WRAPPERS:
         if isinstance(content.get(wrapper), dict):
             content = content[wrapper]
-    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = {
+        name: value
+        for name, value in content.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
     if not tensors:
         raise UserError(f"{where}: holds no tensors")
     for prefix in _PREFIXES:
         if all(name.startswith(prefix) for name in tensors):
             tensors = strip_prefix(tensors, prefix)
     return tensors
+
+
+def _tensor_or_none(value: Any) -> Tensor | None:
+    return value if isinstance(value, Tensor) else None
 
 
 def _widen(tensors: dict[str, Tensor] | None) -> dict[str, Tensor] | None:

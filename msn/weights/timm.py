@@ -10,6 +10,7 @@ from torch import Tensor
 
 from msn.errors import UserError
 from msn.weights.preprocessing import short_side
+from msn.weights.weights import check_channels
 
 # Any plain ViT of timm would do: model_args overrides all six numbers.
 ARCHITECTURE = "vit_small_patch16_224"
@@ -52,11 +53,16 @@ def told_by_config(content: Mapping[str, Any], where: str) -> dict[str, Any]:
         UserError: if the architecture is not one of timm's plain vision transformers.
     """
     # Old files hold the pretrained_cfg alone.
-    pretrained = content.get("pretrained_cfg", content)
-    told = {key: pretrained[key] for key in ("mean", "std") if key in pretrained}
+    pretrained = content.get("pretrained_cfg", content) or {}
+    arguments = content.get("model_args") or {}
+    if not isinstance(pretrained, dict) or not isinstance(arguments, dict):
+        raise UserError(f"{where}: pretrained_cfg and model_args must be JSON objects")
+    told = {key: pretrained[key] for key in ("mean", "std") if pretrained.get(key) is not None}
+    for key, value in told.items():
+        check_channels(value, f"{where}: {key}")
     if "license" in pretrained:
         told["licence"] = pretrained["license"]
-    heads = content.get("model_args", {}).get("num_heads")
+    heads = arguments.get("num_heads")
     return {**told, "num_heads": _registered_heads(content, where) if heads is None else heads}
 
 

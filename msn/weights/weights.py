@@ -1,5 +1,7 @@
 """What a weight file holds, in one language: timm's names, whatever file it came from."""
 
+import hashlib
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -11,6 +13,8 @@ from torch import Tensor
 
 from msn.errors import UserError
 from msn.method.vit import VisionTransformer
+
+log = logging.getLogger(__name__)
 
 # Of the header that travels with weights we write.
 FORMAT = 1
@@ -24,7 +28,12 @@ PUBLISHED_LICENCE = "CC BY-NC 4.0"
 SCRATCH_LICENCE = "not stated (trained from scratch: its owner decides)"
 UNKNOWN_LICENCE = "unknown (that of the weights' source)"
 
+# Names in a low-shot table that stand for no backbone of a person.
+BASELINES = ("random", "pixels")
+
 MAX_DIFFERENCES = 10
+# Width of an attention head in nearly all vision transformers.
+_USUAL_HEAD = 64
 
 # From these tensors (and how many axes they have) the sizes of a vision transformer are read off.
 _SIZED_BY = {
@@ -57,7 +66,7 @@ class Weights:
     ignored: tuple[str, ...] = ()
     """Names in the file that have no place in the network."""
     heads_assumed: bool = False
-    """True where neither file nor caller told `num_heads`: it is then width // 64, at least 1."""
+    """True where neither file nor caller told `num_heads`: it is then width // 64."""
 
 
 def infer_model(
@@ -68,31 +77,65 @@ def infer_model(
     Args:
         trunk: state dict in timm's names.
         told: what the file itself says, any of the six numbers; shapes win except for `num_heads`.
-        num_heads: the caller's word where the file has none.
+        num_heads: the caller's word where the file has none; where it has one, that wins.
         where: the path, for messages.
 
     Returns:
         The numbers, and whether `num_heads` had to be assumed.
 
     Raises:
-        UserError: if this is no vision transformer, or caller and file differ about `num_heads`.
+        UserError: if this is no vision transformer, or nobody tells `num_heads` and the width is
+            no multiple of 64, where a guess would be worth nothing.
     """
     _check_known_layout(trunk, where)
     patch, hidden = trunk["patch_embed.proj.weight"], trunk["blocks.0.mlp.fc1.weight"]
     width, patch_size = patch.shape[0], patch.shape[-1]
     side = math.isqrt(trunk["pos_embed"].shape[1] - 1)
-    if num_heads is not None and told.get("num_heads") not in (None, num_heads):
-        raise UserError(f"{where}: has {told['num_heads']} heads, model.num_heads is {num_heads}")
     heads = told.get("num_heads", num_heads)
+    if heads is None and width % _USUAL_HEAD:
+        raise UserError(
+            f"{where}: does not tell its number of attention heads, and width {width} is no "
+            f"multiple of the usual {_USUAL_HEAD} a head: give model.num_heads"
+        )
     model = {
         "img_size": side * patch_size,
         "patch_size": patch_size,
         "embed_dim": width,
         "depth": len({found[1] for name in trunk if (found := re.match(r"blocks\.(\d+)\.", name))}),
-        "num_heads": max(1, width // 64) if heads is None else heads,
+        "num_heads": width // _USUAL_HEAD if heads is None else heads,
         "mlp_ratio": _mlp_ratio(hidden.shape[0], width),
     }
     return model, heads is None
+
+
+def say_assumed_heads(weights: Weights, where: str) -> None:
+    """Warn where the number of heads is a guess: another one gives other features, not an error."""
+    if weights.heads_assumed:
+        log.warning(
+            "%s does not tell its number of attention heads: %d assumed (width // 64); "
+            "model.num_heads overrides",
+            where,
+            weights.model["num_heads"],
+        )
+
+
+def trunk_digest(trunk: Mapping[str, Tensor]) -> str:
+    """Digest of a state dict with its names: other weights, another digest."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(trunk.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_channels(value: Any, where: str) -> None:
+    """Raise a UserError unless a value is three numbers, as mean and std of colours are."""
+    numbers = isinstance(value, list | tuple) and all(
+        isinstance(part, int | float) and math.isfinite(part) for part in value
+    )
+    if not numbers or len(value) != 3:
+        raise UserError(f"{where}: must be three numbers, got {str(value)[:80]}")
 
 
 def check_trunk(trunk: Mapping[str, Tensor], model: Mapping[str, int | float], where: str) -> None:

@@ -10,6 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
+from msn.commands import eval_lowshot
+from msn.commands.entry import build, compose
+from msn.commands.eval_lowshot import (
+    cache_directory,
+    check_baselines,
+    choose_device,
+    choose_devices,
+)
 from msn.weights import read_weights, save_backbone
 from msn.weights.export import export
 from tests.conftest import ROOT
@@ -142,3 +150,57 @@ def test_nan_features_and_single_classes_are_one_line(command, tmp_path, images,
         (line,) = err.strip().splitlines()
         assert message in line
         assert not where.exists()
+
+
+def test_cuda_without_a_number_stands_for_all_gpus_or_the_process_s_own(monkeypatch):
+    empty = torch.empty
+
+    def allocate(*shape, device="cpu"):  # as on a machine with GPUs: the index is filled in
+        return empty(*shape, device="meta" if device == "cuda" else device)
+
+    monkeypatch.setattr(torch, "empty", allocate)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert choose_device("cuda") == torch.device("cuda")
+    assert choose_devices("cuda", 1) == (torch.device("cuda", 0), torch.device("cuda", 1))
+    assert choose_devices("cuda", 2) == (torch.device("cuda", 1),)
+
+
+def test_features_are_kept_where_msn_cache_dir_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("MSN_CACHE_DIR", str(tmp_path))
+    assert cache_directory("auto") == tmp_path / "features"
+    assert cache_directory(None) is None
+
+
+@pytest.mark.parametrize(
+    ("protocol", "names"),
+    [("kshot", ["random", "pixels"]), ("imagenet_lowshot", ["random"]), ("finetune", [])],
+)
+def test_protocols_that_cost_much_have_fewer_baselines(protocol, names):
+    config = compose("eval_lowshot", [f"protocol={protocol}", "checkpoint=x"])
+    built = build(config, "protocol")
+    assert check_baselines(config.baselines, built) == names
+    assert check_baselines(["pixels"], built) == ["pixels"]
+
+
+def test_a_missing_login_of_wandb_is_told_before_the_work(
+    command, tmp_path, images, run, monkeypatch
+):
+    wandb = pytest.importorskip("wandb")
+
+    def init(**settings):
+        raise wandb.errors.UsageError("api_key not configured (no-tty).\nCall wandb.login")
+
+    def worked(*arguments, **more):
+        raise AssertionError("features were extracted first")
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(eval_lowshot, "evaluate", worked)
+    code, _, err = command(
+        "eval_lowshot", f"checkpoint={run}", "logger=wandb", f"data.root={images}",
+        f"run.dir={tmp_path / 'out'}", *SMALL,
+    )  # fmt: skip
+    assert code == 2
+    (line,) = err.strip().splitlines()
+    assert "logger=wandb: api_key not configured" in line
+    assert not (tmp_path / "out").exists()

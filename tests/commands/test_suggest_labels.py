@@ -1,10 +1,13 @@
 """`msn suggest_labels`: a list, a table and a contact sheet; the honest comparison; mistakes."""
 
 import csv
+import errno
+import os
 
 import pytest
 from PIL import Image
 
+from msn.commands import suggest_labels
 from msn.weights import save_backbone
 from tests.commands.conftest import TINY
 from tests.weights.builders import make_trunk
@@ -35,13 +38,37 @@ def test_medoids_of_any_backbone_with_the_comparison(command, tmp_path, images, 
     assert Image.open(tmp_path / "out" / "contact_sheet.png").size[0] > 100
 
 
-def test_prototypes_of_a_run(command, tmp_path):
+def test_prototypes_of_a_run_on_any_folder_with_one_look_at_the_images(
+    command, tmp_path, images, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MSN_CACHE_DIR", str(tmp_path / "cache"))
     assert command("train", *TINY, f"run.dir={tmp_path / 'run'}")[0] == 0
-    arguments = [f"checkpoint={tmp_path / 'run'}", "budget=5", "compare_seeds=0"]
-    code, out, _ = command("suggest_labels", *arguments, f"out={tmp_path / 'out'}")
-    assert code == 0
+    arguments = [f"checkpoint={tmp_path / 'run'}", f"data.root={images}", "budget=5"]
+    code, out, err = command("suggest_labels", *arguments, "compare_seeds=0")
+    assert code == 0, err
     assert "random" not in out
-    assert len((tmp_path / "out" / "suggested.txt").read_text().split()) == 5
+    found = sorted(path.name for path in (tmp_path / "suggested_labels").iterdir())
+    assert found == ["contact_sheet.png", "suggested.csv", "suggested.txt"]
+    assert len((tmp_path / "suggested_labels" / "suggested.txt").read_text().split()) == 5
+    assert len(list((tmp_path / "cache" / "features").iterdir())) == 1
+
+
+def test_the_image_size_counts_and_a_failed_writing_leaves_nothing(
+    command, tmp_path, images, export, monkeypatch
+):
+    arguments = [f"checkpoint={export}", f"data.root={images}", "budget=2", "choose=medoids"]
+    arguments += [f"out={tmp_path / 'out'}", "cache_dir=null"]
+    code, _, err = command("suggest_labels", *arguments, "features.image_size=30")
+    assert (code, "image_size=30" in err) == (2, True)
+
+    def full(path, names):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(suggest_labels, "write_names", full)
+    code, _, err = command("suggest_labels", *arguments)
+    assert (code, "No space left" in err) == (2, True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,10 @@ def test_eval_lowshot_repeats_the_table_of_the_run(command, tmp_path):
         for name in ("run", "eval")
     )
     figures = {(row["backbone"], row["labels"]): row["top1_mean"] for row in first}
+    assert read_weights(checkpoint).meta["epoch"] == 1  # Lightning counts it a moment later
+    assert read_weights(tmp_path / "run").meta["epoch"] == 1
+    digests = {row["weights"] for row in second if row["backbone"] in ("msn", "again")}
+    assert digests == {first[0]["weights"]}
     for row in second:
         name = "msn" if row["backbone"] == "again" else row["backbone"]
         assert row["top1_mean"] == figures[name, row["labels"]]

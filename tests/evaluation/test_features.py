@@ -1,3 +1,4 @@
+import errno
 import os
 
 import pytest
@@ -7,15 +8,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from msn.commands.eval_lowshot import baselines
 from msn.errors import UserError
 from msn.evaluation import features
+from msn.evaluation.backbones import FrozenBackbone, RawPixels
 from msn.evaluation.features import (
     FeatureSettings,
     Runtime,
     extract_features,
     forward_feature,
-    pixel_features,
 )
+from msn.evaluation.pixels import LARGEST_SIDE
 from msn.weights.preprocessing import image_transform
 from msn.weights.weights import IMAGENET_MEAN, IMAGENET_STD
 from tests.evaluation.toys import FEATURES, MODEL, ToyImages, toy_trunk
@@ -25,6 +28,10 @@ TRANSFORM = image_transform(MODEL["img_size"], mean=IMAGENET_MEAN, std=IMAGENET_
 
 
 def extract(trunk, images, runtime=None, **changes):
+    return extracted(trunk, images, runtime, **changes).rows
+
+
+def extracted(trunk, images, runtime=None, **changes):
     return extract_features(
         trunk,
         images,
@@ -234,12 +241,47 @@ def test_bad_settings_name_themselves(change):
         FeatureSettings(**{**FEATURES, **change})
 
 
+def pixels(images, size, runtime=None):
+    settings = FeatureSettings(**FEATURES)
+    return RawPixels("pixels", size).features(images, settings, runtime or Runtime((CPU,)), "").rows
+
+
 def test_pixels_are_those_of_the_centre_crop():
     images = ToyImages(1, size=12)
-    rows = pixel_features(images, 12)
+    rows = pixels(images, 12)
     assert torch.equal(rows, images.pixels.flatten(1).float() / 255)
-    assert pixel_features(images, 6).shape == (3, 3 * 36)
-    assert pixel_features(images, 6).mean() == pytest.approx(rows.mean().item(), abs=0.01)
+    assert pixels(images, 6).shape == (3, 3 * 36)
+    assert pixels(images, 6).mean() == pytest.approx(rows.mean().item(), abs=0.01)
+
+
+def test_pixels_of_large_models_are_few_and_kept_like_other_features(tmp_path):
+    (baseline,) = baselines(["pixels"], FrozenBackbone("msn", toy_trunk(), 224), seed=0)
+    assert baseline.size == LARGEST_SIDE == 32
+    runtime, again = Runtime((CPU,), cache_dir=tmp_path), ToyImages(2)
+    first = pixels(ToyImages(2), 4, runtime)
+    assert torch.equal(pixels(again, 4, runtime), first)
+    assert again.opened == []
+    assert not torch.equal(pixels(again, 2, runtime), first[:, :12])
+
+
+def test_a_part_with_an_image_that_cannot_be_read_is_told_and_not_cached(tmp_path, small_parts):
+    trunk, runtime = toy_trunk(), Runtime((CPU,), num_workers=2, cache_dir=tmp_path)
+    found = extracted(trunk, ToyImages(15, unreadable=[20]), runtime)
+    assert torch.nonzero(found.replaced).flatten().tolist() == [20]
+    assert [path.stem for path in parts_below(tmp_path)] == ["part-00000", "part-00002"]
+    again = extracted(trunk, ToyImages(15), runtime)
+    assert not again.replaced.any()
+    assert len(parts_below(tmp_path)) == 3
+
+
+def test_a_full_disk_leaves_no_temporary_files_in_the_cache(tmp_path, monkeypatch, caplog):
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    extract(toy_trunk(), ToyImages(2), Runtime((CPU,), cache_dir=tmp_path))
+    assert "No space left" in caplog.text
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_one_batch_of_a_feature_has_its_width():

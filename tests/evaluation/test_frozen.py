@@ -3,6 +3,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from msn.errors import UserError
+from msn.evaluation import frozen
 from msn.evaluation.frozen import Logistic, knn_results, logistic_results
 from msn.evaluation.logistic import centre_and_normalise
 from msn.evaluation.selection import folds_of
@@ -163,3 +164,23 @@ def test_knn_rows_tell_numbers_of_neighbours_apart():
 def test_bad_settings_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         Logistic(**{**LOGISTIC, **change})
+
+
+def test_scores_in_pieces_choose_and_count_the_same(monkeypatch):
+    settings = {"lambd": None, "lambd_grid": [0.01, 1.0, 100.0]}
+    (whole,) = results(label_sets(5, 2), **settings)
+    monkeypatch.setattr(frozen, "_MAX_SCORES", 24)
+    (pieces,) = results(label_sets(5, 2), **settings)
+    assert pieces.row["lambd"] == whole.row["lambd"]
+    assert pieces.row["top1"] == whole.row["top1"]
+
+
+def test_regression_is_solved_on_the_cpu_where_a_device_has_no_double_precision():
+    settings = Logistic(**LOGISTIC)
+    common = {"settings": settings, "feature": "class_token"}
+    sets = label_sets(5, 1)
+    on = [
+        logistic_results("msn", sets, TRAIN, TEST, device=torch.device(name), **common)[0].row
+        for name in ("mps", "cpu")
+    ]
+    assert on[0]["top1"] == on[1]["top1"]

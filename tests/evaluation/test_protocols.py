@@ -1,3 +1,5 @@
+import hashlib
+
 import hydra
 import pytest
 import torch
@@ -7,11 +9,15 @@ from msn.commands.entry import config_directory
 from msn.data.dataset import LabelledImages
 from msn.data.pools import build_pools
 from msn.errors import UserError
+from msn.evaluation import lowshot, official, paper, protocols
+from msn.evaluation.backbones import random_backbone
 from msn.evaluation.finetune import FineTune
 from msn.evaluation.linear import Linear
 from msn.evaluation.lowshot import evaluate
-from msn.evaluation.paper import paper_figure
+from msn.evaluation.official import OfficialList
+from msn.evaluation.paper import is_imagenet, paper_figure
 from msn.evaluation.protocols import KNN, Fraction, ImageNetLowShot, KShot
+from msn.evaluation.table import markdown_table
 from tests.evaluation.toys import FEATURES, LOGISTIC, ToyImages, toy_backbone
 from tests.evaluation.trees import CLASSES, ListedImages, write_lists, write_tree
 
@@ -75,6 +81,36 @@ def test_kshot_makes_a_row_for_each_k_and_one_for_knn():
     assert [r["labelled_images"] for r in rows] == [3, 6, 18]
     assert rows[0]["split_names"] == ["seed 0", "seed 1", "seed 2"]
     assert rows[0]["top1_mean"] > 0.5  # three hues
+
+
+def finetune(**changes):
+    recipe = {
+        **{"epochs": 1, "batch_size": 6, "lr": 0.001, "min_lr": 0.0, "warmup_epochs": 0},
+        **{"weight_decay": 0.05, "layer_decay": 0.75, "drop_path": 0.1, "mixup": 0.0},
+        **{"cutmix": 0.0, "label_smoothing": 0.1, "auto_augment": None, "random_erasing": 0.0},
+        **{"crop_scale": [0.3, 1.0], "flip": 0.5},
+        **changes,
+    }
+    settings = {"shots": None, "fraction": 1.0, "splits": 1, "seed": 0, "features": FEATURES}
+    return FineTune(recipe=recipe, **settings)
+
+
+def linear(augment):
+    sgd = {"epochs": 2, "batch_size": 9, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}
+    return Linear(logistic=None, sgd={**sgd, "augment": augment, "seed": 0}, features=FEATURES)
+
+
+@pytest.mark.parametrize(
+    "protocol",
+    [kshot(splits=1), linear(augment=True), linear(augment=False), finetune()],
+    ids=["kshot", "augmented", "linear", "finetune"],
+)
+def test_unreadable_images_are_counted_and_those_that_test_are_wrong(protocol):
+    train, test = ToyImages(6, unreadable=[1, 7]), ToyImages(1, seed=1, unreadable=[0, 1, 2])
+    for result in run(protocol, train, test):
+        assert result.row["unreadable_test_images"] == 3
+        assert result.row["top1"] == [0.0]
+        assert result.row["replaced_images"] == 2
 
 
 def test_all_backbones_learn_from_the_same_images():
@@ -217,12 +253,33 @@ def test_imagenet_lowshot_with_knn_keeps_the_order_of_rows(tmp_path):
 
 def test_the_papers_figures_stand_beside_an_architecture_of_the_paper():
     small = {"embed_dim": 384, "depth": 12, "patch_size": 16}
-    figure = paper_figure(small, "logistic", "5", num_classes=1000)
+    figure = paper_figure(small, "logistic", "5")
     assert figure is not None
     assert (figure.model, figure.top1, figure.std) == ("ViT-S/16", 0.628, 0.003)
-    assert paper_figure(small, "logistic", "5", num_classes=10) is None
-    assert paper_figure(small, "knn", "all", num_classes=1000) is None
-    assert paper_figure({**small, "patch_size": 8}, "logistic", "5", num_classes=1000) is None
+    assert paper_figure(small, "knn", "all") is None
+    assert paper_figure({**small, "patch_size": 8}, "logistic", "5") is None
+    ids = [f"n{i:08d}" for i in range(1000)]
+    assert is_imagenet(ids)
+    assert not is_imagenet(ids[:-1])
+    assert not is_imagenet([f"class{i}" for i in range(1000)])
+
+
+def test_the_papers_row_stands_once_and_beside_its_own_protocols_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(lowshot, "is_imagenet", lambda classes: True)
+    monkeypatch.setitem(paper._MODELS, (24, 2, 4), "ViT-S/16")
+    one, other = toy_backbone(), toy_backbone(1, "other")
+    backbones = [one, other, random_backbone(one, seed=0)]
+    train, test = ListedImages(), ListedImages(2, seed=1)
+    assert all(r.row["paper"] is None for r in run(kshot(), train, test, backbones))
+    write_lists(tmp_path, train)
+    monkeypatch.setattr(protocols, "are_the_papers", lambda *lists, **wanted: True)
+    rows = [r.row for r in run(imagenet(tmp_path), train, test, backbones)]
+    found = {
+        name: [r["paper"] for r in rows if r["backbone"] == name] for name in ("msn", "random")
+    }
+    assert [figure["top1"] for figure in found["msn"]] == [0.471, 0.558, 0.628, 0.672]
+    assert found["random"] == [None] * 4
+    assert markdown_table(rows).count("paper, ViT-S/16") == 1
 
 
 @pytest.mark.parametrize(
@@ -243,6 +300,11 @@ def test_bad_settings_are_refused(change, message):
         kshot(**change)
 
 
+def test_an_unknown_policy_of_augmentation_is_refused_when_the_recipe_is_read():
+    with pytest.raises(UserError, match="auto_augment=foo: must be a policy of timm"):
+        finetune(auto_augment="foo")
+
+
 def test_images_that_do_not_suffice_are_refused_before_any_work():
     train, test = ToyImages(3), ToyImages(2, seed=1)
     with pytest.raises(UserError, match="shots=5: class class0 has only 3 images"):
@@ -258,3 +320,52 @@ def test_check_needs_labels_alone():
     kshot().check(ToyImages(3).labels, ToyImages(3).classes)
     with pytest.raises(UserError, match="has only 3 images"):
         kshot(shots=[5]).check(ToyImages(3).labels, ToyImages(3).classes)
+
+
+def test_a_lambda_that_nothing_can_choose_is_refused_before_any_work():
+    chosen = {**LOGISTIC, "lambd": None, "lambd_grid": [0.1, 1.0]}
+    train = ToyImages(3)
+    with pytest.raises(UserError, match="with 1 labels no class has two images"):
+        kshot(logistic=chosen).check(train.labels, train.classes)
+    with pytest.raises(UserError, match="give protocol.logistic.lambd"):
+        run(kshot(logistic=chosen), train, ToyImages(2, seed=1))
+    assert train.opened == []
+    kshot(logistic=chosen, shots=[2]).check(train.labels, train.classes)
+
+
+def test_the_shipped_shares_can_be_drawn_from_the_default_data():
+    with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
+        config = hydra.compose("eval_lowshot", ["protocol=fraction", "checkpoint=x"])
+    protocol = hydra.utils.instantiate(OmegaConf.create(OmegaConf.to_container(config.protocol)))
+    protocol.check(torch.arange(10).repeat(130), [str(digit) for digit in range(10)])
+
+
+def test_one_of_several_processes_writes_the_lists(tmp_path, monkeypatch):
+    monkeypatch.setattr(protocols, "process_index", lambda: 1)
+    kshot(write_lists=str(tmp_path / "lists")).plan(ToyImages(6))
+    assert not (tmp_path / "lists").exists()
+
+
+def test_other_lists_than_the_papers_have_no_figures_of_the_paper(tmp_path, caplog):
+    train = ListedImages()
+    write_lists(tmp_path, train)
+    protocol = imagenet(tmp_path)
+    assert protocol.is_the_papers
+    protocol.label_sets(train)
+    assert not protocol.is_the_papers
+    assert "10 lists are not those of the paper" in caplog.text
+    with_figures = imagenet(tmp_path, shots=[1], one_percent=False)
+    files = [tmp_path / f"split{split}" / "1imgs_class.txt" for split in (1, 2, 3)]
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    with pytest.MonkeyPatch.context() as patch:
+        lists = [OfficialList("1", i + 1, files[i].name, d) for i, d in enumerate(digests)]
+        patch.setattr(official, "OFFICIAL_LISTS", lists)
+        with_figures.label_sets(train)
+    assert with_figures.is_the_papers
+
+
+def test_fine_tuning_says_which_devices_stand_idle(caplog):
+    train, two = ToyImages(2), (CPU, CPU)
+    evaluate(finetune(), [toy_backbone()], train, ToyImages(1), num_workers=0, device=two)
+    assert "fine-tuning uses one of 2 devices" in caplog.text
+    assert "torchrun --nproc-per-node=2" in caplog.text

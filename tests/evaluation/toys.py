@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from msn.data.dataset import REPLACED
 from msn.evaluation.backbones import FrozenBackbone
 from msn.evaluation.sets import FeatureSet
 from msn.method.vit import VisionTransformer
@@ -30,11 +31,18 @@ LOGISTIC = {
 
 
 class ToyImages:
-    """Images whose hue tells their class, with noise."""
+    """Images whose hue tells their class, with noise; others stand in for unreadable ones."""
 
     def __init__(
-        self, per_class: int, num_classes: int = 3, *, seed: int = 0, size: int = 20
+        self,
+        per_class: int,
+        num_classes: int = 3,
+        *,
+        seed: int = 0,
+        size: int = 20,
+        unreadable: Sequence[int] = (),
     ) -> None:
+        self.unreadable = unreadable
         generator = torch.Generator().manual_seed(seed)
         palette = torch.rand(num_classes, 3, generator=torch.Generator().manual_seed(99))
         self.labels = torch.arange(num_classes).repeat_interleave(per_class)
@@ -55,7 +63,10 @@ class ToyImages:
 
     def __getitem__(self, i: int) -> Image.Image:
         self.opened.append(i)
-        return Image.fromarray(self.pixels[i].numpy())
+        image = Image.fromarray(self.pixels[i].numpy())
+        if i in self.unreadable:
+            image.info[REPLACED] = True  # as `LabelledImages` says it
+        return image
 
 
 def toy_trunk(seed: int = 0, **changes: int) -> VisionTransformer:

@@ -1,9 +1,11 @@
 """Who started the process, and how many devices and nodes that makes."""
 
+import os
+
 import pytest
 
 from msn.errors import UserError
-from msn.training.launch import Launch, fit_devices, read_launch
+from msn.training.launch import Launch, fit_devices, join_launched_processes, read_launch
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}
 SRUN = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_NODES": "2"}
@@ -31,3 +33,17 @@ def test_what_was_started_decides_unless_devices_are_set():
     assert fit_devices(None, "auto", 1) == ("auto", 1)
     with pytest.raises(UserError, match="started by torchrun or srun"):
         fit_devices(None, 8, 2)
+
+
+def test_srun_is_told_to_torch_in_the_words_of_torchrun(monkeypatch):
+    slurm = {**SRUN, "SLURM_JOB_NAME": "msn", "SLURM_JOB_ID": "12345", "SLURM_NODELIST": "node7"}
+    for name, value in {**slurm, "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    environment = dict(os.environ)
+    join_launched_processes(environment)
+    found = {name: environment[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    assert found == {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
+    assert environment["MASTER_ADDR"] == "node7"
+    alone = {"PATH": "/bin"}
+    join_launched_processes(alone)
+    assert alone == {"PATH": "/bin"}

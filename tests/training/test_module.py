@@ -141,3 +141,14 @@ def test_checkpoints_hold_plain_data_and_describe_themselves(tmp_path):
     assert content["msn"]["head"] == SMALL_HEAD
     assert "network.target.trunk.cls_token" in content["state_dict"]
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["x.ckpt"]
+
+
+def test_a_resumed_run_keeps_the_licence_of_its_first_weights():
+    config = load_golden(GOLDEN["default"]).config
+    first, resumed = module_of(config), module_of(config)
+    first.checkpoint_info["licence"] = "CC BY-NC 4.0"
+    checkpoint = {"msn": dict(first.checkpoint_info)}
+    resumed.on_load_checkpoint(checkpoint)
+    assert resumed.checkpoint_info["licence"] == "CC BY-NC 4.0"
+    resumed.on_load_checkpoint({"msn": {}})  # of weights drawn anew
+    assert resumed.checkpoint_info["licence"] == "CC BY-NC 4.0"

@@ -98,6 +98,31 @@ def test_a_stopped_job_goes_on_where_it_was(folder, monkeypatch, capsys):
     assert read(folder)[1] == ids
 
 
+@pytest.mark.parametrize("damage", [b"no piece", None])
+def test_a_damaged_piece_is_made_again(folder, monkeypatch, damage, caplog):
+    monkeypatch.setattr(embed, "PIECE", 2)
+    run(folder)
+    whole = read(folder)[0]
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    join = embed._join
+    monkeypatch.setattr(embed, "_join", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, overwrite=True)
+    monkeypatch.setattr(embed, "_join", join)
+    piece = sorted(folder.glob(".*.part/*.safetensors"))[1]
+    if damage is None:  # a whole file with other numbers
+        content = bytearray(piece.read_bytes())
+        content[-3] ^= 1
+        damage = bytes(content)
+    piece.write_bytes(damage)
+    run(folder, overwrite=True)
+    assert torch.equal(read(folder)[0], whole)
+    assert "is damaged and made again" in caplog.text
+
+
 def test_pieces_of_another_backbone_are_not_taken_over(folder, monkeypatch):
     def stopped(*args):
         raise KeyboardInterrupt

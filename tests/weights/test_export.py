@@ -1,6 +1,9 @@
+import dataclasses
 import errno
 import json
 import os
+import resource
+import signal
 
 import pytest
 import timm
@@ -10,9 +13,11 @@ from sklearn.datasets import load_sample_images
 
 from msn.errors import UserError
 from msn.weights import build_trunk, formats, load_backbone, read_weights
+from msn.weights.classifier import Classifier
 from msn.weights.export import export
 from msn.weights.formats import FORMATS
 from msn.weights.parity import fixed_images
+from msn.weights.weights import trunk_digest
 from tests.weights.conftest import assert_same, make_weights
 
 
@@ -148,6 +153,16 @@ def test_existing_out_is_kept_unless_overwrite_and_only_exports_are_replaced(wei
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_files_that_no_export_has_written_are_not_replaced(weights, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="not an export"):
+        run(weights, tmp_path, overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    (tmp_path / "empty").mkdir()
+    run(weights, tmp_path / "empty", overwrite=True)
+    assert (tmp_path / "empty" / "parity.json").is_file()
+
+
 def test_a_full_disk_leaves_the_old_export_and_nothing_else(weights, tmp_path, monkeypatch):
     out = tmp_path / "out"
     run(weights, out)
@@ -161,6 +176,21 @@ def test_a_full_disk_leaves_the_old_export_and_nothing_else(weights, tmp_path, m
         run(weights, out, overwrite=True)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("format", ["torch", "official"])
+def test_a_disk_that_fills_up_while_torch_saves_is_one_line(weights, tmp_path, format):
+    out = tmp_path / "out"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # writing more is an OSError
+    try:
+        with pytest.raises(UserError, match="cannot be written"):
+            run(weights, out, format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_place_that_cannot_be_written_is_one_line(weights, tmp_path):
@@ -185,12 +215,39 @@ def test_wrong_arguments_say_what_is_allowed(weights, tmp_path, more, message):
 
 def test_card_of_published_weights_forbids_commercial_use(weights, tmp_path):
     weights.meta["licence"] = "CC BY-NC 4.0"
-    lowshot = {"backbone": "msn", "classifier": "logistic", "labels": "1", "splits": 3}
-    run(weights, tmp_path / "out", lowshot=[{**lowshot, "top1_mean": 0.5, "top1_std": 0.01}])
+    run(weights, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license: cc-by-nc-4.0" in card
     assert "no commercial use" in card
-    assert "50.0" in card
+
+
+def test_the_card_states_figures_of_exactly_these_weights(weights, tmp_path):
+    common = {"classifier": "logistic", "labels": "1", "splits": 3, "top1_std": 0.01}
+    named = {"weights": trunk_digest(weights.trunk), "image_size": 16}
+    rows = [
+        {"backbone": "msn", "top1_mean": 0.5, **common, **named},
+        {"backbone": "random", "top1_mean": 0.25, **common, "weights": "r", "image_size": 16},
+    ]
+
+    def card(**more):
+        run(weights, tmp_path / "out", overwrite=True, **more)
+        return (tmp_path / "out" / "README.md").read_text()
+
+    assert "50.0" in card(lowshot=rows)
+    assert "25.0" in card(lowshot=rows)
+    assert "Low-shot" not in card(lowshot=rows, image_size=32)
+    assert "Low-shot" not in card(lowshot=[{**rows[0], "weights": "an older epoch's"}, rows[1]])
+    assert "Low-shot" not in card(lowshot=[{**rows[0], "image_size": 32}, rows[1]])
+
+
+def test_a_head_of_another_backbone_of_the_same_width_is_refused(weights, tmp_path):
+    pytest.importorskip("transformers")
+    head = Classifier(torch.randn(3, 32), None, ("a", "b", "c"), "class_token", True, True)
+    own = dataclasses.replace(head, weights=trunk_digest(weights.trunk))
+    run(weights, tmp_path / "own", "huggingface", head=own)
+    with pytest.raises(UserError, match="another backbone"):
+        run(make_weights(depth=1), tmp_path / "other", "huggingface", head=own)
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
 
 
 @pytest.mark.slow

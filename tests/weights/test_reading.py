@@ -6,7 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import msn
 from msn.errors import UserError
+from msn.evaluation.backbones import open_backbone
 from msn.weights import build_trunk, read_weights, save_backbone
 from tests.weights.builders import (
     MODEL,
@@ -61,7 +63,8 @@ def test_our_backbone_comes_back_with_its_six_numbers(tmp_path, model):
 def test_any_mlp_ratio_is_read_off_the_shapes(tmp_path, ratio):
     trunk = make_trunk(embed_dim=30, num_heads=1, mlp_ratio=ratio)
     torch.save(trunk.state_dict(), tmp_path / "a.pth")
-    assert_same(build_trunk(read_weights(tmp_path / "a.pth")).state_dict(), trunk.state_dict())
+    weights = read_weights(tmp_path / "a.pth", num_heads=1)
+    assert_same(build_trunk(weights).state_dict(), trunk.state_dict())
 
 
 @pytest.mark.parametrize("suffix", ["pth", "pt", "bin", "safetensors"])
@@ -81,7 +84,7 @@ def test_wrapped_state_dicts_lose_classifier_and_decoder(tmp_path, wrapper):
     trunk = make_trunk()
     extra = {"head.weight": torch.zeros(2, 24), "decoder_embed.bias": torch.zeros(3)}
     torch.save({wrapper: {**trunk.state_dict(), **extra}, "epoch": 1}, tmp_path / "a.pth")
-    weights = read_weights(tmp_path / "a.pth")
+    weights = read_weights(tmp_path / "a.pth", num_heads=3)
     assert_same(weights.trunk, trunk.state_dict())
     assert set(weights.ignored) == set(extra)
 
@@ -94,19 +97,31 @@ def test_heads_are_the_callers_word_where_the_file_has_none(tmp_path):
     told = read_weights(tmp_path / "a.pth", num_heads=6)
     assert (told.model["num_heads"], told.heads_assumed) == (6, False)
     save_run(tmp_path, trunk)
-    with pytest.raises(UserError, match=r"has 3 heads, model\.num_heads is 6"):
-        read_weights(tmp_path, num_heads=6)
+    assert read_weights(tmp_path, num_heads=6).model["num_heads"] == 3
 
 
-def test_a_narrow_model_has_at_least_one_head(tmp_path):
-    torch.save(make_trunk().state_dict(), tmp_path / "a.pth")
-    assert read_weights(tmp_path / "a.pth").model["num_heads"] == 1
+def test_a_guess_of_heads_is_said_where_features_are_made_with_it(tmp_path, caplog):
+    torch.save(make_trunk(embed_dim=192).state_dict(), tmp_path / "a.pth")
+    msn.load_backbone(tmp_path / "a.pth", num_heads=3)
+    open_backbone("a", str(tmp_path / "a.pth"), image_size=None, num_heads=3)
+    assert caplog.text == ""
+    msn.load_backbone(tmp_path / "a.pth")
+    open_backbone("a", str(tmp_path / "a.pth"), image_size=None, num_heads=None)
+    assert caplog.text.count("3 assumed (width // 64); model.num_heads overrides") == 2
 
 
-def test_a_run_without_backbone_gives_its_newest_checkpoint(tmp_path):
-    for age, seed in ((200, 1), (100, 2), (300, 3)):
-        path = save_checkpoint(tmp_path / "checkpoints" / f"{seed}.ckpt", make_network(seed))
-        os.utime(path, (1e9 - age, 1e9 - age))
+@pytest.mark.parametrize("width", [24, 96])
+def test_heads_of_an_unusual_width_are_not_guessed(tmp_path, width):
+    torch.save(make_trunk(embed_dim=width).state_dict(), tmp_path / "a.pth")
+    with pytest.raises(UserError, match=f"width {width} is no multiple .* give model.num_heads"):
+        read_weights(tmp_path / "a.pth")
+
+
+def test_a_run_without_backbone_gives_its_newest_checkpoint_by_name(tmp_path):
+    names = {1: "epoch-9-step-90", 2: "epoch-10-step-100", 3: "epoch-10-step-95"}
+    for age, (seed, name) in enumerate(names.items()):
+        path = save_checkpoint(tmp_path / "checkpoints" / f"{name}.ckpt", make_network(seed))
+        os.utime(path, (1e9 + age, 1e9 + age))  # as a copy would have them
     assert_same(read_weights(tmp_path).trunk, make_network(2).target.trunk.state_dict())
 
 
@@ -250,3 +265,25 @@ def test_impossible_heads_in_a_header_are_refused(tmp_path, heads):
     save_backbone(tmp_path / "backbone.safetensors", trunk.state_dict(), meta)
     with pytest.raises(UserError, match="num_heads"):
         read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("content", [{0: torch.zeros(2)}, {"model": {1: torch.zeros(2)}}])
+def test_names_that_are_no_text_are_no_weights(tmp_path, content):
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="holds no tensors"):
+        read_weights(tmp_path / "a.pth")
+
+
+def test_prototypes_that_are_no_tensor_are_none(tmp_path):
+    layout = {**released_layout("default"), "prototypes": [1.0, 2.0]}
+    torch.save(layout, tmp_path / "a.pth.tar")
+    assert read_weights(tmp_path / "a.pth.tar", num_heads=2).prototypes is None
+
+
+@pytest.mark.parametrize("mean", [None, [0.5], "x", [0.5, 0.5, "x"]])
+def test_a_header_without_three_means_is_refused(tmp_path, mean):
+    trunk = make_trunk()
+    meta = {**meta_of(trunk), "mean": mean}
+    save_backbone(tmp_path / "a.safetensors", trunk.state_dict(), meta)
+    with pytest.raises(UserError, match=r"header mean: must be three numbers"):
+        read_weights(tmp_path / "a.safetensors")

@@ -93,3 +93,11 @@ def test_a_state_dict_of_timm_is_read_as_it_is(tmp_path):
     weights = read_weights(tmp_path / "a.pth")
     assert weights.model == {**MODEL, "patch_size": 16, "embed_dim": 192}
     assert_same(weights.trunk, model.state_dict())
+
+
+def test_a_configuration_with_empty_parts_tells_what_it_can(tmp_path):
+    timm_directory(tmp_path / "a", pretrained_cfg=None, model_args=None)
+    assert read_weights(tmp_path / "a").model["num_heads"] == 3
+    timm_directory(tmp_path / "b", pretrained_cfg={"mean": [0.5], "std": None})
+    with pytest.raises(UserError, match="mean: must be three numbers"):
+        read_weights(tmp_path / "b")
