@@ -11,8 +11,8 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
 from msn.commands.entry import build, to_plain
-from msn.commands.evaluation_log import WandbLog
-from msn.commands.run_directory import RunDirectory, choose_run_directory
+from msn.commands.evaluation_log import open_log
+from msn.commands.run_directory import choose_run_directory
 from msn.data.datamodule import resolve_workers
 from msn.data.dataset import LabelledImages
 from msn.data.index import cache_folder
@@ -61,7 +61,9 @@ def run(config: DictConfig) -> None:
         train, held_out = _labelled_sets(settings["data"])
         protocol.check(train.labels, train.classes)
         in_memory = isinstance(train.images.source, ArraySource)
-        log = _open_log(directory, settings)  # told before the work, not after
+        log = None
+        if directory is not None and settings.get("logger"):
+            log = open_log(directory, settings)  # what is wrong is told before the work, not after
         results = evaluate(
             protocol,
             [*opened, *baselines(wanted, opened[0], settings["seed"])],
@@ -74,18 +76,13 @@ def run(config: DictConfig) -> None:
         )
     if directory is None:
         return
-    directory.create(OmegaConf.create(settings))
+    if log is None:
+        directory.create(OmegaConf.create(settings))
     write_table(directory.path, results, (train, held_out), settings)
     directory.write_status("finished")
     if log is not None:
         log.write(directory.path, results)
     print(f"run directory: {directory.path}")
-
-
-def _open_log(directory: RunDirectory | None, settings: dict[str, Any]) -> WandbLog | None:
-    if directory is None or not settings.get("logger"):
-        return None
-    return WandbLog(directory.path, settings)
 
 
 def write_table(

@@ -1,33 +1,50 @@
 """A low-shot table in Weights & Biases, when it is asked for."""
 
-import contextlib
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from msn.commands.run_directory import RunDirectory
 from msn.errors import UserError
 from msn.evaluation.rows import Result, table_key
 
 _COLUMNS = ("backbone", "classifier", "labels", "splits", "top1_mean", "top1_std", "lambda")
 
 
-class WandbLog:
-    """A run of Weights & Biases, opened before the work so that a missing login is told first.
-
-    Args:
-        directory: the run directory, whose missing parents are made; wandb keeps its files below.
-        settings: plain configuration; WANDB_MODE is honoured.
+def open_log(directory: RunDirectory, settings: dict[str, Any]) -> "WandbLog":
+    """Make the run directory and open a log in it, before the work.
 
     Raises:
-        UserError: wandb knows no login or does not answer; nothing is left then.
+        UserError: wandb knows no login or does not answer; the directory is gone again then.
+    """
+    existed = directory.path.exists()
+    directory.create(OmegaConf.create(settings))
+    try:
+        return WandbLog(directory.path, settings)
+    except UserError:
+        if not existed:
+            shutil.rmtree(directory.path, ignore_errors=True)
+        raise
+
+
+class WandbLog:
+    """A run of Weights & Biases; WANDB_MODE is honoured.
+
+    Args:
+        directory: where wandb keeps its files, in a folder of its own.
+        settings: plain configuration.
+
+    Raises:
+        UserError: wandb knows no login or does not answer.
     """
 
     def __init__(self, directory: Path, settings: dict[str, Any]) -> None:
         import wandb  # only where it is asked for: importing it takes a second
 
         logger = settings["logger"]["wandb"]
-        existed = directory.exists()
-        directory.mkdir(parents=True, exist_ok=True)
         try:
             self._run = wandb.init(
                 project=logger["project"],
@@ -37,9 +54,6 @@ class WandbLog:
                 config=settings,
             )
         except Exception as error:  # of login, network or settings: wandb has many classes
-            if not existed:
-                with contextlib.suppress(OSError):
-                    directory.rmdir()
             reason = " ".join(str(error).split())
             raise UserError(f"logger=wandb: {reason}; WANDB_MODE=offline needs no login") from None
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from msn.commands.entry import to_plain
 from msn.commands.eval_lowshot import cache_directory, choose_device, without_views
 from msn.data.datamodule import resolve_workers
-from msn.data.dataset import LabelledImages, Subset
+from msn.data.dataset import REPLACED, LabelledImages, Subset
 from msn.data.decode import BadImageError
 from msn.data.pools import build_pools
 from msn.data.subsets import write_names
@@ -206,7 +206,11 @@ class _Unlabelled:
         return len(self.pool)
 
     def __getitem__(self, i: int) -> Image.Image:
-        return _open(self.pool, i) or Image.new("RGB", (64, 64), (127, 127, 127))
+        image = _open(self.pool, i)
+        if image is None:
+            image = Image.new("RGB", (64, 64), (127, 127, 127))
+            image.info[REPLACED] = True
+        return image
 
 
 def _open(pool: Subset, i: int) -> Image.Image | None:

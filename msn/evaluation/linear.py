@@ -23,7 +23,7 @@ from msn.evaluation.features import (
     forward_feature,
     warn_of_idle,
 )
-from msn.evaluation.frozen import logistic_results
+from msn.evaluation.frozen import check_lambda_choice, logistic_results
 from msn.evaluation.logistic import centre_and_normalise
 from msn.evaluation.progress import Progress
 from msn.evaluation.protocol import Plan, Protocol, all_labels, build_logistic, with_unreadable
@@ -108,7 +108,10 @@ class Linear(Protocol):
 
     def label_sets(self, train: LabelledSet) -> list[LabelSet]:
         """All images."""
-        return [all_labels(train)]
+        sets = [all_labels(train)]
+        if self.logistic is not None:
+            check_lambda_choice(self.logistic, sets, train.labels)
+        return sets
 
     def run(
         self, subject: Subject, plan: Plan, test: LabelledSet, runtime: Runtime

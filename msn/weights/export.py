@@ -98,7 +98,9 @@ def _about(weights: Weights, rows: list[dict[str, Any]] | None) -> list[dict[str
     """Of a table the figures of exactly these weights, with the baselines beside them."""
     digest = _digest(weights)
     size = weights.model["img_size"]
-    own = [row for row in rows or [] if row.get("weights") == digest and row["image_size"] == size]
+    own = [
+        row for row in rows or [] if row.get("weights") == digest and row.get("image_size") == size
+    ]
     names = {row["backbone"] for row in own}
     return [row for row in rows or [] if row["backbone"] in (*names, *BASELINES)] if own else None
 

@@ -196,11 +196,27 @@ def test_a_missing_login_of_wandb_is_told_before_the_work(
 
     monkeypatch.setattr(wandb, "init", init)
     monkeypatch.setattr(eval_lowshot, "evaluate", worked)
-    code, _, err = command(
-        "eval_lowshot", f"checkpoint={run}", "logger=wandb", f"data.root={images}",
-        f"run.dir={tmp_path / 'out'}", *SMALL,
-    )  # fmt: skip
+    arguments = [f"checkpoint={run}", "logger=wandb", f"data.root={images}", *SMALL]
+    code, _, err = command("eval_lowshot", *arguments, f"run.dir={tmp_path / 'out'}")
     assert code == 2
     (line,) = err.strip().splitlines()
     assert "logger=wandb: api_key not configured" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_numbered_run_is_finished_before_it_is_logged(
+    command, tmp_path, images, run, monkeypatch
+):
+    wandb = pytest.importorskip("wandb")
+
+    class Run:
+        def log(self, values):
+            raise OSError("no answer")
+
+    monkeypatch.setattr(wandb, "init", lambda **settings: Run())
+    arguments = [f"checkpoint={run}", "baselines=[]", "logger=wandb", f"data.root={images}", *SMALL]
+    code, _, err = command("eval_lowshot", *arguments, f"run.root={tmp_path / 'runs'}")
+    assert code == 2, err
+    where = tmp_path / "runs" / "eval_lowshot" / "0"
+    assert json.loads((where / "run.json").read_text())["status"] == "finished"
+    assert len(rows_of(where)) == 3
