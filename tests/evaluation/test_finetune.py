@@ -1,0 +1,58 @@
+import os
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from msn.evaluation.augment import seeded
+from msn.evaluation.lowshot import evaluate
+from tests.evaluation.test_protocols import finetune
+from tests.evaluation.toys import ToyImages, toy_backbone
+
+CPU = torch.device("cpu")
+
+
+def test_seeded_draws_leave_the_generators_as_they_were():
+    before = torch.get_rng_state()
+    found = []
+    for _ in range(2):
+        with seeded(3, 1, device=CPU):
+            found.append(torch.rand(4))
+    assert torch.equal(*found)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_draws_on_a_gpu_are_seeded_too_and_its_generator_is_left_as_it_was():
+    device = torch.device("cuda", 0)
+    before = torch.cuda.get_rng_state(device)
+    found = []
+    for _ in range(2):
+        with seeded(3, 1, device=device):
+            found.append(torch.rand(4, device=device))
+    assert torch.equal(*found)
+    assert torch.equal(torch.cuda.get_rng_state(device), before)
+
+
+def _share(rank: int, directory: str) -> None:
+    os.environ.update(MASTER_ADDR="localhost", RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2
+    )
+    test = ToyImages(3, seed=1, unreadable=[2])
+    (result,) = evaluate(
+        finetune(batch_size=4), [toy_backbone()], ToyImages(4, unreadable=[0]), test,
+        num_workers=0, device=CPU, shared=True,
+    )  # fmt: skip
+    torch.save((result.row, len(test.opened)), f"{directory}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow  # starts two processes
+def test_two_processes_share_the_test_images_and_agree(tmp_path):
+    mp.spawn(_share, (str(tmp_path),), nprocs=2)
+    (one, opened), (other, others) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert one == other
+    assert (opened, others) == (5, 4)
+    assert (one["replaced_images"], one["unreadable_test_images"]) == (1, 1)
