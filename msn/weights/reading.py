@@ -23,6 +23,7 @@ from msn.weights.weights import (
     Weights,
     check_channels,
     check_trunk,
+    guessed_heads,
     infer_model,
     strip_prefix,
     widen,
@@ -73,6 +74,11 @@ def read_weights(path: str | Path, *, num_heads: int | None = None) -> Weights:
     for part in (trunk, parts.anchor_trunk):
         if part is not None:
             check_trunk(part, model, str(path))
+    if assumed and guessed_heads(int(model["embed_dim"])) is None:
+        raise UserError(
+            f"{path}: does not tell its number of attention heads, and width "
+            f"{model['embed_dim']} is no multiple of the usual 64 a head: give model.num_heads"
+        )
     return Weights(
         trunk=trunk,
         model=model,

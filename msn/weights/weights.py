@@ -84,28 +84,27 @@ def infer_model(
         The numbers, and whether `num_heads` had to be assumed.
 
     Raises:
-        UserError: if this is no vision transformer, or nobody tells `num_heads` and the width is
-            no multiple of 64, where a guess would be worth nothing.
+        UserError: if this is no vision transformer.
     """
     _check_known_layout(trunk, where)
     patch, hidden = trunk["patch_embed.proj.weight"], trunk["blocks.0.mlp.fc1.weight"]
     width, patch_size = patch.shape[0], patch.shape[-1]
     side = math.isqrt(trunk["pos_embed"].shape[1] - 1)
     heads = told.get("num_heads", num_heads)
-    if heads is None and width % _USUAL_HEAD:
-        raise UserError(
-            f"{where}: does not tell its number of attention heads, and width {width} is no "
-            f"multiple of the usual {_USUAL_HEAD} a head: give model.num_heads"
-        )
     model = {
         "img_size": side * patch_size,
         "patch_size": patch_size,
         "embed_dim": width,
         "depth": len({found[1] for name in trunk if (found := re.match(r"blocks\.(\d+)\.", name))}),
-        "num_heads": width // _USUAL_HEAD if heads is None else heads,
+        "num_heads": guessed_heads(width) or 1 if heads is None else heads,
         "mlp_ratio": _mlp_ratio(hidden.shape[0], width),
     }
     return model, heads is None
+
+
+def guessed_heads(width: int) -> int | None:
+    """Heads that nearly all vision transformers of a width have; None where a guess is worthless."""
+    return None if width % _USUAL_HEAD else width // _USUAL_HEAD
 
 
 def say_assumed_heads(weights: Weights, where: str) -> None:
