@@ -34,6 +34,8 @@ def run(config: Mapping[str, Any], console: Console) -> list[dict[str, Any]]:
     """
     _check(config)
     device = choose_device(str(config["device"]))
+    if device.type == "mps":
+        raise UserError("device=mps has no float64, in which optima are proven: use device=cpu")
     rows, labels = _problem(config)
     rows, labels = rows.to(device), labels.to(device)
     num_classes, strength = int(labels.max()) + 1, float(config["lambd"]) / len(rows)

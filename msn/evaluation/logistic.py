@@ -73,7 +73,8 @@ def fit_logistic(
     """Fit a classifier for every label set and every lambda.
 
     Args:
-        rows: features of S label sets of one size, [S, n, D]; centred and normalised by the caller.
+        rows: features of S label sets of one size, [S, n, D]; centred and normalised by the caller,
+            on a device that has float64.
         labels: in [0, C), [S, n].
         num_classes: C >= 2; classes without a row are allowed.
         lambdas: regularisation of the mean loss, each > 0. The paper's `lambd` is lambda * n.
@@ -192,9 +193,7 @@ class _Solver:
         if self.dtype is not None:
             return (self.dtype,)
         small = rows.numel() * self.num_classes <= _SMALL
-        if small and rows.device.type != "mps":
-            return (torch.float64,)
-        return (rows.dtype,) if rows.device.type == "mps" else (rows.dtype, torch.float64)
+        return (torch.float64,) if small else (rows.dtype, torch.float64)
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from msn.errors import UserError
 
 T = TypeVar("T")
 
+_FIRST_PORT = 15_000
+
 
 class Launch(NamedTuple):
     """Processes that torchrun or srun has started, this one among them."""
@@ -58,15 +60,14 @@ def join_launched_processes(environment: MutableMapping[str, str]) -> None:
     launch = read_launch(environment)
     if launch is None or launch.by != "srun" or launch.processes == 1:
         return
-    slurm = SLURMEnvironment()
-    found = {
-        "MASTER_ADDR": slurm.main_address,
-        "MASTER_PORT": slurm.main_port,
-        "RANK": slurm.global_rank(),
-        "LOCAL_RANK": slurm.local_rank(),
-        "WORLD_SIZE": launch.processes,
-    }
-    environment.update({name: str(value) for name, value in found.items()})
+    nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_NODELIST", "127.0.0.1"))
+    environment.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(nodes))
+    # Jobs that share a node seldom share the last digits of their number.
+    job = int(environment.get("SLURM_JOB_ID", "0"))
+    environment.setdefault("MASTER_PORT", str(_FIRST_PORT + job % 10_000))
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    environment["WORLD_SIZE"] = str(launch.processes)
 
 
 def fit_devices(

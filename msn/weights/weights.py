@@ -103,7 +103,7 @@ def infer_model(
 
 
 def guessed_heads(width: int) -> int | None:
-    """Heads that nearly all vision transformers of a width have; None where a guess is worthless."""
+    """Heads that most vision transformers of a width have; None where a guess is worthless."""
     return None if width % _USUAL_HEAD else width // _USUAL_HEAD
 
 

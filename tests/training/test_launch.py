@@ -36,14 +36,19 @@ def test_what_was_started_decides_unless_devices_are_set():
 
 
 def test_srun_is_told_to_torch_in_the_words_of_torchrun(monkeypatch):
-    slurm = {**SRUN, "SLURM_JOB_NAME": "msn", "SLURM_JOB_ID": "12345", "SLURM_NODELIST": "node7"}
+    slurm = {
+        **SRUN,
+        "SLURM_JOB_NAME": "msn",
+        "SLURM_JOB_ID": "12345",
+        "SLURM_NODELIST": "node[7-8]",
+    }
     for name, value in {**slurm, "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}.items():
         monkeypatch.setenv(name, value)
     environment = dict(os.environ)
     join_launched_processes(environment)
     found = {name: environment[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     assert found == {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
-    assert environment["MASTER_ADDR"] == "node7"
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("node7", "17345")
     alone = {"PATH": "/bin"}
     join_launched_processes(alone)
     assert alone == {"PATH": "/bin"}
