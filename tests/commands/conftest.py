@@ -15,10 +15,14 @@ TINY = [
     "trainer.limit_train_batches=2",
     "trainer.accelerator=cpu",
     "protocol.splits=2",
+    "protocol.logistic.lambd_grid=null",
     "report=false",
     "callbacks.probe.references=100",
     "callbacks.probe.held_out=50",
 ]
+
+# Where the table is not the point.
+QUICK = [*TINY, "protocol.shots=[1]", "protocol.knn_neighbours=null"]
 
 
 @pytest.fixture

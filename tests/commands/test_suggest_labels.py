@@ -9,7 +9,7 @@ from PIL import Image
 
 from msn.commands import suggest_labels
 from msn.weights import save_backbone
-from tests.commands.conftest import TINY
+from tests.commands.conftest import QUICK
 from tests.weights.builders import make_trunk
 
 
@@ -43,7 +43,7 @@ def test_prototypes_of_a_run_on_any_folder_with_one_look_at_the_images(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MSN_CACHE_DIR", str(tmp_path / "cache"))
-    assert command("train", *TINY, f"run.dir={tmp_path / 'run'}")[0] == 0
+    assert command("train", *QUICK, f"run.dir={tmp_path / 'run'}")[0] == 0
     arguments = [f"checkpoint={tmp_path / 'run'}", f"data.root={images}", "budget=5"]
     code, out, err = command("suggest_labels", *arguments, "compare_seeds=0")
     assert code == 0, err

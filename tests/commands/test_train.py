@@ -16,7 +16,7 @@ from msn.data.pools import build_pools
 from msn.method.vit import VisionTransformer
 from msn.schema import take
 from msn.weights import read_weights
-from tests.commands.conftest import TINY
+from tests.commands.conftest import QUICK, TINY
 
 
 def run_directory_of(out):
@@ -49,14 +49,14 @@ def test_a_run_leaves_a_backbone_a_table_and_its_directory(command, tmp_path):
 def test_two_runs_of_a_seed_give_the_same_weights_and_another_seed_does_not(command, tmp_path):
     states = []
     for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
-        command("train", *TINY, f"run.dir={tmp_path / name}", f"seed={seed}")
+        command("train", *QUICK, f"run.dir={tmp_path / name}", f"seed={seed}")
         states.append(read_weights(tmp_path / name / "backbone.safetensors").trunk)
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
     assert not torch.equal(states[0]["pos_embed"], states[2]["pos_embed"])
 
 
 def test_a_finished_run_is_refused_and_left_alone(command, tmp_path):
-    arguments = [*TINY, f"run.root={tmp_path}", "run.name=one"]
+    arguments = [*QUICK, f"run.root={tmp_path}", "run.name=one"]
     command("train", *arguments)
     before = (tmp_path / "digits" / "one" / "metrics.csv").read_text()
     code, _, err = command("train", *arguments)
@@ -66,7 +66,7 @@ def test_a_finished_run_is_refused_and_left_alone(command, tmp_path):
 
 
 def test_any_folder_trains_labelled_or_not(command, tmp_path, images):
-    base = [*TINY, "data=folder", "data.global_batch_size=8"]
+    base = [*QUICK, "data=folder", "data.global_batch_size=8"]
     code, out, _ = command("train", *base, f"data.root={images}", f"run.dir={tmp_path / 'a'}")
     assert (code, "10-NN" in out) == (0, True)
     flat = tmp_path / "flat"
@@ -79,10 +79,10 @@ def test_any_folder_trains_labelled_or_not(command, tmp_path, images):
 
 
 def test_pretraining_starts_from_a_backbone(command, tmp_path):
-    command("train", *TINY, f"run.dir={tmp_path / 'a'}")
+    command("train", *QUICK, f"run.dir={tmp_path / 'a'}")
     init = f"init={tmp_path / 'a' / 'backbone.safetensors'}"
     slow = ["method.lr=1e-12", "method.start_lr=0", "method.final_lr=0"]
-    code, out, _ = command("train", *TINY, *slow, f"run.dir={tmp_path / 'b'}", init)
+    code, out, _ = command("train", *QUICK, *slow, f"run.dir={tmp_path / 'b'}", init)
     assert code == 0
     assert "starting from" in out
     first, second = (read_weights(tmp_path / n / "backbone.safetensors").trunk for n in "ab")
@@ -94,7 +94,7 @@ def test_pretraining_starts_from_a_backbone(command, tmp_path):
 def test_other_loggers_write_beside_the_csv(command, tmp_path, monkeypatch, logger):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    code, _, err = command("train", *TINY, f"run.dir={tmp_path / 'run'}", f"logger={logger}")
+    code, _, err = command("train", *QUICK, f"run.dir={tmp_path / 'run'}", f"logger={logger}")
     assert code == 0, err
     files = [path.name for path in (tmp_path / "run").rglob("*")]
     assert "metrics.csv" in files
