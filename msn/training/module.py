@@ -105,7 +105,10 @@ class MSNModule(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over anchor and prototypes in one fused kernel."""
         numbers = take("method", self.settings["method"], optim.build_optimizer)
-        return optim.build_optimizer(self.network, **numbers, fused=True)
+        # Under a scaler Lightning leaves unscaling to a fused optimiser, and clipping would see
+        # scaled gradients.
+        scaled = self._trainer is not None and self._trainer.precision == "16-mixed"
+        return optim.build_optimizer(self.network, **numbers, fused=not scaled)
 
     def on_fit_start(self) -> None:
         """Compile and choose kernels where the network now lies."""
@@ -162,12 +165,14 @@ class MSNModule(LightningModule):
         self.grad_norm = optim.clip_encoder(self.network.anchor, self.clip_grad_norm)
         if self.finite_check is not None:
             numbers = [self.loss_value]
-            if (
-                self.trainer.precision != "16-mixed"
-            ):  # there the scaler tries until norms are finite
+            # A scaler tries until norms are finite, and skips steps itself.
+            scaled = self.trainer.precision == "16-mixed"
+            if not scaled:
                 assert self.network.prototypes.grad is not None
                 numbers += [self.grad_norm, whole(self.network.prototypes.grad.norm())]
-            optimizer.found_inf = self.finite_check.judge(numbers)  # type: ignore[attr-defined]
+            skip = self.finite_check.judge(numbers)
+            if not scaled:
+                optimizer.found_inf = skip  # type: ignore[attr-defined]
 
     def optimizer_step(
         self,
