@@ -44,7 +44,7 @@ def build_report(records: Sequence[RunRecord], *, images: int, device: torch.dev
         ("verdict", "Is it learning?", "".join(_verdicts(r, len(records) > 1) for r in records)),
         ("run", "What was run", _overview(records) + _differences(records)),
         ("lowshot", "Few labels", _lowshot(records, accuracy)),
-        ("curves", "Curves", charts_html(curve_charts(records))),
+        ("curves", "Curves", charts_html(curve_charts(records), wide=len(records) > 1)),
         ("pictures", "What it has learnt", "".join(pieces)),
         ("details", "Configuration and versions", _details(records)),
     ]
@@ -193,6 +193,7 @@ def _differences(records: Sequence[RunRecord]) -> str:
         for key in keys
         if len({repr(settings.get(key, "not there")) for settings in flat}) > 1
         and not key.startswith(("run.", "module."))
+        and "._" not in key  # what Hydra builds, not how it is set
     ]
     if not rows:
         return '<p class="help">All settings are the same.</p>'
