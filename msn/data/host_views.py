@@ -1,8 +1,8 @@
-"""The batched back end on a CPU: a few views at a time, so that their pixels stay in the cache.
+"""The batched back end on a CPU: some views at a time, alike in the order of their changes.
 
-On a CPU a change costs little arithmetic, but every call costs microseconds and every trip through
-memory as much as the arithmetic. So views that are changed in the same order are sorted side by
-side, cut into a small buffer some at a time, changed there in place and written out once.
+On a CPU a change costs little arithmetic, but every call costs microseconds and fresh memory costs
+more than the arithmetic. So views that are changed in the same order are sorted side by side, cut
+into one buffer some at a time, changed there in place and written out once.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from msn.data.views import (
 _ORDER, _GRAY, _BLUR = (COLUMNS.index(name) for name in ("order", "gray", "blur"))
 _SCALE = [1 / (255 * std) for std in IMAGENET_STD]
 _SHIFT = [torch.tensor(-m / s) for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)]
-_CHUNK_PIXELS = 1 << 16  # of the views that are in the cache together
+_CHUNK_PIXELS = 1 << 18  # of the views that are made together; best of 2**14 to 2**18
 # Most of a blur's matrix is zero; in strips, which pays for large views alone, less of it counts.
 _WHOLE_BLUR_UP_TO = 128  # px
 _STRIPS = 4
