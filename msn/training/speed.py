@@ -13,7 +13,8 @@ from msn.method.network import MSN
 
 log = logging.getLogger(__name__)
 
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's malloc.h
+# M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_MMAP_MAX of glibc's malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 
 
 def compilation(wish: bool | str) -> bool | None:
@@ -44,7 +45,7 @@ def make_fast(
         device: where it will train.
         compile_wish: compile the blocks; None does on CUDA alone (on a CPU it measured no faster).
         use_kernels: take `msn.method.kernels` where they are faster.
-        spare_memory: leave out what trades memory for time.
+        spare_memory: on the CPU, give freed memory back at once instead of keeping it.
 
     Returns:
         Whether the blocks are compiled.
@@ -52,8 +53,8 @@ def make_fast(
     for encoder in (network.anchor, network.target):
         for block in encoder.trunk.blocks:
             block.use_kernels = use_kernels  # type: ignore[assignment]
-    if device.type == "cpu" and not spare_memory:
-        keep_freed_memory()
+    if device.type == "cpu":
+        set_allocator(keep=not spare_memory)
     compiles = device.type == "cuda" if compile_wish is None else compile_wish
     if compiles and device.type == "cpu" and not _has_compiler():
         log.info("compile: there is no C++ compiler (g++, or what CXX names); going on without")
@@ -79,12 +80,15 @@ def compile_blocks(network: MSN, *, backend: str = "inductor") -> None:
             block.compile(backend=backend, dynamic=False)
 
 
-def keep_freed_memory() -> bool:
-    """Tell glibc to keep freed memory for the next step instead of giving it back to the kernel.
+def set_allocator(*, keep: bool) -> bool:
+    """Tell glibc what to do with memory that a step frees; for the whole process, for good.
 
     Every step takes and frees the same gigabytes; having the kernel map and clear them anew costs
-    about 5 % of a step on the CPU. Without chunks the peak stays what it was; the tensors of chunks
-    leave holes. For the whole process, for good.
+    about 5 % of a step on the CPU. The tensors of chunks, though, leave holes in memory that is
+    kept (by glibc's own rules as well): there it costs a third more than lies in it.
+
+    Args:
+        keep: keep it for the next step; False gives every large block back when it is freed.
 
     Returns:
         Whether the C library could be told; others than glibc are left alone.
@@ -94,7 +98,9 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, 2**31 - 1))
+    if keep:
+        return bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, 2**31 - 1))
+    return bool(mallopt(_MMAP_MAX, 2**16) and mallopt(_MMAP_THRESHOLD, 2**20))
 
 
 def _has_compiler() -> bool:
