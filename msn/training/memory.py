@@ -27,7 +27,7 @@ class Memory(NamedTuple):
     activations: float
     """Kept for the backward pass: of the trunk for a chunk (or the batch), of head and loss."""
     workspace: float
-    """Passing tensors of one block's backward pass."""
+    """Passing tensors of one block's backward pass; on the CPU also holes in the heap."""
     peak: float
     """The most at any moment."""
 
@@ -62,6 +62,9 @@ def forecast_memory(
     trunk, workspace = _trunk_bytes(network, views, patch_drop, precision, use_kernels)
     beyond = _head_and_loss_bytes(network, batch_size * (views.rand_views + views.focal_views))
     activations, workspace = images * trunk + beyond, images * workspace
+    if use_kernels and chunk_size is None:
+        # The CPU's heap keeps what is freed and has holes: measured as twice the passing tensors.
+        workspace *= 3
     standing = weights + 2 * trained + view_bytes
     # Unchunked, gradients grow while activations go; chunked, they stand beside the next chunk's.
     passing = activations + workspace + (trained if chunk_size is not None else 0)
