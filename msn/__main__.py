@@ -7,30 +7,36 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-# command -> module below msn.commands, which has run(config) and a config of the command's name
+# What each command does. It has a module below msn.commands, with run(config), and a configuration
+# file of its name.
 COMMANDS = {
-    "train": "train",
-    "eval_lowshot": "eval_lowshot",
-    "export": "export",
-    "verify": "verify",
-    "embed": "embed",
-    "suggest_labels": "suggest_labels",
-    "make_shards": "make_shards",
-    "show_views": "show_views",
-    "bench": "bench",
-    "report": "report",
-    "replay": "replay",
+    "train": "pretrain, export the backbone, print its low-shot table",
+    "eval_lowshot": "label few images and measure any backbone with them",
+    "export": "turn a checkpoint into a timm, Hugging Face, torch, ONNX or official model",
+    "verify": "replay the reference's figures on this machine",
+    "embed": "features of a folder of images, with their names",
+    "suggest_labels": "which images to label first",
+    "make_shards": "pack a folder of images into tar shards",
+    "show_views": "draw what the networks would see of your images",
+    "bench": "measure this machine: decoding, views, inference, logistic regression",
+    "report": "a page for a browser on a run, or on several side by side",
+    "replay": "take a step that was not finite again, from its dump",
 }
 
 
 def main() -> None:
     """Run the command that the first argument names."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name not in COMMANDS:
+    if name in ("-h", "--help"):
+        from msn.commands.help import usage
+
+        print(usage(COMMANDS))
+    elif name in COMMANDS:
+        run_named(name, sys.argv[2:])
+    else:
         wish = f"unknown command {name!r}" if name else "no command given"
         print(f"error: {wish}: allowed are {', '.join(COMMANDS)}", file=sys.stderr)
-        sys.exit(0 if name in ("-h", "--help") else 2)
-    run_named(name, sys.argv[2:])
+        sys.exit(2)
 
 
 def run_named(name: str, arguments: list[str]) -> None:
@@ -39,7 +45,7 @@ def run_named(name: str, arguments: list[str]) -> None:
 
     def job(config: "DictConfig") -> None:
         # Imported after composition: a mistyped key is told at once, without loading torch.
-        import_module(f"msn.commands.{COMMANDS[name]}").run(config)
+        import_module(f"msn.commands.{name}").run(config)
 
     run_command(name, job, arguments)
 

@@ -7,18 +7,34 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from msn.errors import UserError
 
+# Larger numbers become infinite in the type that networks compute in.
+_LARGEST = 3.4e38
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
-def take(prefix: str, settings: Mapping[str, Any], target: Callable[..., Any]) -> dict[str, Any]:
+
+def take(
+    prefix: str,
+    settings: Mapping[str, Any],
+    target: Callable[..., Any],
+    *,
+    derived: Sequence[str] = (),
+) -> dict[str, Any]:
     """Those of `settings` that `target` takes by keyword, with their types checked.
 
     Args:
         prefix: where the settings stand, for messages, e.g. "method".
         settings: names and values.
         target: class or function with annotated keyword-only parameters.
+        derived: parameters that are computed, not set.
 
     Raises:
-        UserError: if a value has another type than its annotation.
+        UserError: if a value has another type than its annotation, is a number that is not finite
+            in single precision, or is not there although it has no default.
     """
+    for name, parameter in inspect.signature(target).parameters.items():
+        required = parameter.default is parameter.empty and parameter.kind is _KEYWORD
+        if required and name not in settings and name not in derived:
+            raise UserError(f"{prefix}.{name} is missing: it cannot be left out")
     taken = {name: settings[name] for name in keywords(target) if name in settings}
     hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
     for name, value in taken.items():
@@ -49,7 +65,7 @@ def refuse_unknown(
 def keywords(target: Callable[..., Any]) -> list[str]:
     """Names of the keyword-only parameters of a class or function."""
     parameters = inspect.signature(target).parameters.values()
-    return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    return [p.name for p in parameters if p.kind is _KEYWORD]
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -59,7 +75,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (Union, types.UnionType):
         return any(_fits(value, part) for part in get_args(hint))
     if hint is float:  # 1 is a fine 1.0, True is not
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and abs(value) <= _LARGEST  # False for nan
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if origin in (list, tuple, Sequence):
@@ -71,7 +88,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 _WORDS = {
-    float: "a number",
+    float: "a finite number",
     int: "a whole number",
     bool: "true or false",
     str: "text",

@@ -21,7 +21,7 @@ from msn.data.recipe import pil_recipe
 from msn.data.reference_views import make_reference_views
 from msn.data.sampler import BatchKey
 from msn.data.sources import FileSource, folder_source
-from msn.data.views import ViewSettings
+from msn.data.views import ViewSettings, view_settings
 from msn.errors import UserError
 
 DECODING = ("decode", "worker", "pil_recipe")
@@ -54,7 +54,7 @@ def measure_and_show(
     settings: dict[str, Any], console: Console, *, only: tuple[str, ...] | None
 ) -> list[dict[str, Any]]:
     """Measure the named ways, or all of them."""
-    views = ViewSettings(**settings["views"])
+    views = view_settings(settings["views"])
     source = _photos(settings["images"])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

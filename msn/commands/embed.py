@@ -50,7 +50,7 @@ def run(config: DictConfig) -> None:
     check_feature(settings["feature"], backbone.depth)
     root = str(settings["data"]["root"])
     if os.path.isfile(root):
-        source: Source = list_source(root, key="data.root", root=None)
+        source: Source = list_source(root, key="data.root", root=None, use_labels=False)
     else:
         source = folder_source(root, key="data.root", use_labels=False)
     names = [source.name(i) for i in range(len(source))]

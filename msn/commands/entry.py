@@ -1,14 +1,17 @@
 """The one way into every command: compose, run, and end a mistake in one line and exit code 2."""
 
+import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
@@ -16,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 import msn
+from msn.commands.help import help_text, options
 from msn.errors import UserError
 from msn.schema import refuse_unknown, take
 
@@ -23,6 +27,11 @@ Job = Callable[[DictConfig], None]
 
 # What a person can mend: the message says how, a traceback would not.
 MISTAKES = (UserError, OSError, HydraException, OmegaConfBaseException)
+# Hydra lets some of its own errors out as these.
+_OF_COMPOSITION = (HydraException, OmegaConfBaseException, ValueError, TypeError)
+
+# Groups of named parts to which a person may add more.
+_OPEN_GROUPS = ("callbacks", "logger")
 
 
 def config_directory() -> Path:
@@ -45,10 +54,15 @@ def run_command(config_name: str, job: Job, arguments: list[str]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("msn").setLevel(logging.INFO)
     try:
-        if any(argument.startswith("-") for argument in arguments):
-            _through_hydra_main(config_name, job, arguments)
-        else:
+        flags = _parse_flags(arguments)
+        if flags is None:
             job(compose(config_name, arguments))
+        elif flags.help:
+            print(_help(config_name, flags.overrides))
+        elif flags.cfg == "job":
+            print(_shown(compose(config_name, flags.overrides), flags.package, flags.resolve))
+        else:
+            _through_hydra_main(config_name, job, arguments, flags.overrides)
     except MISTAKES as error:
         if os.environ.get("MSN_DEBUG"):
             raise
@@ -71,7 +85,7 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
         known = _known(config_name, overrides)
         try:
             config = hydra.compose(config_name, overrides, return_hydra_config=True)
-        except (HydraException, OmegaConfBaseException) as error:
+        except _OF_COMPOSITION as error:
             raise UserError(_explain(error, known)) from None
     choices = OmegaConf.to_container(config.hydra.runtime.choices)
     assert isinstance(choices, dict)
@@ -80,15 +94,30 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
 
 
 def _known(config_name: str, overrides: list[str]) -> DictConfig:
-    """What the files offer under the chosen groups, nothing added to it and no value changed."""
-    defaults = OmegaConf.select(
-        OmegaConf.load(config_directory() / f"{config_name}.yaml"), "defaults", default=[]
-    )
-    groups = {str(key) for entry in defaults if isinstance(entry, DictConfig) for key in entry}
-    chosen = [override for override in overrides if override.partition("=")[0] in groups]
+    """What the files offer under the chosen groups, nothing added to it and no value changed.
+
+    Raises:
+        UserError: if a group has no such option.
+    """
+    chosen = []
+    for override in overrides:
+        key, equals, option = override.partition("=")
+        group = key.lstrip("+").partition("@")[0]
+        if not equals or not (config_directory() / group).is_dir() or group.startswith("hydra"):
+            continue
+        allowed = options(config_directory(), group)
+        if option.isidentifier() or option.isdigit():  # else a list, or choices of a sweep
+            if option not in allowed:
+                raise UserError(f"{key}={option}: allowed are {', '.join(allowed)}")
+            chosen.append(override)
+    return _composed(config_name, tuple(chosen))
+
+
+@lru_cache  # sweeps and tests compose many times in a process
+def _composed(config_name: str, chosen: tuple[str, ...]) -> DictConfig:
     try:
-        return hydra.compose(config_name, chosen)
-    except (HydraException, OmegaConfBaseException) as error:
+        return hydra.compose(config_name, list(chosen))
+    except _OF_COMPOSITION as error:
         raise UserError(_explain(error, OmegaConf.create())) from None
 
 
@@ -103,17 +132,29 @@ def build(config: DictConfig, key: str, **runtime: Any) -> Any:
     Raises:
         UserError: if a setting is unknown, missing, of a wrong type or out of its range.
     """
-    node = OmegaConf.select(config, key)
     settings = to_plain(config, key)
-    target = hydra.utils.get_object(settings["_target_"])
-    if target.__module__.startswith("msn."):
+    if not isinstance(settings, dict) or "_target_" not in settings:
+        raise UserError(f"{key} must be a group of keys with a _target_, got {settings}")
+    try:
+        target = hydra.utils.get_object(settings["_target_"])
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{key}._target_={settings['_target_']}: {one_line(error)}") from None
+    ours = target.__module__.startswith("msn.")
+    if ours:
         plain = {name: value for name, value in settings.items() if not name.startswith("_")}
         refuse_unknown(key, plain, target, derived=list(runtime))
-        take(key, plain, target)
+        take(key, plain, target, derived=list(runtime))
     try:
-        return hydra.utils.instantiate(node, **runtime)
+        return hydra.utils.instantiate(OmegaConf.select(config, key), **runtime)
     except InstantiationException as error:
-        raise (error.__cause__ or error) from None
+        cause = error.__cause__ or error
+        if isinstance(cause, ImportError):  # one of the optional loggers
+            extra = key.rpartition(".")[2]
+            hint = f'python -m pip install "msn-pretraining[{extra}]"'
+            raise UserError(f"{key}: {one_line(cause)}: {hint}") from None
+        if isinstance(cause, TypeError) and not ours:  # an unknown key or a wrong type
+            raise UserError(f"{key}: {one_line(cause)}") from None
+        raise cause from None
 
 
 def to_plain(config: DictConfig, key: str | None = None) -> dict[str, Any]:
@@ -127,6 +168,8 @@ def to_plain(config: DictConfig, key: str | None = None) -> dict[str, Any]:
     if missing:
         raise UserError(f"{missing[0]} must be given: add {missing[0]}=...")
     node = config if key is None else OmegaConf.select(config, key)
+    if not OmegaConf.is_config(node):  # a group that was set to null or to a value
+        return node  # type: ignore[return-value]
     return OmegaConf.to_container(node, resolve=True)  # type: ignore[return-value]
 
 
@@ -139,24 +182,59 @@ def one_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _through_hydra_main(config_name: str, job: Job, arguments: list[str]) -> None:
-    """Flags such as --help, --cfg job and --multirun belong to Hydra's own main function."""
+def _parse_flags(arguments: list[str]) -> argparse.Namespace | None:
+    """Hydra's flags and the overrides among them; None where there is no flag.
+
+    Raises:
+        UserError: if there is no such flag.
+    """
+    if not any(argument.startswith("-") for argument in arguments):
+        return None
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}; --help says more")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_args(arguments)
+
+
+def _help(config_name: str, overrides: list[str]) -> str:
+    try:
+        keys = OmegaConf.to_yaml(compose(config_name, overrides))
+    except UserError:
+        if overrides:
+            raise
+        keys = None  # a group must be chosen first, as in `bench --help`
+    return help_text(config_directory(), config_name, keys)
+
+
+def _shown(config: DictConfig, package: str | None, resolve: bool) -> str:
+    """What `--cfg job [--package KEY] [--resolve]` shows."""
+    node = config if package is None else OmegaConf.select(config, package)
+    if node is None:
+        raise UserError(f"--package {package}: there is no such key")
+    text = OmegaConf.to_yaml(node, resolve=resolve) if OmegaConf.is_config(node) else str(node)
+    return text.rstrip()
+
+
+def _through_hydra_main(
+    config_name: str, job: Job, arguments: list[str], overrides: list[str]
+) -> None:
+    """Flags such as --multirun and --info belong to Hydra's own main function."""
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
-        plain = [argument for argument in arguments if not argument.startswith("-")]
-        try:
-            known = _known(config_name, [text for text in plain if "," not in text])
-        except UserError:  # a group that must be chosen is not, as in `bench --help`
-            known = OmegaConf.create()
+        known = _known(config_name, overrides)
     GlobalHydra.instance().clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise instead of five lines and exit code 1
     given, sys.argv = sys.argv, [sys.argv[0], *arguments]
 
     def task(config: DictConfig) -> None:
         sys.argv = given  # with it the trainer starts further processes
-        choices = OmegaConf.to_container(HydraConfig.get().runtime.choices)
+        chosen = HydraConfig.get()
+        choices = OmegaConf.to_container(chosen.runtime.choices)
         assert isinstance(choices, dict)
-        job(_finish(config, known, choices))
+        job(_finish(config, _known(config_name, list(chosen.overrides.task)), choices))
 
     main = hydra.main(
         version_base="1.3", config_path=str(config_directory()), config_name=config_name
@@ -168,14 +246,29 @@ def _through_hydra_main(config_name: str, job: Job, arguments: list[str]) -> Non
 
 
 def _finish(config: DictConfig, known: DictConfig, choices: dict[Any, Any]) -> DictConfig:
-    """Refuse keys that nobody reads; note the chosen experiment where runs are named by it."""
-    for key in config if len(known) else []:
-        if key not in list(known):  # `in` is False for ???
-            allowed = ", ".join(sorted(str(name) for name in known))
-            raise UserError(f"unknown key {key!s}: allowed are {allowed}")
+    """Refuse keys that nobody reads or that are gone; note the experiment that names the runs."""
+    _compare(OmegaConf.to_container(config), OmegaConf.to_container(known))
     if "run" in config and "experiment" in config.run:
         config.run.experiment = choices.get("experiment") or config.run.experiment
     return config
+
+
+def _compare(config: Any, known: Any, prefix: str = "") -> None:
+    """Refuse keys that were added to what the files offer, or taken away."""
+    if not isinstance(config, dict) or not isinstance(known, dict):
+        return
+    for key in config:
+        if key not in known and prefix.rstrip(".") not in _OPEN_GROUPS:
+            raise UserError(_unknown(f"{prefix}{key}", known))
+    for key, value in known.items():
+        if key not in config:
+            raise UserError(f"{prefix}{key} is missing: it cannot be left out")
+        _compare(config[key], value, f"{prefix}{key}.")
+
+
+def _unknown(key: str, known: Iterable[Any]) -> str:
+    allowed = ", ".join(sorted(str(name) for name in known if not str(name).startswith("_")))
+    return f"unknown key {key}: allowed are {allowed}"
 
 
 def _explain(error: Exception, known: DictConfig) -> str:
@@ -184,12 +277,11 @@ def _explain(error: Exception, known: DictConfig) -> str:
     if text.startswith("Could not override '"):
         key = text.split("'")[1]
         if "No match in the defaults list" in text:  # a group, but none of this command
-            return f"unknown key {key}: allowed are {', '.join(sorted(map(str, known)))}"
+            return _unknown(key, known)
         parent, _, name = key.rpartition(".")
         node = OmegaConf.select(known, parent) if parent else known
         if isinstance(node, DictConfig) and name not in list(node):
-            allowed = ", ".join(sorted(str(n) for n in node if not str(n).startswith("_")))
-            return f"unknown key {key}: allowed are {allowed}"
+            return _unknown(key, node)
         if node is None or not isinstance(node, DictConfig):
             return f"unknown key {key}: there is no group {parent}"
     if "Available options" in text:
@@ -198,6 +290,8 @@ def _explain(error: Exception, known: DictConfig) -> str:
         options = list(takewhile(lambda line: "onfig search" not in line, lines[start + 1 :]))
         what = lines[0].partition(", e.g")[0].rstrip(".")  # "You must specify 'what', e.g, ..."
         return f"{what}: allowed are {', '.join(options)}"
+    if "hydra/launcher/submitit" in text:
+        return 'hydra/launcher=slurm: python -m pip install "msn-pretraining[slurm]"'
     if isinstance(error, MissingMandatoryValue) and error.full_key:
         return f"{error.full_key} must be given: add {error.full_key}=..."
     return one_line(error.__cause__ if error.__cause__ and not text else error)

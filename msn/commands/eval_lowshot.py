@@ -63,6 +63,7 @@ def run(config: DictConfig) -> None:
         in_memory = isinstance(train.images.source, ArraySource)
         log = None
         if directory is not None and settings.get("logger"):
+            directory = directory.reserve()
             log = open_log(directory, settings)  # what is wrong is told before the work, not after
         results = evaluate(
             protocol,
@@ -77,6 +78,7 @@ def run(config: DictConfig) -> None:
     if directory is None:
         return
     if log is None:
+        directory = directory.reserve()
         directory.create(OmegaConf.create(settings))
     write_table(directory.path, results, (train, held_out), settings)
     directory.write_status("finished")

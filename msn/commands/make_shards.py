@@ -28,7 +28,7 @@ def run(config: DictConfig) -> None:
     for part in parts if len(parts) == 2 else [""]:
         folder = str(Path(root) / part) if part else root
         if Path(folder).is_file():
-            source = list_source(folder, key="root", root=None)
+            source = list_source(folder, key="root", root=None, use_labels=settings["use_labels"])
         else:
             source = folder_source(folder, key="root", use_labels=settings["use_labels"])
         shards = write_shards(source, out / part, images_per_shard=count)

@@ -1,8 +1,10 @@
 """One directory a run: which one, whether it may be used, and what it says of itself."""
 
+import contextlib
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from msn.training.durable import write_durably
 STATUS_FILE = "run.json"
 # Processes that the trainer starts itself inherit the directory that the first one chose.
 ENVIRONMENT = "MSN_RUN_DIRECTORY"
+RESUME_MODES = ("auto", "never")
 
 
 @dataclass(frozen=True)
@@ -24,27 +27,55 @@ class RunDirectory:
     path: Path
     resume_from: Path | None
     """Checkpoint of an unfinished run that stands there."""
-    is_new: bool = False
-    """Whether the directory must not be there yet."""
+    is_numbered: bool = False
+    """Whether it is a new number, which another run may take first."""
+    made: tuple[Path, ...] = ()
+    """Directories that `reserve` has made, the innermost first."""
 
     @property
     def checkpoints(self) -> Path:
         """Directory of checkpoints."""
         return self.path / "checkpoints"
 
+    def reserve(self) -> "RunDirectory":
+        """Make the directory of a numbered run, the next number where another run was faster.
+
+        Processes that the trainer will start itself take this one, see `ENVIRONMENT`.
+
+        Raises:
+            OSError: if it cannot be made.
+        """
+        path = self.path
+        made = [p for p in (path, *path.parents) if not p.exists()]
+        while self.is_numbered:
+            try:
+                path.mkdir(parents=True)
+                break
+            except FileExistsError:
+                path = path.with_name(str(int(path.name) + 1))
+        made = [path, *made[1:]] if self.is_numbered else []
+        resume_from = None if self.resume_from is None else str(self.resume_from.absolute())
+        os.environ[ENVIRONMENT] = json.dumps([str(path.absolute()), resume_from])
+        return replace(self, path=path, made=tuple(made))
+
+    @contextlib.contextmanager
+    def given_back_on_failure(self) -> Iterator[None]:
+        """What was reserved and is still empty does not outlive an error."""
+        try:
+            yield
+        except BaseException:
+            for path in self.made:
+                with contextlib.suppress(OSError):  # not empty: it is in use
+                    path.rmdir()
+            raise
+
     def create(self, config: DictConfig) -> None:
         """Make the directory and save the resolved configuration.
 
         Raises:
-            UserError: if another run has taken the number in the meantime.
             OSError: if it cannot be written.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=not self.is_new)
-        except FileExistsError:
-            raise UserError(
-                f"{self.path} was taken by a run that started just now: try again"
-            ) from None
+        self.path.mkdir(parents=True, exist_ok=True)
         text = OmegaConf.to_yaml(config, resolve=True)
         write_durably(self.path / "config.yaml", lambda file: file.write(text.encode()))
         self.write_status("unfinished")
@@ -69,16 +100,19 @@ def choose_run_directory(config: DictConfig) -> RunDirectory:
     if is_inherited():
         path, resume_from = json.loads(os.environ[ENVIRONMENT])
         return RunDirectory(Path(path), None if resume_from is None else Path(resume_from))
-    parent = Path(config.run.root) / config.run.experiment
-    name = config.run.name if config.run.name is not None else _job_name(parent)
+    names = {key: _text(f"run.{key}", config.run[key]) for key in ("root", "experiment")}
+    parent = Path(names["root"]) / names["experiment"]
+    name = _job_name(parent) if config.run.name is None else _text("run.name", config.run.name)
+    mode = config.resume.mode
+    if mode not in RESUME_MODES:
+        raise UserError(f"resume.mode={mode}: must be one of {', '.join(RESUME_MODES)}")
     if config.run.dir is None and name is None:
-        run = RunDirectory(_new_number(parent), None, is_new=True)
+        run = RunDirectory(_new_number(parent), None, is_numbered=True)
     else:
-        path = Path(config.run.dir) if config.run.dir is not None else parent / name
-        run = _existing(path, str(config.resume.mode)) or RunDirectory(path, None)
+        given = config.run.dir
+        path = parent / str(name) if given is None else Path(_text("run.dir", given))
+        run = _existing(path, mode) or RunDirectory(path, None)
     _check_writable(run.path)
-    resume_from = None if run.resume_from is None else str(run.resume_from.absolute())
-    os.environ[ENVIRONMENT] = json.dumps([str(run.path.absolute()), resume_from])
     return run
 
 
@@ -91,6 +125,13 @@ def read_status(path: Path) -> dict[str, Any]:
     """What run.json of a run directory says, empty where there is none."""
     file = path / STATUS_FILE
     return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _text(key: str, value: Any) -> str:
+    """A name may be a number: run.name=3."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
+        raise UserError(f"{key} must be text, got {value!r}")
+    return str(value)
 
 
 def _existing(path: Path, resume: str) -> RunDirectory | None:

@@ -16,7 +16,7 @@ from msn.data.device_views import make_batched_views
 from msn.data.pools import Pools, build_pools
 from msn.data.reference_views import make_reference_views
 from msn.data.sampler import BatchKey, EpochSampler
-from msn.data.views import ViewSettings
+from msn.data.views import ViewSettings, view_settings
 from msn.errors import UserError
 from msn.method.masking import PatchDrop, draw_key
 from msn.reporting.views_sheet import views_sheet
@@ -39,7 +39,7 @@ def run(config: DictConfig) -> None:
     images = _whole("images", settings["images"], 1)
     epoch, seed = _whole("epoch", settings["epoch"], 0), _whole("seed", settings["seed"], 0)
     data = settings["data"]
-    views = ViewSettings(**data["views"])
+    views = view_settings(data["views"])
     drop = PatchDrop(**take("method", settings["method"], PatchDrop))
     pools = build_pools(**take("data", data, build_pools))
     order = _order(pools, data["global_batch_size"], seed)

@@ -44,6 +44,9 @@ def run(config: DictConfig) -> None:
     settings = to_plain(config)
     _quieten()
     seed_everything(_seed(settings["seed"]), verbose=False)
+    _check_switch("report", settings["report"])
+    _check_switch("plan", settings["plan"])
+    _check_switch("resume.force", settings["resume"]["force"])
     if settings["plan"]:
         plan.run(config, settings, Console())
         return
@@ -60,6 +63,7 @@ def run(config: DictConfig) -> None:
 def _run(config: DictConfig, settings: dict[str, Any], preemption: Preemption) -> None:
     data: MSNDataModule = build(config, "data")
     module: MSNModule = build(config, "module")
+    module.check_views(data.settings)
     protocol: Protocol = build(config, "protocol")
     check_baselines(settings["baselines"], protocol)
     labelled = data.labelled_sets()
@@ -68,9 +72,33 @@ def _run(config: DictConfig, settings: dict[str, Any], preemption: Preemption) -
     trainer = _build_trainer(config, data, module)
 
     def choose() -> RunDirectory:
-        return choose_run_directory(config)
+        return choose_run_directory(config).reserve()
 
     directory = choose() if is_inherited() else agree(trainer, module, choose)
+    with directory.given_back_on_failure():
+        _set_up(config, directory, trainer, data, module, preemption=preemption)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(settings)
+    _describe_run(trainer, directory, data, module)
+    _fit(trainer, module, data, directory)
+    if trainer.interrupted:
+        return
+    module.make_whole()
+    finish(settings, directory, trainer, data, module, protocol)
+    trainer.strategy.barrier()
+
+
+def _set_up(
+    config: DictConfig,
+    directory: RunDirectory,
+    trainer: Trainer,
+    data: MSNDataModule,
+    module: MSNModule,
+    *,
+    preemption: Preemption,
+) -> None:
+    """All that needs the directory and can be wrong; then the directory gets its first files."""
+    settings = to_plain(config)
     module.checkpoint_info.update(
         data=_describe_data(settings), init=settings["init"], identity=identity_of(settings)
     )
@@ -88,15 +116,6 @@ def _run(config: DictConfig, settings: dict[str, Any], preemption: Preemption) -
     if trainer.is_global_zero:
         directory.create(config)
         directory.write_status("unfinished", facts=facts(trainer, data, module))
-    for logger in trainer.loggers:
-        logger.log_hyperparams(settings)
-    _describe_run(trainer, directory, data, module)
-    _fit(trainer, module, data, directory)
-    if trainer.interrupted:
-        return
-    module.make_whole()
-    finish(settings, directory, trainer, data, module, protocol)
-    trainer.strategy.barrier()
 
 
 def _fit(trainer: Trainer, module: MSNModule, data: MSNDataModule, directory: RunDirectory) -> None:
@@ -130,7 +149,7 @@ def _build_trainer(config: DictConfig, data: MSNDataModule, module: MSNModule) -
         )
     order = data.sampler(rank=trainer.global_rank, world_size=trainer.world_size)
     steps = len(order)
-    if isinstance(config.trainer.limit_train_batches, int):
+    if config.trainer.limit_train_batches is not None:
         steps = min(steps, config.trainer.limit_train_batches)
     module.plan_schedule(epochs=config.trainer.max_epochs, steps_per_epoch=steps)
     return trainer
@@ -140,7 +159,6 @@ def _attach(
     config: DictConfig, trainer: Trainer, directory: RunDirectory, preemption: Preemption
 ) -> None:
     """Give the trainer its callbacks and loggers, which write into the run directory."""
-    trainer.loggers = build_loggers(config, directory)
     runtime: dict[str, dict[str, Any]] = {
         "checkpoint": {"directory": directory.checkpoints},
         "verdict": {"directory": directory.path},
@@ -152,6 +170,7 @@ def _attach(
         else build(config, f"callbacks.{name}", **runtime.get(str(name), {}))
         for name in config.callbacks
     ]
+    trainer.loggers = build_loggers(config, directory)
     # Checkpoints come last, as in Lightning, so that what the others have done is in them.
     callbacks.sort(key=lambda callback: isinstance(callback, Checkpoint))
     trainer.callbacks[:0] = callbacks  # type: ignore[attr-defined]
@@ -213,6 +232,11 @@ def _seed(seed: Any) -> int:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise UserError(f"seed must be a whole number in [0, 2^32), got {seed!r}")
     return seed
+
+
+def _check_switch(key: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise UserError(f"{key} must be true or false, got {value!r}")
 
 
 def _quieten() -> None:

@@ -55,6 +55,8 @@ def torchvision_source(name: str, root: str, *, split: str, download: bool) -> A
             pixels = cifar.data
             labels, classes = np.array(cifar.targets, np.int64), list(cifar.classes)
     except (RuntimeError, OSError) as error:
+        if download:
+            raise UserError(f"data.root={root}: {name} could not be fetched ({error})") from error
         raise UserError(
             f"data.root={root}: no {name} here as torchvision keeps it (data.download=true fetches)"
         ) from error

@@ -21,7 +21,7 @@ from msn.data.pools import Pools, build_pools
 from msn.data.reference_views import make_reference_views
 from msn.data.sampler import EpochSampler
 from msn.data.sources import ArraySource
-from msn.data.views import Views, ViewSettings
+from msn.data.views import Views, view_settings
 from msn.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class MSNDataModule(LightningDataModule):
             every run and every evaluation leaves the same images out.
         use_labels: False ignores folder names and label columns.
         download: whether torchvision may fetch cifar10, cifar100 or stl10.
-        image_size: side of the upsampled digits in px.
+        image_size: side of the upsampled digits in px; None for everything else.
         global_batch_size: images a step over all processes.
         num_workers: worker processes per training process; None takes 0 for images in memory and
             one for each core that this process may use otherwise.
@@ -73,7 +73,7 @@ class MSNDataModule(LightningDataModule):
         split_seed: int,
         use_labels: bool,
         download: bool,
-        image_size: int,
+        image_size: int | None,
         global_batch_size: int,
         num_workers: int | None,
         prefetch_batches: int,
@@ -86,7 +86,9 @@ class MSNDataModule(LightningDataModule):
         super().__init__()
         if backend not in BACKENDS:
             raise UserError(f"data.backend={backend}: must be one of {', '.join(BACKENDS)}")
-        self.settings = ViewSettings(**views)
+        if prefetch_batches < 1:
+            raise UserError(f"data.prefetch_batches={prefetch_batches}: must be >= 1")
+        self.settings = view_settings(views)
         self.use_reference = backend == "reference"
         self.pools: Pools = build_pools(
             source=source,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import NamedTuple
 
@@ -9,12 +10,18 @@ import numpy as np
 
 from msn.data.bundled import digits_source, torchvision_source
 from msn.data.dataset import Subset
+from msn.data.decode import BadImageError, full_size
+from msn.data.layout import find_parts
 from msn.data.shards import shard_source
-from msn.data.sources import Source, check_folder, folder_source, list_source
+from msn.data.sources import FileSource, Source, check_folder, folder_source, list_source
 from msn.data.splits import hold_out_per_class, split_digits
 from msn.errors import UserError
 
-SOURCES = ("digits", "folder", "imagenet", "cifar10", "cifar100", "stl10", "list", "shards")
+log = logging.getLogger(__name__)
+
+TORCHVISION = ("cifar10", "cifar100", "stl10")
+SOURCES = ("digits", "folder", "imagenet", *TORCHVISION, "list", "shards")
+_PROBED = 16  # images that are decoded until one of them can be read
 
 
 class Pools(NamedTuple):
@@ -34,77 +41,147 @@ def build_pools(
     split_seed: int,
     use_labels: bool,
     download: bool,
-    image_size: int,
+    image_size: int | None,
 ) -> Pools:
     """Find the images and decide which ones train.
 
-    `train` and `val` below the root are used where there are both; else `val_root`; else, where
-    there are labels, a seeded share of every class is held out. The arguments are those of
-    `MSNDataModule`.
+    `train` and `val` below the root are used where there are both (see `find_parts`); else
+    `val_root`; else, where there are labels, a seeded share of every class is held out. The
+    arguments are those of `MSNDataModule`.
 
     Raises:
-        UserError: a setting is wrong, or there are no images.
+        UserError: a setting is wrong or not read by this source, held-out images would be trained
+            on, or there are no images that can be read.
     """
-    if source not in SOURCES:
-        raise UserError(f"data.source={source}: must be one of {', '.join(SOURCES)}")
+    _check_own(source, root=root, val_root=val_root, download=download, image_size=image_size)
     if not 0 < hold_out < 1:
         raise UserError(f"data.hold_out={hold_out}: must lie in (0, 1)")
+    if split_seed < 0:
+        raise UserError(f"data.split_seed={split_seed}: must be >= 0")
     if source == "digits":
-        return _digits(root, val_root, image_size, split_seed)
-    if root is None:
-        raise UserError(f"data.root is not set: data={source} needs data.root=DIR")
-    if source in ("cifar10", "cifar100", "stl10"):
-        return _torchvision(source, root, download)
+        assert image_size is not None
+        return _digits(image_size, split_seed, use_labels)
+    assert root is not None
+    if source in TORCHVISION:
+        return _torchvision(source, root, download, use_labels)
     if source == "imagenet":
-        for part in ("train", "val"):
+        for part in ("train", "val") if val_root is None else ("train",):
             check_folder(os.path.join(root, part), key=f"data.root={root} needs {part}/; data.root")
-    train_root, found_val = _train_and_val(root, val_root)
+    train_root, found_val = find_parts(root, val_root)
     train = _read(source, train_root, key="data.root", use_labels=use_labels)
     if found_val is not None:
         held_out = _read(source, found_val, key="data.val_root", use_labels=use_labels)
-        return _with_held_out(train, held_out)
-    if train.labels is None:
-        return Pools(Subset(train), None, None)
-    kept, out = hold_out_per_class(train.labels, hold_out, split_seed)
-    return Pools(Subset(train, kept), Subset(train, kept), Subset(train, out))
+        if source == "list":
+            _refuse_shared(train, held_out)
+        if val_root is not None or held_out.labels is not None:
+            return _with_held_out(train, held_out)
+        log.info("%s has no labels: a share of the training images is held out", found_val)
+    return _hold_out(train, hold_out, split_seed)
 
 
-def _digits(root: str | None, val_root: str | None, image_size: int, split_seed: int) -> Pools:
-    given = root if root is not None else val_root
-    if given is not None:
-        raise UserError(f"data.root={given}: digits have no root; use data=folder for your images")
+def _check_own(
+    source: str,
+    *,
+    root: str | None,
+    val_root: str | None,
+    download: bool,
+    image_size: int | None,
+) -> None:
+    """Refuse what a source needs and has not, or has and does not read."""
+    if source not in SOURCES:
+        raise UserError(f"data.source={source}: must be one of {', '.join(SOURCES)}")
+    if source == "digits":
+        for key, given in {"root": root, "val_root": val_root}.items():
+            if given is not None:
+                raise UserError(
+                    f"data.{key}={given}: digits have no {key}; data=folder reads your images"
+                )
+        if image_size is None or image_size < 1:
+            raise UserError(f"data.image_size={image_size}: must be a whole number >= 1")
+    elif image_size is not None:
+        raise UserError(
+            f"data.image_size={image_size}: digits alone are upsampled, it must be null; "
+            "model.img_size is what the network sees"
+        )
+    elif root is None:
+        raise UserError(f"data.root is not set: data={source} needs data.root=DIR")
+    if source in TORCHVISION and val_root is not None:
+        raise UserError(f"data.val_root={val_root}: {source} has its own test images")
+    if download and source not in TORCHVISION:
+        raise UserError(f"data.download=true: only {', '.join(TORCHVISION)} can be fetched")
+
+
+def _digits(image_size: int, split_seed: int, use_labels: bool) -> Pools:
     digits = digits_source(image_size)
     kept, out = split_digits(len(digits), split_seed)
+    if not use_labels:
+        return Pools(Subset(digits, kept), None, None)
     return Pools(Subset(digits, kept), Subset(digits, kept), Subset(digits, out))
 
 
-def _torchvision(name: str, root: str, download: bool) -> Pools:
+def _torchvision(name: str, root: str, download: bool, use_labels: bool) -> Pools:
     labelled = torchvision_source(name, root, split="train", download=download)
-    held_out = torchvision_source(name, root, split="test", download=download)
     train: Source = labelled
     if name == "stl10":
         train = torchvision_source(name, root, split="unlabeled", download=download)
+    if not use_labels:
+        return Pools(Subset(train), None, None)
+    held_out = torchvision_source(name, root, split="test", download=download)
     return Pools(Subset(train), Subset(labelled), Subset(held_out))
 
 
-def _train_and_val(root: str, val_root: str | None) -> tuple[str, str | None]:
-    train, val = os.path.join(root, "train"), os.path.join(root, "val")
-    if os.path.isdir(train) and (val_root is not None or os.path.isdir(val)):
-        return train, val if val_root is None else val_root
-    return root, val_root
-
-
 def _read(source: str, root: str, *, key: str, use_labels: bool) -> Source:
+    found: Source
     if source == "shards":
-        return shard_source(root, key=key, use_labels=use_labels)
-    if source == "list":
-        return list_source(root, key=key, root=None)
-    return folder_source(root, key=key, use_labels=use_labels)
+        found = shard_source(root, key=key, use_labels=use_labels)
+    elif source == "list":
+        found = list_source(root, key=key, root=None, use_labels=use_labels)
+    else:
+        found = folder_source(root, key=key, use_labels=use_labels)
+    _refuse_unreadable(found, f"{key}={root}")
+    return found
+
+
+def _refuse_unreadable(images: Source, what: str) -> None:
+    """Look at some images, until one can be read, before anything is made for them."""
+    reasons = []
+    for i in np.linspace(0, len(images) - 1, min(_PROBED, len(images))).round().astype(np.int64):
+        try:
+            images.decode(int(i), full_size)
+            return
+        except BadImageError as error:
+            reasons.append(f"{images.name(int(i))} ({error})")
+    raise UserError(f"{what}: no image can be read; for instance {reasons[0]}")
+
+
+def _refuse_shared(train: Source, held_out: Source) -> None:
+    """Two lists must not name the same file."""
+    assert isinstance(train, FileSource)
+    assert isinstance(held_out, FileSource)
+    trained = set(map(train.path, range(len(train))))
+    for i in range(len(held_out)):
+        if held_out.path(i) in trained:
+            raise UserError(
+                f"data.val_root={held_out.where}: {held_out.name(i)} is in data.root={train.where} "
+                "too; held-out images must not be trained on"
+            )
+
+
+def _hold_out(train: Source, share: float, split_seed: int) -> Pools:
+    if train.labels is None:
+        return Pools(Subset(train), None, None)
+    kept, out = hold_out_per_class(train.labels, share, split_seed)
+    if not len(out):
+        log.info("%s: no folder or label has two images, so they are no classes", train.where)
+        return Pools(Subset(train), None, None)
+    return Pools(Subset(train, kept), Subset(train, kept), Subset(train, out))
 
 
 def _with_held_out(train: Source, held_out: Source) -> Pools:
     """Pair two sources whose classes must mean the same."""
     if train.labels is None or held_out.labels is None:
+        if train.labels is not None:
+            log.info("%s has no labels, so there is nothing to evaluate", held_out.where)
         return Pools(Subset(train), None, None)
     unknown = sorted(set(held_out.classes) - set(train.classes))
     if unknown:

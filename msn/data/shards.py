@@ -270,7 +270,7 @@ def _listed_classes(root: str) -> list[str]:
     folder = root if os.path.isdir(root) else os.path.dirname(os.path.abspath(root))
     try:
         with open(
-            os.path.join(folder, CLASSES_FILE), encoding="utf-8", errors="surrogateescape"
+            os.path.join(folder, CLASSES_FILE), encoding="utf-8-sig", errors="surrogateescape"
         ) as file:
             return [line.strip() for line in file if line.strip()]
     except OSError:

@@ -80,6 +80,10 @@ class FileSource(Source):
         """Path of image i relative to the root."""
         return self.paths[i]
 
+    def path(self, i: int) -> str:
+        """Where file i is."""
+        return os.path.normpath(os.path.join(self.root, self.paths[i]))
+
     def identity(self, i: int) -> str:
         """Where file i is, its size and the time of its last change."""
         path = os.path.join(self.root, self.paths[i])
@@ -192,20 +196,21 @@ def _end_of_run(paths: Sequence[str], begin: int, prefix: str) -> int:
     return high
 
 
-def list_source(file: str, *, key: str, root: str | None) -> FileSource:
+def list_source(file: str, *, key: str, root: str | None, use_labels: bool) -> FileSource:
     """Read a list of image paths: a text file with a path a line, or CSV `path[,label]`.
 
     Args:
         file: the list. A CSV's first row is passed over if its first cell is `path`.
         key: the setting it came from, for messages.
         root: what relative paths start from; None takes the list's own folder.
+        use_labels: False ignores the labels.
 
     Raises:
         UserError: the list is missing, empty, or has labels for some images only.
     """
     if not os.path.isfile(file):
         raise UserError(f"{key}={file}: there is no such file; must be a list of image paths")
-    with open(file, newline="", encoding="utf-8", errors="surrogateescape") as opened:
+    with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as opened:
         if file.lower().endswith(".csv"):
             rows = [[cell.strip() for cell in row] for row in csv.reader(opened) if any(row)]
             rows = rows[1:] if rows and rows[0][0].lower() == "path" else rows
@@ -213,7 +218,7 @@ def list_source(file: str, *, key: str, root: str | None) -> FileSource:
             rows = [[line.strip()] for line in opened if line.strip()]
     if not rows:
         raise UserError(f"{key}={file}: lists no image")
-    names = [row[1] if len(row) > 1 else "" for row in rows]
+    names = [row[1] if len(row) > 1 and use_labels else "" for row in rows]
     if any(names) and not all(names):
         line = names.index("")
         raise UserError(f"{key}={file}: {rows[line][0]} has no label, others have one")

@@ -81,7 +81,7 @@ def read_names(path: Path) -> list[str]:
         UserError: the file is missing, unreadable or empty, or names an image twice.
     """
     try:
-        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise UserError(f"{path}: cannot read this list ({error.strerror or error})") from error
     names = [line.strip() for line in text.splitlines() if line.strip()]

@@ -8,15 +8,16 @@ View order everywhere: the target first, then rand anchors, then focal anchors.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import permutations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from msn.data.randomness import uniform
 from msn.errors import UserError
+from msn.schema import refuse_unknown, take
 
 # Views and evaluation images are normalised alike, as every published MSN backbone expects.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -128,6 +129,16 @@ class ViewSettings:
     def size_of(self, view: int) -> int:
         """Side in px of view number `view` (0 is the target)."""
         return self.rand_size if view <= self.rand_views else self.focal_size
+
+
+def view_settings(settings: Mapping[str, Any]) -> ViewSettings:
+    """What stands at `data.views`, checked.
+
+    Raises:
+        UserError: a key is unknown or missing, or a value is of a wrong type or out of its range.
+    """
+    refuse_unknown("data.views", settings, ViewSettings)
+    return ViewSettings(**take("data.views", settings, ViewSettings))
 
 
 def default_focal_size(rand_size: int, patch_size: int) -> int:

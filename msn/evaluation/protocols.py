@@ -27,6 +27,8 @@ from msn.method.distributed import process_index
 
 log = logging.getLogger(__name__)
 
+USUAL_SHOTS = (1, 2, 5)  # the paper's Table 1
+
 
 class _FewLabels(FeatureProtocol):
     """Logistic regression on few labels, and optionally kNN on all."""
@@ -114,7 +116,8 @@ class KShot(_FewLabels):
     """k labelled images of every class, several seeded draws, nested: 1 is part of 2 is part of 5.
 
     Args:
-        shots: numbers of images a class.
+        shots: numbers of images a class; None takes as many of 1, 2 and 5 as every class has, and
+            no kNN where there are too few images for it.
         splits: draws of each.
         seed: of the first draw; the others count on from it.
         lists: files of image names, one set each, instead of draws; None draws.
@@ -127,7 +130,7 @@ class KShot(_FewLabels):
     def __init__(
         self,
         *,
-        shots: list[int],
+        shots: list[int] | None,
         splits: int,
         seed: int,
         lists: list[str] | None,
@@ -139,28 +142,36 @@ class KShot(_FewLabels):
         super().__init__(logistic, knn_neighbours, features, write_lists)
         if splits < 1:
             raise UserError(f"protocol.splits must be >= 1, got {splits}")
-        if not shots or min(shots) < 1:
+        if shots is not None and (not shots or min(shots) < 1):
             raise UserError(f"protocol.shots must be a list of numbers >= 1, got {shots}")
         if lists is not None and not lists:
             raise UserError("protocol.lists=[]: name at least one file, or null to draw")
         if lists is not None and write_lists is not None:
             raise UserError("protocol.write_lists: protocol.lists are there already; give one")
-        self.shots, self.splits, self.seed = sorted(set(shots)), splits, seed
-        self.lists = lists
+        self.shots = None if shots is None else sorted(set(shots))
+        self.splits, self.seed, self.lists = splits, seed, lists
 
     def few_labels(self, train: LabelledSet) -> list[LabelSet]:
         """Seeded sets in the order of their size, or the sets of the given lists."""
         if self.lists is not None:
             return sorted((_listed(Path(path), train) for path in self.lists), key=_size)
+        shots = self.shots
+        if shots is None:
+            smallest = int(torch.bincount(train.labels, minlength=len(train.classes)).min())
+            shots = [k for k in USUAL_SHOTS if k <= max(1, smallest)]
         draws = {
-            seed: k_shot(train.labels, self.shots, seed=seed, classes=train.classes)
+            seed: k_shot(train.labels, shots, seed=seed, classes=train.classes)
             for seed in range(self.seed, self.seed + self.splits)
         }
         return [
-            LabelSet(str(k), f"seed {seed}", draw[k])
-            for k in self.shots
-            for seed, draw in draws.items()
+            LabelSet(str(k), f"seed {seed}", draw[k]) for k in shots for seed, draw in draws.items()
         ]
+
+    def label_sets(self, train: LabelledSet) -> list[LabelSet]:
+        """Sets with few labels, and all images where kNN is wanted and possible."""
+        if self.shots is None and self.knn_neighbours is not None:
+            self.knn_neighbours = self.knn_neighbours if len(train) >= self.knn_neighbours else None
+        return super().label_sets(train)
 
     def check(self, labels: Tensor, classes: Sequence[str]) -> None:
         """Refuse what draws cannot be made from; lists are read by `plan`, which has the names."""

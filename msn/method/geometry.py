@@ -3,6 +3,8 @@
 Legend: n reference rows, m query rows, D feature width, C classes, k neighbours.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -77,11 +79,14 @@ def rankme(features: Tensor) -> float:
     """Effective rank: exp of the entropy of normalised singular values (RankMe, arXiv 2210.02885).
 
     Args:
-        features: [n, D], finite, not centred.
+        features: [n, D], not centred.
 
     Returns:
-        In [1, min(n, D)]; near 1 when features have collapsed to one direction. 0 if all are zero.
+        In [1, min(n, D)]; near 1 when features have collapsed to one direction. 0 if all are zero,
+        nan if one is not finite, as after a training that has diverged.
     """
+    if not features.isfinite().all():
+        return math.nan
     values = torch.linalg.svdvals(features.to(torch.float64))
     total = values.sum()
     if total == 0:

@@ -44,13 +44,22 @@ def build_optimizer(
     Raises:
         UserError: if `betas` or `eps` is out of range.
     """
+    check_adamw(betas=betas, eps=eps)
+    # A tensor-free lr of 0 is never used: `set_values` comes before every step.
+    groups = parameter_groups(network)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=fused)
+
+
+def check_adamw(*, betas: tuple[float, float], eps: float) -> None:
+    """Refuse, before there is anything to optimise, what `build_optimizer` could not take.
+
+    Raises:
+        UserError: if `betas` or `eps` is out of range.
+    """
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise UserError(f"method.betas must be two numbers in [0, 1), got {list(betas)}")
     if not eps > 0:
         raise UserError(f"method.eps must be > 0, got {eps}")
-    # A tensor-free lr of 0 is never used: `set_values` comes before every step.
-    groups = parameter_groups(network)
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=fused)
 
 
 def set_values(optimizer: torch.optim.Optimizer, values: ScheduleValues) -> None:

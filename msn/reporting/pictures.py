@@ -15,7 +15,7 @@ from msn.data.dataset import TrainingSet
 from msn.data.device_views import make_batched_views
 from msn.data.pools import build_pools
 from msn.data.sampler import BatchKey
-from msn.data.views import ViewSettings
+from msn.data.views import view_settings
 from msn.method.masking import PatchDrop
 from msn.reporting.curves import COLOURS, Chart
 from msn.reporting.learned import Learned
@@ -110,7 +110,7 @@ def feature_map(learned: Learned) -> Chart:
 def _views(learned: Learned) -> Gallery:
     """What target and anchors saw of a few images in the first step."""
     settings = learned.settings
-    views = ViewSettings(**settings["data"]["views"])
+    views = view_settings(settings["data"]["views"])
     pools = build_pools(**take("data", settings["data"], build_pools))
     chosen = np.linspace(0, len(pools.train) - 1, VIEWED).round().astype(np.int64)
     images = TrainingSet(pools.train, views, seed=settings["seed"], reduce=False)

@@ -8,13 +8,13 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from msn.data.views import Views
+from msn.data.views import Views, ViewSettings
 from msn.errors import UserError
 from msn.method import optim
 from msn.method.distributed import num_processes, process_index, whole
 from msn.method.finite import BufferGuard, FiniteCheck
 from msn.method.loss import MSNLoss, power_law_prior
-from msn.method.masking import PatchDrop, draw_key
+from msn.method.masking import PatchDrop, draw_key, num_kept_patches
 from msn.method.network import MSN, ProjectionHead
 from msn.method.schedules import Schedule
 from msn.method.vit import VisionTransformer
@@ -57,17 +57,18 @@ class MSNModule(LightningModule):
             raise UserError(f"chunk_size must be >= 1 image or null, got {chunk_size}")
         refuse_unknown("model", model, VisionTransformer)
         refuse_unknown("method", method, *_METHOD_PARTS, derived=_DERIVED)
-        refuse_unknown("method.head", method["head"], ProjectionHead)
         own = take("method", method, method_settings)
+        refuse_unknown("method.head", own["head"], ProjectionHead)
         self.settings: dict[str, Any] = {"model": dict(model), "method": dict(method), "seed": seed}
         self.network = MSN(
             model=take("model", model, VisionTransformer),
-            head=take("method.head", method["head"], ProjectionHead),
+            head=take("method.head", own["head"], ProjectionHead),
             num_prototypes=own["num_prototypes"],
         )
         prior = method_settings(**own)
         self.loss = MSNLoss(prior=prior, **take("method", method, MSNLoss))
         self.patch_drop = PatchDrop(**take("method", method, PatchDrop))
+        optim.check_adamw(**take("method", method, optim.check_adamw))
         self.clip_grad_norm = own["clip_grad_norm"]
         self.chunk_size = chunk_size
         self.schedule: Schedule | None = None
@@ -81,7 +82,7 @@ class MSNModule(LightningModule):
         Raises:
             UserError: if a schedule's number is out of range or the warm-up is too long.
         """
-        numbers = take("method", self.settings["method"], Schedule)
+        numbers = take("method", self.settings["method"], Schedule, derived=_DERIVED)
         self.schedule = Schedule(**numbers, epochs=epochs, steps_per_epoch=steps_per_epoch)
 
     def configure_model(self) -> None:
@@ -102,13 +103,23 @@ class MSNModule(LightningModule):
             ).to(device, state["prototypes"].dtype)
             self.network.load_state_dict(state)
 
+    def check_views(self, views: ViewSettings) -> None:
+        """Fail early on views that the network cannot take.
+
+        Raises:
+            UserError: if they are cut for another patch, or a rand view would keep no patch.
+        """
+        patch_size = self.network.anchor.trunk.patch_size
+        if views.patch_size != patch_size:
+            raise UserError(
+                f"data.views.patch_size={views.patch_size}: must be model.patch_size={patch_size}"
+            )
+        num_kept_patches((views.rand_size // patch_size) ** 2, self.patch_drop.patch_drop)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over anchor and prototypes in one fused kernel."""
-        numbers = take("method", self.settings["method"], optim.build_optimizer)
-        # Under a scaler Lightning leaves unscaling to a fused optimiser, and clipping would see
-        # scaled gradients.
-        scaled = self._trainer is not None and self._trainer.precision == "16-mixed"
-        return optim.build_optimizer(self.network, **numbers, fused=not scaled)
+        numbers = take("method", self.settings["method"], optim.check_adamw)
+        return optim.build_optimizer(self.network, **numbers, fused=True)
 
     def on_fit_start(self) -> None:
         """Compile and choose kernels where the network now lies."""
@@ -164,15 +175,10 @@ class MSNModule(LightningModule):
     ) -> None:
         self.grad_norm = optim.clip_encoder(self.network.anchor, self.clip_grad_norm)
         if self.finite_check is not None:
-            numbers = [self.loss_value]
-            # A scaler tries until norms are finite, and skips steps itself.
-            scaled = self.trainer.precision == "16-mixed"
-            if not scaled:
-                assert self.network.prototypes.grad is not None
-                numbers += [self.grad_norm, whole(self.network.prototypes.grad.norm())]
-            skip = self.finite_check.judge(numbers)
-            if not scaled:
-                optimizer.found_inf = skip  # type: ignore[attr-defined]
+            assert self.network.prototypes.grad is not None
+            prototype_norm = whole(self.network.prototypes.grad.norm())
+            numbers = [self.loss_value, self.grad_norm, prototype_norm]
+            optimizer.found_inf = self.finite_check.judge(numbers)  # type: ignore[attr-defined]
 
     def optimizer_step(
         self,

@@ -26,8 +26,6 @@ _DTYPES = {
     "32-true": torch.float32,
     "64-true": torch.float64,
     "bf16-mixed": torch.bfloat16,
-    "bf16-true": torch.bfloat16,
-    "16-mixed": torch.float16,
 }
 
 

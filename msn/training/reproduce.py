@@ -13,8 +13,8 @@ from msn.method import optim
 from msn.training.guard import DUMP_FORMAT
 from msn.training.module import MSNModule
 
-_TYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
-_AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+_TYPES = {"64-true": torch.float64}
+_AUTOCAST = {"bf16-mixed": torch.bfloat16}
 
 
 class Reproduction(NamedTuple):

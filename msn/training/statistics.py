@@ -230,7 +230,11 @@ def _entropy(probs: Tensor) -> Tensor:
 
 
 def _effective_rank(gram: Tensor) -> Tensor:
-    """RankMe from second moments X^T X, whose eigenvalues are the squared singular values of X."""
+    """RankMe from second moments X^T X, whose eigenvalues are the squared singular values of X.
+
+    Features that are not finite, of a training that has diverged, have the rank nan.
+    """
     host = gram.cpu() if gram.device.type == "mps" else gram  # MPS has no eigenvalues
-    values = torch.linalg.eigvalsh(host).clamp_min(0).sqrt().to(gram.device)
-    return _entropy(values / values.sum().clamp_min(1e-12)).exp()
+    values = torch.linalg.eigvalsh(host.nan_to_num(0, 0, 0)).clamp_min(0).sqrt().to(gram.device)
+    rank = _entropy(values / values.sum().clamp_min(1e-12)).exp()
+    return rank.where(gram.isfinite().all(), math.nan)

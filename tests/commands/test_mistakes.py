@@ -1,74 +1,209 @@
 """Bad input ends in one clear line and exit code 2, and leaves nothing behind."""
 
+import math
+import os
 import pickle
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from msn.commands import run_directory
+from msn.commands.entry import MISTAKES, compose, one_line
+from msn.commands.train import run as train
 from tests.commands.conftest import TINY
 
-TRAIN = {
-    "mistyped key": (["trainer.max_epoch=3"], "unknown key trainer.max_epoch: allowed are"),
-    "mistyped group": (["data=digit"], "allowed are"),
-    "added key": (["+typo=1"], "unknown key typo: allowed are"),
-    "added method key": (["+method.typo=1"], "unknown key method.typo: allowed are"),
-    "added trainer key": (["+trainer.typo=1"], "unknown key trainer.typo: allowed are"),
-    "text for a number": (["method.lr=abc"], "method.lr must be a number, got 'abc'"),
-    "text for epochs": (["trainer.max_epochs=abc"], "trainer.max_epochs must be a whole number"),
-    "no epochs": (["trainer.max_epochs=0"], "trainer.max_epochs must be >= 1"),
-    "syntax": (["trainer.max_epochs=["], ""),
-    "patch does not divide": (["model.img_size=30"], "multiple of the patch size 8"),
-    "view size": (["data.views.rand_size=30"], "multiple of the patch size 8"),
-    "patch_drop": (["method.patch_drop=1.0"], "method.patch_drop must be in [0, 1), got 1.0"),
-    "scope": (["method.patch_drop_scope=x"], "must be one of batch, image"),
-    "warm-up": (["method.warmup_epochs=500"], "does not fit a training of 1 epochs"),
-    "batch": (["data.global_batch_size=2000"], "larger than the training set"),
-    "processes": (["data.global_batch_size=127", "trainer.devices=2"], "divisible"),
-    "shots": (["protocol.shots=[1,500]"], "images to label"),
-    "accumulation": (["trainer.accumulate_grad_batches=2"], "chunk_size=N"),
-    "precision": (["trainer.precision=8"], "trainer.precision must be"),
-    "seed": (["seed=-1"], "seed must be a whole number"),
-    "missing root": (["data=folder"], "data.root"),
-    "absent root": (["data=folder", "data.root=/no/such/dir"], "/no/such/dir"),
-    "init": (["init=/no/such/file"], "/no/such/file"),
+# Found while the command line is read.
+COMMAND_LINES = {
+    "trainer.max_epoch=3": "unknown key trainer.max_epoch: allowed are",
+    "data=digit": "data=digit: allowed are cifar10, cifar100, digits, folder",
+    "data=base": "data=base: allowed are cifar10",
+    "+typo=1": "unknown key typo: allowed are",
+    "+method.typo=1": "unknown key method.typo: allowed are",
+    "+trainer.typo=1": "unknown key trainer.typo: allowed are",
+    "+data.views.foo=1": "unknown key data.views.foo: allowed are",
+    "~method.lr": "method.lr is missing",
+    "~model.depth": "model.depth is missing",
+    "~callbacks.preemption": "callbacks.preemption is missing",
+    "~run.root": "run.root is missing",
+    "method=null": "method=null: allowed are msn, msn_no_sinkhorn, pmsn",
+    "logger=null": "allowed are csv, tensorboard, wandb",
+    "experiment=null": "allowed are digits",
+    "data=3": "data=3: allowed are",
+    "resume=foo": "resume=foo: allowed are auto, never",
+    "trainer.max_epochs=[": "",
+    "--foo": "unrecognized arguments: --foo",
+    "--cfg=foo": "invalid choice: 'foo'",
 }
 
+# Found before anything is trained; no directory is made.
+SETTINGS = [
+    ("method.lr", "abc", "method.lr must be a finite number, got 'abc'"),
+    ("method.lr", math.inf, "method.lr must be a finite number"),
+    ("method.lr", 1e308, "method.lr must be a finite number"),
+    ("method.me_max_weight", math.inf, "must be a finite number"),
+    ("method.temperature", math.inf, "must be a finite number"),
+    ("method.schedule_stretch", math.inf, "must be a finite number"),
+    ("method.warmup_epochs", math.inf, "must be a finite number"),
+    ("method.warmup_epochs", 500, "does not fit a training of 1 epochs"),
+    ("method.eps", 0, "method.eps must be > 0"),
+    ("method.eps", "abc", "method.eps must be a finite number"),
+    ("method.betas", [0.9, 1.0], "method.betas must be two numbers in [0, 1)"),
+    ("method.betas", [0.9], "method.betas must be two numbers"),
+    ("method.patch_drop", 1.0, "method.patch_drop must be in [0, 1), got 1.0"),
+    ("method.patch_drop", 0.95, "leaves none of 16 patches"),
+    ("method.patch_drop_scope", "x", "must be one of batch, image"),
+    ("method.head", None, "method.head must be a group of keys"),
+    ("method.head", 5, "method.head must be a group of keys"),
+    ("method", None, "module.method must be a group of keys"),
+    ("protocol", None, "protocol must be a group of keys"),
+    ("protocol.shots", [1, 500], "images to label"),
+    ("model.img_size", 30, "multiple of the patch size 8"),
+    ("data.views.rand_size", 30, "multiple of the patch size 8"),
+    ("data.views.patch_size", 4, "data.views.patch_size=4: must be model.patch_size=8"),
+    ("data.views.brightness", math.inf, "data.views.brightness must be a finite number"),
+    ("data.views.ratio", [0.5, math.inf], "data.views.ratio must be a list of finite numbers"),
+    ("data.views.blur_radius", [0, math.inf], "must be a list of finite numbers"),
+    ("data.image_size", 0, "data.image_size=0: must be"),
+    ("data.prefetch_batches", 0, "data.prefetch_batches=0: must be >= 1"),
+    ("data.split_seed", -1, "data.split_seed=-1: must be >= 0"),
+    ("data.val_root", "x", "digits have no val_root"),
+    ("data.download", True, "data.download=true: only"),
+    ("data.global_batch_size", 2000, "larger than the training set"),
+    ("trainer.max_epochs", "abc", "trainer.max_epochs must be a whole number"),
+    ("trainer.max_epochs", 0, "trainer.max_epochs must be >= 1"),
+    ("trainer.devices", "abc", "trainer: "),
+    ("trainer.limit_train_batches", 0.5, "trainer.limit_train_batches must be a whole number"),
+    ("trainer.limit_train_batches", 0, "trainer.limit_train_batches must be >= 1"),
+    ("trainer.accumulate_grad_batches", 2, "chunk_size=N"),
+    ("trainer.precision", "8", "trainer.precision must be"),
+    ("trainer.precision", "16-mixed", "trainer.precision must be"),
+    ("trainer.precision", "bf16-true", "trainer.precision must be"),
+    ("callbacks.probe", None, "callbacks.probe must be a group of keys"),
+    ("callbacks.probe.references", 0, "callbacks.probe.references must be >= 1"),
+    ("resume.mode", "foo", "resume.mode=foo: must be one of auto, never"),
+    ("resume.force", "no", "resume.force must be true or false"),
+    ("report", 3, "report must be true or false"),
+    ("run.dir", [1], "run.dir must be text"),
+    ("seed", -1, "seed must be a whole number"),
+    ("init", "/no/such/file", "/no/such/file"),
+]
 
-def one_line(err):
-    lines = [line for line in err.strip().splitlines() if line.startswith("error: ")]
+
+@pytest.fixture(scope="module")
+def tiny():
+    return compose("train", TINY)
+
+
+def one_line_of(err):
+    lines = err.strip().splitlines()
     assert len(lines) == 1, err
-    assert "Traceback" not in err
+    assert lines[0].startswith("error: ")
     return lines[0]
 
 
-@pytest.mark.parametrize("case", TRAIN)
-def test_wrong_settings_of_train(command, tmp_path, case):
-    arguments, message = TRAIN[case]
-    code, _, err = command("train", *TINY, f"run.root={tmp_path / 'runs'}", *arguments)
+@pytest.mark.parametrize("argument", COMMAND_LINES)
+def test_command_lines_that_cannot_be_read(command, tmp_path, argument):
+    code, _, err = command("train", f"run.root={tmp_path / 'runs'}", argument)
     assert code == 2
-    assert message in one_line(err)
+    assert COMMAND_LINES[argument] in one_line_of(err)
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_directory_without_images(command, tmp_path):
+def refused(config, changes):
+    """The line in which a training with these settings ends."""
+    changed = OmegaConf.create(OmegaConf.to_container(config))
+    for key, value in changes.items():
+        OmegaConf.update(changed, key, value, merge=False)
+    with pytest.raises(MISTAKES) as error:
+        train(changed)
+    return one_line(error.value)
+
+
+@pytest.mark.parametrize(("key", "value", "message"), SETTINGS)
+def test_settings_that_cannot_be(tiny, tmp_path, key, value, message):
+    assert message in refused(tiny, {"run.root": str(tmp_path / "runs"), key: value})
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_wrong_setting_at_the_command_line_is_one_line(command, tmp_path):
+    arguments = ["method.temperature=inf", f"run.dir={tmp_path / 'run'}"]
+    code, _, err = command("train", *TINY, *arguments)
+    assert code == 2
+    assert "method.temperature must be a finite number, got inf" in one_line_of(err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_does_not_divide_over_processes(tiny):
+    changes = {"data.global_batch_size": 127, "trainer.devices": 2}
+    assert "divisible" in refused(tiny, changes)
+
+
+def test_an_optional_logger_that_is_not_installed(tiny, tmp_path, monkeypatch):
+    def absent(*arguments, **settings):
+        raise ModuleNotFoundError("Neither `tensorboard` nor `tensorboardX` is available.")
+
+    monkeypatch.setattr("lightning.pytorch.loggers.TensorBoardLogger.__init__", absent)
+    logger = compose("train", ["logger=tensorboard"]).logger
+    message = refused(tiny, {"logger": logger, "run.root": str(tmp_path / "runs")})
+    assert 'python -m pip install "msn-pretraining[tensorboard]"' in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_names_of_runs_may_be_numbers(tmp_path):
+    run = {"root": str(tmp_path), "experiment": 7, "name": 3, "dir": None}
+    config = OmegaConf.create({"run": run, "resume": {"mode": "auto"}})
+    assert run_directory.choose_run_directory(config).path == tmp_path / "7" / "3"
+
+
+def test_two_runs_at_a_time_get_two_numbers(tmp_path):
+    run = {"root": str(tmp_path / "runs"), "experiment": "x", "name": None, "dir": None}
+    config = OmegaConf.create({"run": run, "resume": {"mode": "auto"}})
+    first, second = (run_directory.choose_run_directory(config) for _ in range(2))
+    assert first.path == second.path
+    first, second = first.reserve(), second.reserve()
+    assert [d.path.name for d in (first, second)] == ["0", "1"]
+    first.create(config)
+    with pytest.raises(ValueError, match="x"), second.given_back_on_failure():
+        raise ValueError("x")
+    assert [path.name for path in (tmp_path / "runs" / "x").iterdir()] == ["0"]
+
+
+def test_data_that_hold_no_image(tiny, tmp_path):
+    folder = compose("train", ["data=folder"]).data
+    listed = compose("train", ["data=list"]).data
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "notes.txt").write_text("no image")
-    for name in ("empty", "text"):
-        root = tmp_path / name
-        where = [f"data.root={root}", f"run.dir={root}x"]
-        code, _, err = command("train", *TINY, "data=folder", *where)
-        assert code == 2
-        assert str(root) in one_line(err)
-        assert not (tmp_path / f"{name}x").exists()
+    (tmp_path / "broken").mkdir()
+    for i in range(200):
+        (tmp_path / "broken" / f"{i}.png").write_bytes(b"no picture")
+    (tmp_path / "gone.txt").write_text("".join(f"{i}.png\n" for i in range(200)))
+    cases = {
+        "empty": (folder, "is an empty folder"),
+        "text": (folder, "holds no image"),
+        "broken": (folder, "no image can be read; for instance 0.png"),
+        "gone.txt": (listed, "no image can be read; for instance 0.png"),
+        "no_such": (folder, "there is no such folder"),
+    }
+    for name, (data, message) in cases.items():
+        changes = {"data": data, "data.root": str(tmp_path / name)}
+        line = refused(tiny, {**changes, "run.root": str(tmp_path / "runs")})
+        assert f"data.root={tmp_path / name}" in line
+        assert message in line
+        assert not (tmp_path / "runs").exists()
+    assert "data.root is not set" in refused(tiny, {"data": folder})
 
 
-def test_an_output_directory_that_cannot_be(command, tmp_path):
+def test_an_output_directory_that_cannot_be(tiny, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     for where in (tmp_path / "file", tmp_path / "file" / "run"):
-        code, _, err = command("train", *TINY, f"run.dir={where}")
-        assert code == 2
-        assert str(tmp_path / "file") in one_line(err)
+        assert str(tmp_path / "file") in refused(tiny, {"run.dir": str(where)})
+    # A superuser may write anywhere, so the system's answer is made up.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    line = refused(tiny, {"run.dir": str(tmp_path / "run")})
+    assert f"{tmp_path} is not a writable directory" in line
+    assert not (tmp_path / "run").exists()
 
 
 class Evil:
@@ -93,7 +228,7 @@ def test_checkpoints_that_are_none(command, tmp_path):
         where = tmp_path / "out"
         code, out, err = command("eval_lowshot", f"checkpoint={path}", f"run.dir={where}")
         assert code == 2
-        assert path.name in one_line(err)
+        assert path.name in one_line_of(err)
         assert "code from a checkpoint ran" not in out
         assert not where.exists()
 
@@ -116,7 +251,7 @@ def test_checkpoints_that_are_none(command, tmp_path):
 def test_wrong_settings_of_eval_lowshot(command, tmp_path, arguments, message):
     code, _, err = command("eval_lowshot", *arguments, f"run.dir={tmp_path / 'out'}")
     assert code == 2
-    assert message in one_line(err)
+    assert message in one_line_of(err)
     assert not (tmp_path / "out").exists()
 
 
@@ -126,4 +261,4 @@ def test_verify_refuses_what_is_no_golden_file(command, tmp_path):
     for path in (tmp_path / "x.safetensors", tmp_path / "y.safetensors"):
         code, _, err = command("verify", f"golden={path}")
         assert code == 2
-        assert path.name in one_line(err)
+        assert path.name in one_line_of(err)

@@ -128,7 +128,9 @@ def test_paths_of_a_list_stay_inside_the_shard(tmp_path):
     listed = tmp_path / "sub" / "list.txt"
     listed.write_text("../0.jpg\n../gone.jpg\n")
     write_shards(
-        list_source(str(listed), key="root", root=None), tmp_path / "out", images_per_shard=9
+        list_source(str(listed), key="root", root=None, use_labels=True),
+        tmp_path / "out",
+        images_per_shard=9,
     )
     shards = open_shards(tmp_path / "out")
     assert [shards.name(i) for i in range(len(shards))] == ["0.jpg"]

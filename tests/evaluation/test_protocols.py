@@ -218,7 +218,7 @@ def test_imagenet_lowshot_on_a_made_up_imagenet_from_files_to_rows(tmp_path):
         split_seed=0,
         use_labels=True,
         download=False,
-        image_size=16,
+        image_size=None,
     )
     assert pools.labelled is not None
     assert pools.held_out is not None
