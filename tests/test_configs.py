@@ -4,14 +4,11 @@ import pytest
 import torch
 
 from msn.commands.entry import build, compose, config_directory
+from msn.commands.help import options
 from msn.data.views import ViewSettings
 from msn.method.masking import PatchDrop
 
 EXPERIMENTS = sorted(path.stem for path in (config_directory() / "experiment").glob("*.yaml"))
-
-
-def group(name):
-    return sorted(path.stem for path in (config_directory() / name).glob("*.yaml"))
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -82,7 +79,5 @@ def test_methods_differ_in_what_they_say_and_nothing_else():
 
 @pytest.mark.parametrize("name", ["data", "logger", "method", "model", "protocol"])
 def test_every_option_of_every_group_composes(name):
-    for option in group(name):
-        if name == "data" and option == "base":
-            continue
+    for option in options(config_directory(), name):
         assert compose("train", [f"{name}={option}"]) is not None

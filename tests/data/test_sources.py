@@ -16,7 +16,7 @@ def open_folder(root, use_labels=True):
 
 
 def open_list(path):
-    return list_source(str(path), key="data.root", root=None)
+    return list_source(str(path), key="data.root", root=None, use_labels=True)
 
 
 def names(source):

@@ -68,7 +68,7 @@ def test_every_shipped_protocol_is_built_from_its_file(name):
 
 def test_every_file_of_the_group_is_a_protocol_or_a_base():
     files = {path.stem for path in (config_directory() / "protocol").glob("*.yaml")}
-    assert files == {*KINDS, "base", "logistic"}
+    assert files == {*KINDS, "base", "logistic", "table"}
 
 
 def test_kshot_makes_a_row_for_each_k_and_one_for_knn():
