@@ -86,7 +86,8 @@ def _images_of(data: dict[str, Any]) -> dict[str, Any]:
     """The data as they are meant: a root without a kind is a folder of images, or a list."""
     if data["source"] != "digits" or data["root"] is None:
         return data
-    return {**data, "source": "list" if Path(data["root"]).is_file() else "folder"}
+    kind = "list" if Path(data["root"]).is_file() else "folder"
+    return {**data, "source": kind, "image_size": None}
 
 
 def _with_prototypes(checkpoint: str) -> str:

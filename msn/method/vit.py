@@ -9,6 +9,7 @@ once per block over everything; only attention is taken per view size. Parameter
 """
 
 import math
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -178,9 +179,31 @@ class VisionTransformer(nn.Module):
 
 def _as_written() -> AbstractContextManager[object]:
     """Blocks compiled for training steps run uncompiled: each batch size would compile anew."""
-    if torch.compiler.is_compiling():
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    return nullcontext() if torch.compiler.is_compiling() else _EAGER
+
+
+class _Eager(AbstractContextManager[object]):
+    """The compiler's stance is global: with one thread a device, the last to leave restores it."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._stance: AbstractContextManager[object] = nullcontext()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._stance = torch.compiler.set_stance("force_eager")
+                self._stance.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._stance.__exit__(None, None, None)
+
+
+_EAGER = _Eager()
 
 
 def init_linear(module: nn.Module) -> None:

@@ -203,7 +203,8 @@ class MSNModule(LightningModule):
     @property
     def finished_epochs(self) -> int:
         """Epochs whose every step is done; Lightning counts one only after its checkpoint."""
-        assert self.schedule is not None
+        if self.schedule is None:  # of weights that no trainer has planned anything for
+            return self.current_epoch
         return self.global_step // self.schedule.steps_per_epoch
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

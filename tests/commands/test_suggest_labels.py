@@ -27,7 +27,7 @@ def test_medoids_of_any_backbone_with_the_comparison(command, tmp_path, images, 
     cut.write_bytes(cut.read_bytes()[:60])
     arguments = [f"checkpoint={export}", "budget=6", "choose=medoids", "compare_seeds=2"]
     where = ["data=folder", f"data.root={images}", f"out={tmp_path / 'out'}"]
-    code, out, _ = command("suggest_labels", *arguments, "data.val_root=" + str(images), *where)
+    code, out, _ = command("suggest_labels", *arguments, *where)
     assert code == 0
     assert "random, 2 seeds" in out
     names = (tmp_path / "out" / "suggested.txt").read_text().split()
