@@ -1,13 +1,37 @@
 """Every shipped configuration composes and builds; large networks on the meta device."""
 
+import re
+
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from msn.commands.entry import build, compose, config_directory
 from msn.commands.help import options
 from msn.data.views import ViewSettings
 from msn.method.masking import PatchDrop
 
+RELEASED = {
+    "num_prototypes": 1024,
+    "head": {"hidden_dim": 2048, "output_dim": 256, "use_batch_norm": True},
+    "patch_drop": 0.15,
+    "temperature": 0.1,
+    "sharpen_temperature": 0.25,
+    "final_sharpen_temperature": 0.25,
+    "use_sinkhorn": True,
+    "me_max_weight": 1.0,
+    "entropy_weight": 0.0,
+    "start_lr": 2e-4,
+    "lr": 1e-3,
+    "final_lr": 1e-6,
+    "warmup_epochs": 15,
+    "weight_decay": 0.04,
+    "final_weight_decay": 0.4,
+    "momentum": 0.996,
+    "final_momentum": 1.0,
+    "schedule_stretch": 1.25,
+    "clip_grad_norm": 3.0,
+}
 EXPERIMENTS = sorted(path.stem for path in (config_directory() / "experiment").glob("*.yaml"))
 
 
@@ -64,6 +88,28 @@ def test_presets_are_the_paper_s(experiment, patch_drop, epochs, kept):
     assert int((224 // config.model.patch_size) ** 2 * (1 - patch_drop)) == kept
     assert config.method.use_sinkhorn
     assert config.method.schedule_stretch == 1.25
+
+
+def test_the_method_s_numbers_are_those_of_the_released_file():
+    """Configuration msn_vits16.yaml of the released code and paper, App. A.1."""
+    config = compose("train", ["experiment=msn_vits16"])
+    method = OmegaConf.to_container(config.method)
+    assert {key: method[key] for key in RELEASED} == RELEASED
+    views = ViewSettings(**config.data.views)
+    assert (views.rand_size, views.focal_size) == (224, 96)
+    assert (list(views.rand_scale), list(views.focal_scale)) == ([0.3, 1.0], [0.05, 0.3])
+    assert config.trainer.max_epochs == 800
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_head_comment_of_an_experiment_says_what_is_composed(experiment):
+    text = (config_directory() / "experiment" / f"{experiment}.yaml").read_text()
+    config = compose("train", [f"experiment={experiment}"])
+    assert f"ffective batch {config.data.global_batch_size:,}" in text
+    assert f"{config.trainer.max_epochs} epochs" in text
+    assert f"patch_drop {config.method.patch_drop}" in text
+    assert "Hardware: " in text
+    assert re.search(r"minutes|days", text)
 
 
 def test_methods_differ_in_what_they_say_and_nothing_else():

@@ -120,7 +120,7 @@ def rows_of(run):
 @pytest.mark.timeout(2400)
 def test_the_default_run_meets_its_claim(default_run):
     top1 = {(row["backbone"], row["labels"]): row["top1_mean"] for row in rows_of(default_run)}
-    assert top1["msn", "1"] >= 0.70  # README says 76 %; its spread over runs is wide
+    assert top1["msn", "1"] >= 0.70  # README says 78 %; its spread over runs is wide
     assert top1["msn", "5"] >= 0.88
     assert top1["msn", "all"] >= 0.95
     assert top1["msn", "5"] > top1["pixels", "5"]
