@@ -121,6 +121,12 @@ def is_inherited() -> bool:
     return ENVIRONMENT in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
+def forget_directory() -> None:
+    """After a run: what this process starts later is no part of it."""
+    if not is_inherited():
+        os.environ.pop(ENVIRONMENT, None)
+
+
 def read_status(path: Path) -> dict[str, Any]:
     """What run.json of a run directory says, empty where there is none."""
     file = path / STATUS_FILE

@@ -17,7 +17,12 @@ from msn.commands import plan
 from msn.commands.entry import build, one_line, to_plain
 from msn.commands.eval_lowshot import check_baselines
 from msn.commands.result import finish
-from msn.commands.run_directory import RunDirectory, choose_run_directory, is_inherited
+from msn.commands.run_directory import (
+    RunDirectory,
+    choose_run_directory,
+    forget_directory,
+    is_inherited,
+)
 from msn.commands.run_loggers import build_loggers
 from msn.data.datamodule import MSNDataModule
 from msn.errors import UserError
@@ -58,6 +63,7 @@ def run(config: DictConfig) -> None:
         _leave(stop)
     finally:
         preemption.uninstall()
+        forget_directory()
 
 
 def _run(config: DictConfig, settings: dict[str, Any], preemption: Preemption) -> None:
