@@ -40,8 +40,6 @@ class RunDirectory:
     def reserve(self) -> "RunDirectory":
         """Make the directory of a numbered run, the next number where another run was faster.
 
-        Processes that the trainer will start itself take this one, see `ENVIRONMENT`.
-
         Raises:
             OSError: if it cannot be made.
         """
@@ -54,9 +52,12 @@ class RunDirectory:
             except FileExistsError:
                 path = path.with_name(str(int(path.name) + 1))
         made = [path, *made[1:]] if self.is_numbered else []
-        resume_from = None if self.resume_from is None else str(self.resume_from.absolute())
-        os.environ[ENVIRONMENT] = json.dumps([str(path.absolute()), resume_from])
         return replace(self, path=path, made=tuple(made))
+
+    def hand_down(self) -> None:
+        """Let processes that the trainer will start itself take this one, see `ENVIRONMENT`."""
+        resume_from = None if self.resume_from is None else str(self.resume_from.absolute())
+        os.environ[ENVIRONMENT] = json.dumps([str(self.path.absolute()), resume_from])
 
     @contextlib.contextmanager
     def given_back_on_failure(self) -> Iterator[None]:

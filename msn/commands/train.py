@@ -78,7 +78,9 @@ def _run(config: DictConfig, settings: dict[str, Any], preemption: Preemption) -
     trainer = _build_trainer(config, data, module)
 
     def choose() -> RunDirectory:
-        return choose_run_directory(config).reserve()
+        chosen = choose_run_directory(config).reserve()
+        chosen.hand_down()
+        return chosen
 
     directory = choose() if is_inherited() else agree(trainer, module, choose)
     with directory.given_back_on_failure():
