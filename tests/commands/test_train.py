@@ -149,6 +149,7 @@ def test_the_default_run_has_the_same_accuracy_through_transformers(command, def
     assert right == pytest.approx(row["top1"][0], abs=1e-9)  # the head is that of the first split
 
 
+@pytest.mark.slow
 def test_eval_lowshot_repeats_the_table_of_the_run(command, tmp_path):
     command("train", *TINY, f"run.dir={tmp_path / 'run'}")
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
