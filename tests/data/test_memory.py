@@ -41,6 +41,7 @@ print(marks[300], marks[2300])
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("MSN_TEST_LONG" not in os.environ, reason="two minutes; MSN_TEST_LONG=1")
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_two_thousand_batches_with_four_workers_grow_by_less_than_a_twentieth(tmp_path):
     root = make_folder(tmp_path, classes=4, images=40)
