@@ -1,5 +1,6 @@
 """Shared paths and small builders."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,11 @@ GOLDEN = {
     "no_sinkhorn": ROOT / "tests" / "golden" / "golden_no_sinkhorn.safetensors",
     "wide": ROOT / "tests" / "golden" / "golden_wide.safetensors",
 }
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: threads that wait for one another's would take ten times as long.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands that tests start
+    torch.set_num_threads(1)
 
 SMALL_MODEL = {
     "img_size": 16,

@@ -22,7 +22,7 @@ def test_quick_start_is_two_lines():
     lines = [line for line in start.splitlines() if line.startswith("python -m pip install")]
     assert len(lines) == 2
     assert lines[0].endswith("&& python train.py")
-    assert lines[1].endswith("&& pytest")
+    assert lines[1].endswith("&& pytest -n 2")
 
 
 @pytest.fixture(scope="module")
