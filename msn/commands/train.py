@@ -206,7 +206,10 @@ def _is_multirun() -> bool:
 def _initialise(module: MSNModule, path: str, num_heads: int) -> None:
     """Start from the weights of a file and say part by part what was taken."""
     weights = read_weights(path, num_heads=num_heads)
-    rows = initialise(module.network, weights)
+    try:
+        rows = initialise(module.network, weights)
+    except UserError as error:
+        raise UserError(f"init={path}: {error}") from None
     # What descends from the published files stays under their licence.
     module.checkpoint_info["licence"] = weights.meta.get("licence")
     width = max(len(part) for part, _ in rows)

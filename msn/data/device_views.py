@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
@@ -82,9 +83,17 @@ def _make_together(
         part = rows[at : at + step]
         columns = dict(zip(COLUMNS, part.unbind(-1), strict=True))
         _recolour(pixels[at : at + step], columns, greatest_blur)
-    mean, std = (torch.tensor(v, device=device) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    scale = 1 / (255 * std)
-    return pixels.mul_(scale.view(3, 1, 1)).sub_((mean / std).view(3, 1, 1)).view(shape)
+    scale, shift = _normalisation(device)
+    return pixels.mul_(scale).sub_(shift).view(shape)
+
+
+@cache
+def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Factor of values 0 to 255 and what is then taken off; copied to the device only once."""
+    mean, std = (
+        torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD)
+    )
+    return 1 / (255 * std), mean / std
 
 
 def _recolour(pixels: Tensor, columns: dict[str, Tensor], greatest_blur: float) -> None:

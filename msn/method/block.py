@@ -92,8 +92,8 @@ class Block(TimmBlock):
         attn, first, second = self.attn, self.mlp.fc1, self.mlp.fc2
         assert isinstance(first, nn.Linear)
         assert isinstance(second, nn.Linear)
-        qkv = F.linear(self.norm1(tokens), attn.qkv.weight)
-        mixed = kernels.attend(qkv, attn.qkv.bias, groups, attn.num_heads)
+        normed = self.norm1(tokens)
+        mixed = kernels.attend(normed, attn.qkv.weight, attn.qkv.bias, groups, attn.num_heads)
         tokens = kernels.project_and_add(mixed, attn.proj.weight, attn.proj.bias, tokens)
         return kernels.mlp_and_add(
             self.norm2(tokens), (first.weight, first.bias), (second.weight, second.bias), tokens

@@ -9,16 +9,17 @@ long sequences. On CUDA the compiler does better than this file, which is not us
 function equals its plain formula, named in its docstring, up to rounding.
 """
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # Attention weights [B, heads, L, L] are kept for the backward pass: up to this length they are
 # no more than the queries, keys and values beside them (heads of the usual 64).
 MAX_LENGTH = 256
+_SCRATCH = threading.local()
 
 
 def wins(tokens: Tensor, groups: Sequence[tuple[int, int]]) -> bool:
@@ -33,11 +34,14 @@ def wins(tokens: Tensor, groups: Sequence[tuple[int, int]]) -> bool:
     )
 
 
-def attend(qkv: Tensor, bias: Tensor, groups: Sequence[tuple[int, int]], heads: int) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v inside each image, q, k, v = qkv + bias.
+def attend(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: Sequence[tuple[int, int]], heads: int
+) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v inside each image, q, k, v = x weight^T + bias.
 
     Args:
-        qkv: queries, keys and values without their bias, [T, 3D].
+        x: [T, D].
+        weight: of queries, keys and values, [3D, D].
         bias: [3D].
         groups: (images, tokens an image) of each view size; their tokens follow one another.
         heads: attention heads, D = heads * d.
@@ -45,7 +49,7 @@ def attend(qkv: Tensor, bias: Tensor, groups: Sequence[tuple[int, int]], heads: 
     Returns:
         [T, D].
     """
-    return _Attention.apply(qkv, bias, groups, heads)
+    return _Attention.apply(x, weight, bias, groups, heads)
 
 
 def project_and_add(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
@@ -70,12 +74,17 @@ def mlp_and_add(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: D102
-        ctx: Any, qkv: Tensor, bias: Tensor, groups: Sequence[tuple[int, int]], heads: int
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        groups: Sequence[tuple[int, int]],
+        heads: int,
     ) -> Tensor:
-        width = qkv.shape[1] // 3
-        head = width // heads
-        out = qkv.new_empty(qkv.shape[0], width)
-        saved = []
+        head = x.shape[1] // heads
+        qkv = torch.mm(x, weight.t(), out=_scratch(x, len(weight)))
+        out = torch.empty_like(x)
+        saved = [x, weight]
         for (batch, length), rows, mixed in _split(groups, qkv, out):
             packed = qkv.new_empty(3, batch, heads, length, head)
             by_token = rows.view(batch, length, 3, heads, head).permute(2, 0, 3, 1, 4)
@@ -93,8 +102,9 @@ class _Attention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         heads, head = ctx.heads, grad.shape[1] // ctx.heads
-        grad_qkv = grad.new_empty(grad.shape[0], 3 * grad.shape[1])
-        saved = iter(ctx.saved_tensors)
+        x, weight, *packed_and_weights = ctx.saved_tensors
+        grad_qkv = _scratch(grad, len(weight))
+        saved = iter(packed_and_weights)
         for (batch, length), rows, mixed in _split(ctx.groups, grad_qkv, grad):
             packed, weights = next(saved), next(saved)
             query, key, value = packed.view(3, batch * heads, length, head)
@@ -110,7 +120,7 @@ class _Attention(torch.autograd.Function):
             torch.bmm(scores.transpose(1, 2), query, out=grad_key)
             by_token = rows.view(batch, length, 3, heads, head)
             by_token.copy_(grad_packed.permute(1, 3, 0, 2, 4))
-        return grad_qkv, _sum_rows(grad_qkv), None, None
+        return grad_qkv @ weight, grad_qkv.t() @ x, _sum_rows(grad_qkv), None, None
 
 
 class _ProjectAndAdd(torch.autograd.Function):
@@ -133,13 +143,13 @@ class _MlpAndAdd(torch.autograd.Function):
     ) -> Tensor:
         hidden = (x @ w1.t()).add_(b1)
         ctx.save_for_backward(x, hidden, w1, w2)
-        return torch.add(residual, b2).addmm_(F.gelu(hidden), w2.t())
+        return torch.add(residual, b2).addmm_(_gelu(hidden), w2.t())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
         x, hidden, w1, w2 = ctx.saved_tensors
-        activated = F.gelu(hidden)
+        activated = _gelu(hidden)
         grad_w2 = grad.t() @ activated
         grad_hidden = torch.mm(grad, w2, out=activated)
         torch.ops.aten.gelu_backward.grad_input(grad_hidden, hidden, grad_input=grad_hidden)
@@ -157,6 +167,23 @@ def _scaled(query: Tensor, key: Tensor) -> Tensor:
     """q k^T / sqrt(d), [n, L, d] -> [n, L, L]."""
     scale = query.shape[-1] ** -0.5
     return torch.baddbmm(query.new_empty(()), query, key.transpose(1, 2), beta=0, alpha=scale)
+
+
+def _gelu(hidden: Tensor) -> Tensor:
+    return torch.ops.aten.gelu.out(hidden, out=_scratch(hidden, hidden.shape[1]))
+
+
+def _scratch(like: Tensor, width: int) -> Tensor:
+    """Memory for [T, width] that a function fills and has done with before it returns.
+
+    The largest matrices of a step are such; taken anew each time they leave holes in memory. Each
+    thread and dtype keeps one piece, as large as was ever asked for.
+    """
+    size = len(like) * width
+    kept: dict[torch.dtype, Tensor] = _SCRATCH.__dict__.setdefault("kept", {})
+    if like.dtype not in kept or kept[like.dtype].numel() < size:
+        kept[like.dtype] = like.new_empty(size)
+    return kept[like.dtype][:size].view(len(like), width)
 
 
 def _sum_rows(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from msn.errors import UserError
 from msn.method.distributed import BatchNorm
+from msn.method.host_memory import give_back_free_memory
 from msn.method.vit import VisionTransformer, init_linear
 
 
@@ -112,6 +113,8 @@ class Encoder(nn.Module):
         chunk_kept = [k if k is None or k.ndim == 1 else k[:, images] for k in kept]
         if not torch.is_grad_enabled():
             return self.trunk(chunk, chunk_kept)
+        if chunk[0].device.type == "cpu":
+            give_back_free_memory()
         # Nothing in the trunk is random.
         return checkpoint(
             self.trunk, chunk, chunk_kept, use_reentrant=False, preserve_rng_state=False

@@ -62,7 +62,7 @@ def forecast_memory(
     trunk, workspace = _trunk_bytes(network, views, patch_drop, precision, use_kernels)
     beyond = _head_and_loss_bytes(network, batch_size * (views.rand_views + views.focal_views))
     activations, workspace = images * trunk + beyond, images * workspace
-    if use_kernels and chunk_size is None:
+    if use_kernels:
         # The CPU's heap keeps what is freed and has holes: measured as twice the passing tensors.
         workspace *= 3
     standing = weights + 2 * trained + view_bytes

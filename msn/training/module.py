@@ -132,7 +132,6 @@ class MSNModule(LightningModule):
             device,
             compile_wish=self._compile_wish,
             use_kernels=self._use_kernels,
-            spare_memory=self.chunk_size is not None,
         )
 
     def on_train_epoch_start(self) -> None:

@@ -1,20 +1,16 @@
 """What makes a step fast without changing it: compiled blocks, kernels, kept memory."""
 
-import ctypes
 import logging
 import os
 import shutil
-import sys
 
 import torch
 
 from msn.errors import UserError
+from msn.method.host_memory import keep_freed_memory
 from msn.method.network import MSN
 
 log = logging.getLogger(__name__)
-
-# M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_MMAP_MAX of glibc's malloc.h.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 
 
 def compilation(wish: bool | str) -> bool | None:
@@ -36,7 +32,6 @@ def make_fast(
     *,
     compile_wish: bool | None,
     use_kernels: bool,
-    spare_memory: bool,
 ) -> bool:
     """Prepare a network that lies on its device for training.
 
@@ -45,7 +40,6 @@ def make_fast(
         device: where it will train.
         compile_wish: compile the blocks; None does on CUDA alone (on a CPU it measured no faster).
         use_kernels: take `msn.method.kernels` where they are faster.
-        spare_memory: on the CPU, give freed memory back at once instead of keeping it.
 
     Returns:
         Whether the blocks are compiled.
@@ -54,7 +48,7 @@ def make_fast(
         for block in encoder.trunk.blocks:
             block.use_kernels = use_kernels  # type: ignore[assignment]
     if device.type == "cpu":
-        set_allocator(keep=not spare_memory)
+        keep_freed_memory()
     compiles = device.type == "cuda" if compile_wish is None else compile_wish
     if compiles and device.type == "cpu" and not _has_compiler():
         log.info("compile: there is no C++ compiler (g++, or what CXX names); going on without")
@@ -78,29 +72,6 @@ def compile_blocks(network: MSN, *, backend: str = "inductor") -> None:
     for encoder in (network.anchor, network.target):
         for block in encoder.trunk.blocks:
             block.compile(backend=backend, dynamic=False)
-
-
-def set_allocator(*, keep: bool) -> bool:
-    """Tell glibc what to do with memory that a step frees; for the whole process, for good.
-
-    Every step takes and frees the same gigabytes; having the kernel map and clear them anew costs
-    about 5 % of a step on the CPU. The tensors of chunks, though, leave holes in memory that is
-    kept (by glibc's own rules as well): there it costs a third more than lies in it.
-
-    Args:
-        keep: keep it for the next step; False gives every large block back when it is freed.
-
-    Returns:
-        Whether the C library could be told; others than glibc are left alone.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    if keep:
-        return bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, 2**31 - 1))
-    return bool(mallopt(_MMAP_MAX, 2**16) and mallopt(_MMAP_THRESHOLD, 2**20))
 
 
 def _has_compiler() -> bool:

@@ -59,7 +59,7 @@ def _check_fits(trunk: VisionTransformer, weights: Weights) -> str | None:
     if heads != trunk.num_heads:
         wrong.append(f"attention heads are {heads} instead of {trunk.num_heads} (model.num_heads)")
     if wrong:
-        raise UserError(f"init: another architecture than model: {summary(wrong)}")
+        raise UserError(f"weights of another architecture than model: {summary(wrong)}")
     if same_positions:
         return None
     return f"loaded from {weights.source}, position embeddings resized from {native} to {size} px"

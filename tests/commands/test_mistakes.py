@@ -7,10 +7,12 @@ import pickle
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 
 from msn.commands import run_directory
 from msn.commands.entry import MISTAKES, compose, one_line
 from msn.commands.train import run as train
+from msn.method.vit import VisionTransformer
 from tests.commands.conftest import TINY
 
 # Found while the command line is read.
@@ -221,6 +223,35 @@ def damaged_checkpoints(tmp_path):
     truncated = tmp_path / "truncated.pth"
     truncated.write_bytes(whole.read_bytes()[:700])
     return [code, plain, whole, truncated, tmp_path / "missing.ckpt"]
+
+
+def test_weights_to_start_from_that_are_none(tiny, tmp_path, capfd):
+    for path in damaged_checkpoints(tmp_path):
+        line = refused(tiny, {"init": str(path), "run.root": str(tmp_path / "runs")})
+        assert path.name in line
+        assert not (tmp_path / "runs").exists()
+    assert "code from a checkpoint ran" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"embed_dim": 48}, "blocks.0.norm1.bias is [48] instead of [24]"),
+        ({"depth": 1}, "blocks.1.norm1.weight is missing"),
+        (
+            {"patch_size": 4, "img_size": 28},
+            "patch_embed.proj.weight is [24, 3, 4, 4] instead of [24, 3, 8, 8]",
+        ),
+    ],
+)
+def test_weights_to_start_from_that_are_another_model_s(tiny, tmp_path, model, message):
+    ours = OmegaConf.to_container(tiny.model)
+    path = tmp_path / "other.safetensors"
+    save_file(VisionTransformer(**{**ours, **model}).state_dict(), path)
+    line = refused(tiny, {"init": str(path), "run.root": str(tmp_path / "runs")})
+    assert f"init={path}: weights of another architecture than model" in line
+    assert message in line
+    assert not (tmp_path / "runs").exists()
 
 
 def test_checkpoints_that_are_none(command, tmp_path):

@@ -64,7 +64,7 @@ def _evaluating_compiles_nothing(compiled):
 
 def test_kernels_can_be_switched_off():
     msn = network()
-    assert make_fast(msn, CPU, compile_wish=None, use_kernels=False, spare_memory=True) is False
+    assert make_fast(msn, CPU, compile_wish=None, use_kernels=False) is False
     assert not any(block.use_kernels for block in msn.anchor.trunk.blocks)
 
 
@@ -79,8 +79,5 @@ def test_without_a_compiler_training_goes_on(monkeypatch, caplog):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX", raising=False)
     with caplog.at_level("INFO", logger="msn"):
-        assert (
-            make_fast(network(), CPU, compile_wish=True, use_kernels=True, spare_memory=True)
-            is False
-        )
+        assert make_fast(network(), CPU, compile_wish=True, use_kernels=True) is False
     assert "no C++ compiler" in caplog.text
