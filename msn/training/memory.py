@@ -63,8 +63,9 @@ def forecast_memory(
     beyond = _head_and_loss_bytes(network, batch_size * (views.rand_views + views.focal_views))
     activations, workspace = images * trunk + beyond, images * workspace
     if use_kernels:
-        # The CPU's heap keeps what is freed and has holes: measured as twice the passing tensors.
-        workspace *= 3
+        # The CPU's heap keeps what is freed and has holes: measured as twice the passing tensors,
+        # and as four times under chunks.
+        workspace *= 3 if chunk_size is None else 5
     standing = weights + 2 * trained + view_bytes
     # Unchunked, gradients grow while activations go; chunked, they stand beside the next chunk's.
     passing = activations + workspace + (trained if chunk_size is not None else 0)
