@@ -1,13 +1,18 @@
 """The batched back end gives what Pillow gives, and views depend on their coordinates alone."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_sample_images
 
 from msn.data.collate import ImageBatch, pack
+from msn.data.dataset import Subset, TrainingSet
 from msn.data.device_views import make_batched_views
 from msn.data.reference_views import make_reference_views
+from msn.data.sampler import BatchKey
+from msn.data.sources import folder_source
 from msn.data.views import IMAGENET_STD, ViewSettings, draw_parameters
 
 NOTHING = {
@@ -75,10 +80,35 @@ def test_batched_views_equal_pillows(case, kernel):
     batch = make_batch(settings)
     ours = make_batched_views(batch, settings, dtype=torch.float32, kernel=kernel)
     theirs = make_reference_views(batch, settings, device=torch.device("cpu"), dtype=torch.float32)
-    levels = 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1)
     for a, b in zip(ours, theirs, strict=True):
         assert a.shape == b.shape
-        assert ((a - b) * levels).abs().mean() < limit
+        assert gray_levels(a - b) < limit
+
+
+def gray_levels(difference):
+    """Mean absolute difference of normalised views in gray levels, 0 to 255."""
+    return float((difference * 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1)).abs().mean())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("MSN_TEST_IMAGES" not in os.environ, reason="needs photographs")
+@pytest.mark.parametrize("case", CASES)
+def test_batched_views_equal_pillows_on_a_folder_of_photographs(case):
+    changes, limit = CASES[case]
+    settings = ViewSettings(**{**PAPER, **changes})
+    source = folder_source(os.environ["MSN_TEST_IMAGES"], key="images", use_labels=False)
+    photos = TrainingSet(Subset(source), settings, seed=0, reduce=False)
+    differences = []
+    for begin in range(0, len(source), 8):
+        batch = photos[BatchKey(0, 0, np.arange(begin, min(begin + 8, len(source))))]
+        ours = make_batched_views(batch, settings, dtype=torch.float32)
+        theirs = make_reference_views(
+            batch, settings, device=torch.device("cpu"), dtype=torch.float32
+        )
+        differences.append([gray_levels(a - b) for a, b in zip(ours, theirs, strict=True)])
+    worst = np.mean(differences, axis=0).max()
+    print(f"{case}: {worst:.2f} of 255 gray levels")
+    assert worst < limit
 
 
 def test_parameters_depend_on_seed_epoch_index_and_view_alone():
