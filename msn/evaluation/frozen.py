@@ -8,7 +8,7 @@ As in the reference, strengths are given as `lambd` = lambda * n, which means th
 number of labels (scikit-learn's C = 1 / lambd).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from msn.errors import UserError
 from msn.evaluation.knn import knn_predictions
 from msn.evaluation.logistic import LogisticFit, centre_and_normalise, fit_logistic
+from msn.evaluation.progress import Progress
 from msn.evaluation.rows import Head, Result, make_row
 from msn.evaluation.selection import Fold, best_lambds, folds_of
 from msn.evaluation.sets import FeatureSet, LabelSet
@@ -134,8 +135,7 @@ def logistic_results(
     """
     problem = _Problem(train, test, settings, device)
     results = []
-    for name in dict.fromkeys(labelled.labels for labelled in sets):
-        group = [labelled for labelled in sets if labelled.labels == name]
+    for name, group in _groups(f"{backbone}: logistic regression", sets):
         fixed = None if settings.lambd is None else [settings.lambd] * len(group)
         chosen = problem.cross_validate(group)
         lambds = fixed or chosen
@@ -165,6 +165,15 @@ def logistic_results(
         head = Head(weight, bias, train.classes, feature, True, True, group[0].split)
         results.append(Result(row, head))
     return results
+
+
+def _groups(title: str, sets: Sequence[LabelSet]) -> Iterator[tuple[str, list[LabelSet]]]:
+    """Label sets of one number of labels together, counted in a progress bar."""
+    with Progress(title, len(sets), show=True) as progress:
+        for name in dict.fromkeys(labelled.labels for labelled in sets):
+            group = [labelled for labelled in sets if labelled.labels == name]
+            yield name, group
+            progress.advance(len(group))
 
 
 def knn_results(

@@ -9,11 +9,11 @@ from rich.progress import Progress as RichProgress
 
 
 class Progress:
-    """Counts images; silent without a terminal, and where there is nothing to do.
+    """Counts images or label sets; silent without a terminal, and where there is nothing to do.
 
     Args:
         title: what is being done.
-        total: images to come.
+        total: how many are to come.
         show: False is always silent.
     """
 
@@ -30,9 +30,9 @@ class Progress:
         )
         self._task = self._bar.add_task(title, total=total)
 
-    def advance(self, images: int) -> None:
-        """Count some more images."""
-        self._bar.advance(self._task, images)
+    def advance(self, number: int) -> None:
+        """Count some more."""
+        self._bar.advance(self._task, number)
 
     def __enter__(self) -> "Progress":
         self._bar.start()
