@@ -1,9 +1,11 @@
 """The batched back end gives what Pillow gives, and views depend on their coordinates alone."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
+import sklearn
 import torch
 from sklearn.datasets import load_sample_images
 
@@ -15,6 +17,8 @@ from msn.data.sampler import BatchKey
 from msn.data.sources import folder_source
 from msn.data.views import IMAGENET_STD, ViewSettings, draw_parameters
 
+BUNDLED = Path(sklearn.__file__).parent / "datasets" / "images"
+FOLDER = os.environ.get("MSN_TEST_IMAGES", str(BUNDLED))
 NOTHING = {
     "flip_probability": 0.0,
     "jitter_probability": 0.0,
@@ -91,12 +95,12 @@ def gray_levels(difference):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("MSN_TEST_IMAGES" not in os.environ, reason="needs photographs")
 @pytest.mark.parametrize("case", CASES)
 def test_batched_views_equal_pillows_on_a_folder_of_photographs(case):
+    """Those of MSN_TEST_IMAGES, else the two that scikit-learn ships."""
     changes, limit = CASES[case]
     settings = ViewSettings(**{**PAPER, **changes})
-    source = folder_source(os.environ["MSN_TEST_IMAGES"], key="images", use_labels=False)
+    source = folder_source(FOLDER, key="images", use_labels=False)
     photos = TrainingSet(Subset(source), settings, seed=0, reduce=False)
     differences = []
     for begin in range(0, len(source), 8):
