@@ -23,6 +23,7 @@ from msn.data.sampler import BatchKey
 from msn.data.sources import FileSource, folder_source
 from msn.data.views import ViewSettings, view_settings
 from msn.errors import UserError
+from msn.method.host_memory import keep_freed_memory
 
 DECODING = ("decode", "worker", "pil_recipe")
 CPU = torch.device("cpu")
@@ -54,6 +55,7 @@ def measure_and_show(
     settings: dict[str, Any], console: Console, *, only: tuple[str, ...] | None
 ) -> list[dict[str, Any]]:
     """Measure the named ways, or all of them."""
+    keep_freed_memory()  # as workers and training on a CPU do
     views = view_settings(settings["views"])
     source = _photos(settings["images"])
     threads = torch.get_num_threads()

@@ -23,6 +23,7 @@ from msn.data.sampler import EpochSampler
 from msn.data.sources import ArraySource
 from msn.data.views import Views, view_settings
 from msn.errors import UserError
+from msn.method.host_memory import keep_photographs
 
 log = logging.getLogger(__name__)
 
@@ -168,6 +169,7 @@ class MSNDataModule(LightningDataModule):
             generator=torch.Generator(),
             persistent_workers=several,
             prefetch_factor=self.prefetch_batches if several else None,
+            worker_init_fn=_prepare_worker,
         )
 
     def transfer_batch_to_device(
@@ -257,6 +259,10 @@ def resolve_workers(num_workers: int | None, *, in_memory: bool) -> int:
     if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
         raise UserError(f"data.num_workers={num_workers}: must be a whole number >= 0, or null")
     return num_workers
+
+
+def _prepare_worker(number: int) -> None:
+    keep_photographs()
 
 
 def _as_it_is(batch: ImageBatch) -> ImageBatch:
