@@ -46,7 +46,7 @@ def run(settings: dict[str, Any], console: Console) -> list[dict[str, Any]]:
 _ADVICE = {
     "decoding": "more cores or workers, or smaller files (msn make_shards).",
     "views": "fewer or smaller views, or a device that makes them faster.",
-    "step": "the data path keeps up; a faster device or a smaller model helps, more cores do not.",
+    "step": "the data path keeps up; a faster device or a smaller model helps, workers do not.",
 }
 
 

@@ -39,8 +39,9 @@ def gray_image(channels: Channels, out: Tensor | None = None) -> Tensor:
 
 def mean_gray(pixels: Tensor) -> Tensor:
     """Mean gray of views, [..., 3, H, W] to [..., 1, 1, 1]: a whole number, as Pillow's is."""
-    means = pixels.flatten(-2).mean(-1)
-    return (means @ _luma(pixels.device)).add_(0.5).floor_()[..., None, None, None]
+    means = pixels.flatten(-2).mean(-1, dtype=torch.float32)
+    gray = (means @ _luma(pixels.device)).add_(0.5).floor_()
+    return gray.to(pixels.dtype)[..., None, None, None]
 
 
 @cache

@@ -1,10 +1,15 @@
-"""Antialiased crops of many images at once: bilinear with Pillow's support, by three kernels.
+"""Antialiased crops of many images at once: bilinear with Pillow's support, by two kernels.
 
-All three resample with a triangle as wide as the reduction, as Pillow and torchvision do, and agree
-up to rounding. Which is fastest depends on the device and the images (`benchmarks/data.md`).
+Both resample with a triangle as wide as the reduction, as Pillow and torchvision do, and agree up
+to rounding: on a CPU torch's uint8 kernel one crop after the other (`resize`), elsewhere, and for
+small images, two matrix products for all crops of an image at once (`crop`). What was measured
+stands in `benchmarks/data.md`.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -13,40 +18,101 @@ from torch import Tensor
 
 from msn.data.collate import ImageBatch
 
-KERNELS = ("native", "whole", "padded")
+_CHUNK_BYTES = 1 << 28  # of images, weights and half-made crops at a time
 
 
-def choose_kernel(batch: ImageBatch) -> str:
-    """The kernel that measured fastest for a batch's device and image sizes."""
-    if batch.pixels.is_cuda:
-        return "padded"
-    height, width = batch.sizes[0].tolist()
-    same = bool((batch.sizes == batch.sizes[0]).all())
-    return "whole" if same and max(height, width) <= _WHOLE_UP_TO else "native"
-
-
-_WHOLE_UP_TO = 64  # px
-_PADDED_BYTES = 1 << 28  # of float pixels gathered at a time
-_PADDED_TO = 32  # px; few different shapes keep a compiled graph from being built again
-
-
-def crop(batch: ImageBatch, views: slice, size: int, kernel: str) -> Tensor:
+def crop(batch: ImageBatch, views: slice, size: int, *, dtype: torch.dtype) -> Tensor:
     """Crop, resize and flip the views of a batch.
 
+    All views of an image come out of its whole picture by two products of matrices, most of whose
+    entries are zero: on a GPU that is cheaper than collecting the pixels of every crop. Images of
+    different sizes are padded, those of like shape together.
+
     Args:
-        batch: decoded images; the table on the CPU, the pixels on any device.
+        batch: decoded images; table and sizes on the CPU, the pixels on any device.
         views: which rows of the table; all become `size` px.
         size: side of the result in px.
-        kernel: `whole` (two matrix products over whole images of one size) or `padded` (two matrix
-            products over crops gathered from images of any size).
+        dtype: to compute in; float16 is off by less than a tenth of a gray level.
 
     Returns:
-        Values 0 to 255, not rounded, float32 [v, B, 3, size, size].
+        Values 0 to 255, not rounded, `dtype` [v, B, 3, size, size].
     """
     table = batch.table[views]
-    if kernel == "whole":
-        return _whole(batch, table, size)
-    return _padded(batch, table, size)
+    num_views, count = table.shape[:2]
+    parts, order = [], []
+    for numbers in _chunks(batch.sizes.numpy(), num_views * size, dtype.itemsize):
+        images = _padded(batch, numbers, dtype)  # [n, h, 3, w]
+        boxes = table[:, numbers, :5].transpose(0, 1)  # [n, v, 5]
+        parts.append(_resample(images, boxes, size).permute(1, 0, 3, 2, 4))
+        order.append(numbers)
+    places = torch.from_numpy(np.concatenate(order))
+    if len(parts) == 1 and bool((places == torch.arange(count)).all()):
+        return parts[0].contiguous()
+    out = parts[0].new_empty(num_views, count, 3, size, size)
+    places = places.to(out.device, non_blocking=True)
+    for part, place in zip(parts, places.split([len(numbers) for numbers in order]), strict=True):
+        out.index_copy_(1, place, part)
+    return out
+
+
+def _chunks(sizes: np.ndarray, rows: int, itemsize: int) -> Iterator[np.ndarray]:
+    """Numbers of images that are cropped together: of like shape, and few enough for the memory.
+
+    Args:
+        sizes: heights and widths, int64 [B, 2].
+        rows: that the crops of an image have together.
+        itemsize: bytes of a value.
+    """
+    heights, widths = sizes.T
+    order = np.lexsort((heights * widths, heights > widths))
+    begin, height, width = 0, 0, 0
+    for at, number in enumerate(order.tolist()):
+        height, width = max(height, sizes[number, 0]), max(width, sizes[number, 1])
+        values = 3 * height * width + rows * (4 * width + height)
+        if at > begin and (at + 1 - begin) * values * itemsize > _CHUNK_BYTES:
+            yield order[begin:at]
+            begin, (height, width) = at, sizes[number]
+    if begin < len(order):
+        yield order[begin:]
+
+
+def _padded(batch: ImageBatch, numbers: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """The images with these numbers, rows of planes, [n, h, 3, w]; what is added is arbitrary."""
+    device, sizes = batch.pixels.device, batch.sizes[numbers]
+    height, width = sizes.amax(0).tolist()
+    if bool((sizes == sizes[0]).all()) and (np.diff(numbers) == 1).all():
+        begin = int(batch.starts[numbers[0]])
+        images = batch.pixels[begin : begin + len(numbers) * height * width]
+        images = images.view(-1, height, width, 3)
+    else:
+        high, wide = sizes.to(device, non_blocking=True).unbind(-1)
+        starts = batch.starts[numbers].to(device, non_blocking=True)
+        down = torch.arange(height, device=device).minimum(high[:, None] - 1)
+        across = torch.arange(width, device=device).minimum(wide[:, None] - 1)
+        lines = starts[:, None] + down * wide[:, None]
+        images = batch.pixels[lines[:, :, None] + across[:, None]]
+    return images.transpose(2, 3).to(dtype, memory_format=torch.contiguous_format)
+
+
+def _resample(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Crops of images [n, h, 3, w] by boxes [n, v, 5] on the CPU, [n, v, size, 3, size]."""
+    count, height, _, width = images.shape
+    num_views = boxes.shape[1]
+    flat = boxes.reshape(-1, 5)
+    scale = float(flat[:, 2:4].max()) / size
+    top, left, high, wide, flip = flat.to(images.device, non_blocking=True).unbind(-1)
+    taps = 2 * math.ceil(max(scale, 1.0)) + 1
+
+    def weights(begin: Tensor, length: Tensor, flip: Tensor | None, span: int) -> Tensor:
+        taken, places = resampling_weights(begin, length, flip, size=size, span=span, taps=taps)
+        dense = images.new_zeros(len(flat), size, span)
+        return dense.scatter_(-1, places, taken.to(images.dtype))
+
+    down = weights(top, high, None, height).view(count, num_views * size, height)
+    rows = down @ images.view(count, height, 3 * width)  # [n, v * size, 3 * w]
+    across = weights(left, wide, flip, width)  # [n * v, size, w]
+    rows = rows.view(count * num_views, size * 3, width)
+    return torch.bmm(rows, across.transpose(1, 2)).view(count, num_views, size, 3, size)
 
 
 def resize(part: np.ndarray, size: int) -> Tensor:
@@ -65,8 +131,8 @@ def resize(part: np.ndarray, size: int) -> Tensor:
 
 
 def resampling_weights(
-    begin: Tensor, length: Tensor, flip: Tensor | None, *, size: int, span: int
-) -> Tensor:
+    begin: Tensor, length: Tensor, flip: Tensor | None, *, size: int, span: int, taps: int
+) -> tuple[Tensor, Tensor]:
     """Weights that resample `length` pixels from `begin` on to `size` pixels, Pillow's triangle.
 
     Args:
@@ -75,72 +141,25 @@ def resampling_weights(
         flip: 1 where the result runs backwards, float [n]; None for nowhere.
         size: pixels of the result.
         span: pixels of the input row that the weights are for.
+        taps: no pixel of the result needs more pixels of the input.
 
     Returns:
-        Rows that sum to 1, float32 [n, size, span].
+        Weights and the pixels that they are for, float32 and int64 [n, size, min(taps, span)];
+        the weights of a row sum to 1.
     """
+    taps = min(taps, span)
     steps = torch.arange(size, device=begin.device, dtype=torch.float32) + 0.5
     if flip is not None:
         steps = torch.where(flip[:, None] > 0, size - steps, steps)
     begin, length = begin[:, None], length[:, None]
     scale = length / size
     centres = begin + steps * scale  # [n, size]
-    pixels = torch.arange(span, device=begin.device, dtype=torch.float32) + 0.5
-    distance = (pixels - centres[..., None]).abs_()  # [n, size, span]
-    weights = (1 - distance / scale.clamp(min=1)[..., None]).clamp_(min=0)
-    inside = (pixels > begin) & (pixels < begin + length)  # a crop does not see beyond its box
-    weights *= inside[:, None]
-    return weights / weights.sum(-1, keepdim=True)
-
-
-def _whole(batch: ImageBatch, table: Tensor, size: int) -> Tensor:
-    height, width = batch.sizes[0].tolist()
-    count, device = len(batch.sizes), batch.pixels.device
-    images = batch.pixels.view(count, height, width, 3).permute(0, 3, 1, 2).float()
-    box = table[..., :5].to(device, non_blocking=True)
-    top, left, high, wide, flip = box.unbind(-1)  # [v, B] each
-    shape = (*table.shape[:2], size)
-    flat = [t.reshape(-1) for t in (top, left, high, wide, flip)]
-    down = resampling_weights(flat[0], flat[2], None, size=size, span=height)
-    across = resampling_weights(flat[1], flat[3], flat[4], size=size, span=width)
-    down, across = down.view(*shape, height), across.view(*shape, width)
-    return down[:, :, None] @ (images @ across.transpose(-1, -2)[:, :, None])
-
-
-def _padded(batch: ImageBatch, table: Tensor, size: int) -> Tensor:
-    """Gather every crop into a box of one size, then resample all of them at once."""
-    num_views, count = table.shape[:2]
-    device = batch.pixels.device
-    high = _round_up(int(table[..., 2].max()))
-    wide = _round_up(int(table[..., 3].max()))
-    box = table[..., :5].reshape(-1, 5).to(device, non_blocking=True)
-    starts = batch.starts.to(device, non_blocking=True).repeat(num_views)
-    widths = batch.sizes[:, 1].to(device, non_blocking=True).repeat(num_views)
-    out = torch.empty((num_views * count, 3, size, size), device=device)
-    step = max(1, _PADDED_BYTES // (high * wide * 12))
-    for at in range(0, len(box), step):
-        part = slice(at, at + step)
-        out[part] = _gather_and_resample(
-            batch.pixels, starts[part], widths[part], box[part], (high, wide, size)
-        )
-    return out.view(num_views, count, 3, size, size)
-
-
-def _gather_and_resample(
-    pixels: Tensor, starts: Tensor, widths: Tensor, box: Tensor, shape: tuple[int, int, int]
-) -> Tensor:
-    high, wide, size = shape
-    top, left, height, width, flip = box.unbind(-1)
-    rows = torch.arange(high, device=box.device)[None].minimum(height.long()[:, None] - 1)
-    columns = torch.arange(wide, device=box.device)[None].minimum(width.long()[:, None] - 1)
-    line = starts[:, None] + (rows + top.long()[:, None]) * widths[:, None]
-    where = line[:, :, None] + (columns + left.long()[:, None])[:, None]  # [n, high, wide]
-    crops = pixels[where].permute(0, 3, 1, 2).float()
-    zero = torch.zeros_like(top)
-    down = resampling_weights(zero, height, None, size=size, span=high)
-    across = resampling_weights(zero, width, flip, size=size, span=wide)
-    return down[:, None] @ (crops @ across.transpose(-1, -2)[:, None])
-
-
-def _round_up(pixels: int) -> int:
-    return -(-pixels // _PADDED_TO) * _PADDED_TO
+    reach = scale.clamp(min=1)
+    first = (centres - reach).floor_().clamp_(0, span - taps)
+    # The short axis of taps comes first: on a CPU passes along a short last one are slow.
+    places = first + torch.arange(taps, device=begin.device).view(-1, 1, 1)  # [taps, n, size]
+    pixels = places + 0.5
+    weights = (1 - (pixels - centres).abs_().div_(reach)).clamp_(min=0)
+    weights *= (pixels > begin) & (pixels < begin + length)  # a crop does not see beyond its box
+    weights /= weights.sum(0)
+    return weights.permute(1, 2, 0), places.long().permute(1, 2, 0)

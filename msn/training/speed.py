@@ -1,5 +1,6 @@
 """What makes a step fast without changing it: compiled blocks, kernels, kept memory."""
 
+import importlib.util
 import logging
 import os
 import shutil
@@ -50,8 +51,8 @@ def make_fast(
     if device.type == "cpu":
         keep_freed_memory()
     compiles = device.type == "cuda" if compile_wish is None else compile_wish
-    if compiles and device.type == "cpu" and not _has_compiler():
-        log.info("compile: there is no C++ compiler (g++, or what CXX names); going on without")
+    if compiles and (missing := _missing_compiler(device)):
+        log.warning("compile: there is no %s; the blocks are not compiled", missing)
         compiles = False
     if compiles:
         compile_blocks(network)
@@ -74,6 +75,15 @@ def compile_blocks(network: MSN, *, backend: str = "inductor") -> None:
             block.compile(backend=backend, dynamic=False)
 
 
-def _has_compiler() -> bool:
-    names = (os.environ.get("CXX"), "g++", "clang++")
-    return any(name is not None and shutil.which(name) is not None for name in names)
+def _missing_compiler(device: torch.device) -> str | None:
+    """What torch.compile calls and this machine lacks: many CUDA images come without a compiler."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "Triton"
+    kind, variable, names = _C if device.type == "cuda" else _CXX
+    if any(shutil.which(name) for name in (os.environ.get(variable), *names) if name):
+        return None
+    return f"{kind} compiler ({', '.join(names)}, or what {variable} names)"
+
+
+_C = ("C", "CC", ("gcc", "clang"))  # for Triton's launchers
+_CXX = ("C++", "CXX", ("g++", "clang++"))

@@ -11,7 +11,7 @@ from sklearn.datasets import load_sample_images
 
 from msn.data.collate import ImageBatch, pack
 from msn.data.dataset import Subset, TrainingSet
-from msn.data.device_views import make_batched_views
+from msn.data.device_views import KERNELS, make_batched_views
 from msn.data.reference_views import make_reference_views
 from msn.data.sampler import BatchKey
 from msn.data.sources import folder_source
@@ -59,9 +59,9 @@ def draw(settings, indices, *, seed=0, epoch=0):
     return draw_parameters(settings, seed=seed, epoch=epoch, indices=np.array(indices), **size)
 
 
-def make_batch(settings):
+def make_batch(settings, images=None):
     first, second = load_sample_images().images
-    images = [first, second, first[:300, :400]]
+    images = [first, second, first[:300, :400]] if images is None else images
     pixels, starts, sizes = pack(images)
     indices = np.arange(len(images))
     parameters = draw_parameters(
@@ -76,7 +76,7 @@ def make_batch(settings):
     return ImageBatch(pixels, starts, sizes, table, 1, 0, torch.from_numpy(indices), [])
 
 
-@pytest.mark.parametrize("kernel", ["native", "padded"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("case", CASES)
 def test_batched_views_equal_pillows(case, kernel):
     changes, limit = CASES[case]
@@ -87,6 +87,20 @@ def test_batched_views_equal_pillows(case, kernel):
     for a, b in zip(ours, theirs, strict=True):
         assert a.shape == b.shape
         assert gray_levels(a - b) < limit
+
+
+def test_images_are_cropped_alike_whatever_lies_beside_them(monkeypatch):
+    """Images of other shapes, and how many fit into the memory at a time, change nothing."""
+    settings = ViewSettings(**PAPER)
+    photo = load_sample_images().images[0]
+    shapes = [(427, 640), (300, 200), (90, 500), (300, 200), (640, 427)]
+    batch = make_batch(settings, [np.resize(photo, (*shape, 3)) for shape in shapes])
+    together = make_batched_views(batch, settings, dtype=torch.float32, kernel="whole")
+    for budget in (1, 12_000_000):
+        monkeypatch.setattr("msn.data.crops._CHUNK_BYTES", budget)
+        apart = make_batched_views(batch, settings, dtype=torch.float32, kernel="whole")
+        for a, b in zip(together, apart, strict=True):
+            assert (a - b).abs().max() < 1e-4
 
 
 def gray_levels(difference):

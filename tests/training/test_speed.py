@@ -75,9 +75,22 @@ def test_compile_is_true_false_or_auto():
         compilation("yes")
 
 
-def test_without_a_compiler_training_goes_on(monkeypatch, caplog):
+@pytest.mark.parametrize(("device", "missing"), [("cpu", "C++ compiler"), ("cuda", "C compiler")])
+def test_without_a_compiler_training_goes_on(monkeypatch, caplog, device, missing):
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.delenv("CXX", raising=False)
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
     with caplog.at_level("INFO", logger="msn"):
-        assert make_fast(network(), CPU, compile_wish=True, use_kernels=True) is False
-    assert "no C++ compiler" in caplog.text
+        wish = None if device == "cuda" else True
+        device = torch.device(device)
+        assert make_fast(network(), device, compile_wish=wish, use_kernels=True) is False
+    assert f"no {missing}" in caplog.text
+
+
+def test_without_triton_training_on_cuda_goes_on(monkeypatch, caplog):
+    monkeypatch.setattr("msn.training.speed.importlib.util.find_spec", lambda name: None)
+    with caplog.at_level("INFO", logger="msn"):
+        assert (
+            make_fast(network(), torch.device("cuda"), compile_wish=None, use_kernels=True) is False
+        )
+    assert "no Triton" in caplog.text
