@@ -19,6 +19,8 @@ from msn.method.distributed import BatchNorm
 from msn.method.host_memory import give_back_free_memory
 from msn.method.vit import VisionTransformer, init_linear
 
+_GIVE_BACK_EVERY = 4  # chunks of the backward pass; more often costs time, more seldom memory
+
 
 class Projections(NamedTuple):
     """What the loss compares."""
@@ -101,24 +103,29 @@ class Encoder(nn.Module):
         if chunk_size is None:
             return [self.head(tokens) for tokens in self.trunk(views, kept)]
         parts = [
-            self._trunk_chunk(list(views), list(kept), slice(start, start + chunk_size))
-            for start in range(0, views[0].shape[1], chunk_size)
+            self._trunk_chunk(number, list(views), list(kept), slice(start, start + chunk_size))
+            for number, start in enumerate(range(0, views[0].shape[1], chunk_size))
         ]
         return [self.head(torch.cat(tokens, dim=1)) for tokens in zip(*parts, strict=True)]
 
     def _trunk_chunk(
-        self, views: list[Tensor], kept: list[Tensor | None], images: slice
+        self, number: int, views: list[Tensor], kept: list[Tensor | None], images: slice
     ) -> list[Tensor]:
         chunk = [view[:, images] for view in views]
         chunk_kept = [k if k is None or k.ndim == 1 else k[:, images] for k in kept]
         if not torch.is_grad_enabled():
             return self.trunk(chunk, chunk_kept)
-        if chunk[0].device.type == "cpu":
-            give_back_free_memory()
-        # Nothing in the trunk is random.
-        return checkpoint(
-            self.trunk, chunk, chunk_kept, use_reentrant=False, preserve_rng_state=False
-        )
+        again = False
+
+        def run(chunk: list[Tensor], kept: list[Tensor | None]) -> list[Tensor]:
+            nonlocal again
+            if chunk[0].device.type == "cpu" and (not again or number % _GIVE_BACK_EVERY == 0):
+                give_back_free_memory()
+            again = True
+            return self.trunk(chunk, kept)
+
+        # Run now and again in the backward pass; nothing in the trunk is random.
+        return checkpoint(run, chunk, chunk_kept, use_reentrant=False, preserve_rng_state=False)
 
 
 class MSN(nn.Module):
