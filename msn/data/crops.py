@@ -19,6 +19,7 @@ from torch import Tensor
 from msn.data.collate import ImageBatch
 
 _CHUNK_BYTES = 1 << 28  # of images, weights and half-made crops at a time
+_HALF_MULTIPLE = 8  # tensor cores take rows of 16 bytes
 
 
 def crop(batch: ImageBatch, views: slice, size: int, *, dtype: torch.dtype) -> Tensor:
@@ -79,8 +80,9 @@ def _chunks(sizes: np.ndarray, rows: int, itemsize: int) -> Iterator[np.ndarray]
 def _padded(batch: ImageBatch, numbers: np.ndarray, dtype: torch.dtype) -> Tensor:
     """The images with these numbers, rows of planes, [n, h, 3, w]; what is added is arbitrary."""
     device, sizes = batch.pixels.device, batch.sizes[numbers]
-    height, width = sizes.amax(0).tolist()
-    if bool((sizes == sizes[0]).all()) and (np.diff(numbers) == 1).all():
+    multiple = _HALF_MULTIPLE if dtype == torch.float16 else 1
+    height, width = (-(-side // multiple) * multiple for side in sizes.amax(0).tolist())
+    if bool((sizes == sizes.new_tensor([height, width])).all()) and (np.diff(numbers) == 1).all():
         begin = int(batch.starts[numbers[0]])
         images = batch.pixels[begin : begin + len(numbers) * height * width]
         images = images.view(-1, height, width, 3)
