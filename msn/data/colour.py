@@ -94,7 +94,7 @@ def turn_hue(
     torch.sub(chroma, other, out=blue)  # c - q
     other.add_(angle).add_(torch.minimum(angle, blue, out=blue), alpha=2).copysign_(green)
     if isinstance(turns, Tensor):
-        torch.addcmul(other, chroma, 6 * turns, out=angle)
+        torch.addcmul(other, chroma, (6 * turns).to(chroma.dtype), out=angle)
     else:
         torch.add(other, chroma, alpha=6 * turns, out=angle)  # in [-6c, 6c]
 

@@ -26,8 +26,8 @@ def crop(batch: ImageBatch, views: slice, size: int, *, dtype: torch.dtype) -> T
     """Crop, resize and flip the views of a batch.
 
     All views of an image come out of its whole picture by two products of matrices, most of whose
-    entries are zero: on a GPU that is cheaper than collecting the pixels of every crop. Images of
-    different sizes are padded, those of like shape together.
+    entries are zero: on a GPU that moves less memory than collecting the pixels of every crop.
+    Images of different sizes are padded, those of like shape together.
 
     Args:
         batch: decoded images; table and sizes on the CPU, the pixels on any device.

@@ -42,7 +42,7 @@ _WHOLE_UP_TO = 64  # px
 
 
 def choose_kernel(batch: ImageBatch) -> str:
-    """The kernel that measured fastest for a batch's device and image sizes."""
+    """The kernel for a batch's device and image sizes; on a CPU the one that measured fastest."""
     if batch.pixels.device.type != "cpu":
         return "half"
     height, width = batch.sizes[0].tolist()
@@ -142,9 +142,7 @@ def _apply(part: Tensor, change: int, factor: Tensor) -> None:
     factor = factor.view(-1, 1, 1, 1)
     if change == HUE:
         scratch = part.new_empty(HUE_PLANES, len(part), 1, *part.shape[2:]).unbind()
-        turns = whole_turns(factor)
-        assert isinstance(turns, Tensor)
-        turn_hue(part, channels_of(part), turns.to(part.dtype), scratch)
+        turn_hue(part, channels_of(part), whole_turns(factor), scratch)
         return
     base: Tensor | float = 0.0
     if change == CONTRAST:
