@@ -13,7 +13,7 @@ from typing import Any
 
 # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_MMAP_MAX of malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
-_PHOTOGRAPH = 32 << 20  # bytes, ten megapixels; glibc allows no more
+_PHOTOGRAPH = 32 << 20  # bytes, ten megapixels; older glibc allows no more
 
 
 def keep_freed_memory() -> bool:
