@@ -7,7 +7,8 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+import torch
+from PIL import ExifTags, Image, ImageOps
 
 from msn.data.decode import BadImageError, decode, full_size
 from tests.data.photos import photo
@@ -76,8 +77,6 @@ def test_floating_point_pixels_are_refused():
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation_is_applied(kind, orientation):
-    from PIL import ImageOps
-
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encode(photo(5), kind, exif=exif(orientation), **options)
     image = Image.open(io.BytesIO(data))
@@ -168,3 +167,31 @@ def test_a_hundred_megapixels_peak_below_three_times_their_bytes(tmp_path, kind,
     height, width, channels, peak = map(int, out.split())
     assert (height, width, channels) == (8_334, 12_000, 3)
     assert peak * 1024 < 3 * height * width * 3
+
+
+def test_upright_photographs_do_not_need_pillow(monkeypatch):
+    files = [encode(photo(2), "JPEG"), encode(photo(2), "JPEG", exif=exif(1))]
+    theirs = np.asarray(Image.open(io.BytesIO(files[0])))
+    monkeypatch.setattr(Image, "open", None)
+    for data in files:
+        assert np.array_equal(pixels(data), theirs)
+
+
+def test_without_torchvisions_decoder_pillow_decodes(monkeypatch):
+    data = encode(photo(2), "JPEG")
+    monkeypatch.setattr(torch.ops, "image", object())
+    assert np.array_equal(pixels(data), np.asarray(Image.open(io.BytesIO(data))))
+
+
+def exif_block(data):
+    at = data.index(b"\xff\xe1")
+    return data[at : at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")]
+
+
+def test_several_exif_blocks_are_read_as_pillow_reads_them():
+    plain = encode(photo(2), "JPEG")
+    upright, turned = (exif_block(encode(photo(2), "JPEG", exif=exif(o))) for o in (1, 6))
+    for blocks in (upright + turned, turned + upright, upright + upright):
+        data = plain[:2] + blocks + plain[2:]
+        theirs = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+        assert np.array_equal(pixels(data), theirs)
