@@ -13,7 +13,7 @@ import fcntl
 import io
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,6 +23,7 @@ from msn.errors import UserError
 log = logging.getLogger(__name__)
 
 COLUMNS = ("path", "reason", "image")  # the last is the number in the training set
+_HEADER = (",".join(COLUMNS) + "\n").encode()
 
 
 class BadImageLedger:
@@ -97,6 +98,27 @@ class BadImageLedger:
                 f"cannot be read{listed}; for instance {first.path} ({first.reason})"
             )
 
+    def forget(self, readable: Callable[[BadImage], bool]) -> None:
+        """Strike images off the file that an earlier start could not read and this one can.
+
+        Before training and by one process alone: nobody may have read the file yet.
+        """
+        if self.file is None or not self.file.is_file():
+            return
+        try:
+            with self._locked(self.file) as file:
+                listed = list(_parse(file, 0))
+                kept = [image for image in listed if not readable(image)]
+                if len(kept) < len(listed):
+                    file.truncate(0)
+                    file.write(_HEADER + _rows(kept))
+                    log.info(
+                        "%d of %d images in %s can be read again",
+                        *(len(listed) - len(kept), len(listed), self.file),
+                    )
+        except OSError as error:
+            log.warning("cannot write %s: %s", self.file, error.strerror or error)
+
     def _take(self, fresh: dict[int, BadImage]) -> list[BadImage]:
         new = [image for index, image in fresh.items() if index not in self.known]
         for image in new:
@@ -114,17 +136,22 @@ class BadImageLedger:
 
     def _read_others(self, file: BinaryIO) -> None:
         """Learn what others have written since; then the file stands at its end."""
-        file.seek(self._read_to)
-        data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]  # whoever wrote last may have been killed amid a row
-        for row in csv.reader(io.StringIO(os.fsdecode(whole), newline="")):
-            if len(row) == len(COLUMNS) and row[2].isdigit():
-                image = BadImage(int(row[2]), row[0], row[1])
-                self.known.setdefault(image.index, image)
+        for image in _parse(file, self._read_to):
+            self.known.setdefault(image.index, image)
         if file.tell() == 0:
-            file.write((",".join(COLUMNS) + "\n").encode())
-        elif len(whole) < len(data):
-            file.write(b"\n")
+            file.write(_HEADER)
+
+
+def _parse(file: BinaryIO, begin: int) -> Iterator[BadImage]:
+    """The rows from a byte on; at the end the file stands at its own, after a whole row."""
+    file.seek(begin)
+    data = file.read()
+    whole = data[: data.rfind(b"\n") + 1]  # whoever wrote last may have been killed amid a row
+    if len(whole) < len(data):
+        file.write(b"\n")
+    for row in csv.reader(io.StringIO(os.fsdecode(whole), newline="")):
+        if len(row) == len(COLUMNS) and row[2].isdigit():
+            yield BadImage(int(row[2]), row[0], row[1])
 
 
 def _rows(images: Iterable[BadImage]) -> bytes:

@@ -14,8 +14,9 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from msn.data.bad_images import BadImageLedger
-from msn.data.collate import ImageBatch
+from msn.data.collate import BadImage, ImageBatch
 from msn.data.dataset import LabelledImages, TrainingSet
+from msn.data.decode import BadImageError, full_size
 from msn.data.device_views import make_batched_views
 from msn.data.pools import Pools, build_pools
 from msn.data.reference_views import make_reference_views
@@ -111,6 +112,8 @@ class MSNDataModule(LightningDataModule):
         self.force_resume = False
         self._sampler: EpochSampler | None = None
         self._position = (0, 0)
+        # Lightning then calls `prepare_data` in one process of all, which the others wait for.
+        self.prepare_data_per_node = False
         # Fail on a batch that cannot be cut before anything else is built.
         self.sampler(rank=0, world_size=1)
 
@@ -136,6 +139,21 @@ class MSNDataModule(LightningDataModule):
             rank=rank,
             world_size=world_size,
         )
+
+    def prepare_data(self) -> None:
+        """Let images count again that an earlier start of this run could not read and we can."""
+        self._open_ledger()
+        self.ledger.forget(self._can_be_read)
+
+    def _can_be_read(self, image: BadImage) -> bool:
+        train = self.pools.train
+        if image.index >= len(train) or train.name(image.index) != image.path:
+            return True  # of other data, which this run was made to go on with
+        try:
+            train.source.decode(int(train.positions[image.index]), full_size)
+        except BadImageError:
+            return False
+        return True
 
     def train_dataloader(self) -> DataLoader:
         """Loader of decoded batches; with it comes the position that a checkpoint stored."""
@@ -195,10 +213,13 @@ class MSNDataModule(LightningDataModule):
     def _keep_book(self, batch: ImageBatch) -> None:
         self._position = (batch.epoch, batch.batch + 1)
         if batch.bad:
-            if self.run_dir is not None:
-                self.ledger.file = Path(self.run_dir) / "bad_images.csv"
+            self._open_ledger()
             self.ledger.add(batch.bad)
             self.ledger.check()
+
+    def _open_ledger(self) -> None:
+        if self.run_dir is not None:
+            self.ledger.file = Path(self.run_dir) / "bad_images.csv"
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same for a resumed run to see the same batches."""

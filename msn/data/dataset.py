@@ -25,6 +25,7 @@ REPLACEMENT_TRIES = 20
 # In the `info` of an image that stands in the place of one that cannot be read.
 REPLACED = "replaced"
 REDUCING_GAP = 2.0  # a crop keeps at least this many times its final size after reduction
+_GRAY, _GRAY_SIZE = (127, 127, 127), (64, 64)
 _REPLACE = 3  # keeps these draws apart from those of order, split and views
 
 
@@ -180,8 +181,8 @@ def _batch(
 class LabelledImages(Dataset[Image.Image]):
     """Labelled images for evaluation; item i is image i at its full size, RGB.
 
-    An image that cannot be read is replaced by the next readable one of its class, whose `info`
-    says so under `REPLACED`, and logged.
+    An image that cannot be read is replaced by the next readable one of its class, or by a gray one
+    where the class has no other; its `info` says so under `REPLACED`, and it is logged.
 
     Args:
         images: images of a source with labels.
@@ -216,7 +217,7 @@ class LabelledImages(Dataset[Image.Image]):
         return len(self.images)
 
     def __getitem__(self, i: int) -> Image.Image:
-        """Image i, or the next readable one of its class.
+        """Image i, or what stands in for it.
 
         Raises:
             UserError: neither it nor twenty others of its class can be read.
@@ -233,8 +234,9 @@ class LabelledImages(Dataset[Image.Image]):
             except BadImageError as error:
                 self._report(other, error)
             else:
-                image.info[REPLACED] = True  # it travels with the image, also out of a worker
-                return image
+                return _replacing(image)
+        if len(alike) <= REPLACEMENT_TRIES:  # one damaged file of a small class ends nothing
+            return _replacing(Image.new("RGB", _GRAY_SIZE, _GRAY))
         name = self.classes[int(self.labels[i])]
         raise UserError(f"{self.images.source.where}: no image of class {name} can be read")
 
@@ -249,3 +251,8 @@ class LabelledImages(Dataset[Image.Image]):
     def name(self, i: int) -> str:
         """Name of image i."""
         return self.images.name(i)
+
+
+def _replacing(image: Image.Image) -> Image.Image:
+    image.info[REPLACED] = True  # it travels with the image, also out of a worker
+    return image

@@ -145,7 +145,9 @@ def test_a_killed_data_worker_ends_the_run_in_one_line_and_it_can_go_on(run, tmp
 def test_a_lost_data_mount_ends_the_run_in_one_line_and_it_can_go_on(run, tmp_path, images):
     away = tmp_path / "away"
     where = [*ARGUMENTS, "data=folder", f"data.root={images}", "data.global_batch_size=4"]
-    where += [f"run.dir={tmp_path / 'run'}", "data.num_workers=0"]
+    where += [f"run.dir={tmp_path / 'run'}", "data.num_workers=0", "data.max_bad_fraction=0.1"]
+    damaged = sorted(images.rglob("*.png"))[0]
+    damaged.write_bytes(b"")
     code, _, err = run(*where, step=4, act=lambda: images.rename(away))
     assert code == 2
     assert "images cannot be read" in err
@@ -154,6 +156,9 @@ def test_a_lost_data_mount_ends_the_run_in_one_line_and_it_can_go_on(run, tmp_pa
     code, out, err = run(*where)
     assert code == 0, err
     assert "epoch-1-step-3.ckpt" in out
+    rows = (tmp_path / "run" / "bad_images.csv").read_text().splitlines()
+    assert len(rows) == 2  # the heading, and what cannot be read now
+    assert str(damaged.relative_to(images)) in rows[1]
 
 
 def test_an_unfinished_run_is_not_touched_when_resume_is_never(command, tmp_path):

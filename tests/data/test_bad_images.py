@@ -10,6 +10,7 @@ import pytest
 
 from msn.data.bad_images import BadImageLedger
 from msn.data.collate import BadImage
+from msn.data.dataset import REPLACED, REPLACEMENT_TRIES
 from msn.errors import UserError
 from tests.data.datamodules import make_datamodule
 from tests.data.photos import make_folder, photo
@@ -186,3 +187,40 @@ def test_a_file_that_cannot_be_written_does_not_hide_the_count(tmp_path, caplog)
     (tmp_path / "no").mkdir()
     book.add([BadImage(2, "b", "x")])
     assert [row["path"] for row in read_rows(book.file)] == ["a", "b"]
+
+
+def test_what_a_later_start_can_read_again_does_not_count(damaged, tmp_path):
+    settings = {"max_bad_fraction": 0.5, "global_batch_size": 7}
+    module = damaged("empty", "no image", "truncated", **settings)
+    train_epoch(module)
+    (tmp_path / "in" / "class_0" / "1.jpg").write_bytes(WHOLE)
+    with (tmp_path / "bad_images.csv").open("a") as file:
+        file.write("other/data.jpg,gone,3\nclass_0/6.jpg,cut o")  # and a row that was never ended
+    again = make_datamodule(tmp_path / "in", **settings)
+    again.run_dir = tmp_path
+    again.prepare_data()
+    kept = [row["path"] for row in read_rows(tmp_path / "bad_images.csv")]
+    assert kept == ["class_0/0.jpg", "class_0/2.jpg"]
+    train_epoch(again)
+    assert [bad.path for bad in again.ledger.known.values()] == kept
+
+
+def test_one_damaged_image_of_a_small_class_does_not_end_an_evaluation(tmp_path, caplog):
+    module = make_datamodule(
+        make_folder(tmp_path / "in", classes=2, images=2), use_labels=True, global_batch_size=2
+    )
+    _, held_out = module.labelled_sets()
+    assert len(held_out) == 2
+    (tmp_path / "in" / held_out.name(0)).write_bytes(b"")
+    assert held_out[0].info[REPLACED]
+    assert REPLACED not in held_out[1].info
+    assert held_out.name(0) in caplog.text
+
+
+def test_a_whole_class_that_is_gone_ends_an_evaluation(tmp_path):
+    root = make_folder(tmp_path / "in", classes=2, images=2 * (REPLACEMENT_TRIES + 2))
+    _, held_out = make_datamodule(root, hold_out=0.5, use_labels=True).labelled_sets()
+    for file in (root / "class_0").iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match="no image of class class_0 can be read"):
+        held_out[0]
