@@ -64,16 +64,17 @@ class Block(TimmBlock):
     def _attend_from_class(self, normed: Tensor) -> Tensor:
         """Attention with the class token as the only query, [B, L, D] -> [B, D]."""
         heads, width = self.attn.num_heads, normed.shape[-1]
-        # [D, D] and [D] each, of queries, keys and values.
+        # [D, D] and [D] each, of queries, keys and values. The keys' bias adds the same to all
+        # scores of a query, so it is without effect.
         query_weight, key_weight, value_weight = self.attn.qkv.weight.chunk(3)
-        query_bias, key_bias, value_bias = self.attn.qkv.bias.chunk(3)
+        query_bias, _, value_bias = self.attn.qkv.bias.chunk(3)
         queries = F.linear(normed[:, 0], query_weight, query_bias) * (width // heads) ** -0.5
         queries = queries.view(-1, heads, width // heads).transpose(0, 1)  # [heads, B, d]
         seeing = queries @ key_weight.view(heads, -1, width)  # [heads, B, D]
-        # The same for all tokens, so without effect but for rounding; it gives the bias its
-        # (zero) gradient.
-        constant = queries @ key_bias.view(heads, -1, 1)  # [heads, B, 1]
-        scores = seeing.transpose(0, 1) @ normed.transpose(1, 2) + constant.transpose(0, 1)
+        # Scores are not rounded to the autocast type, as fused attention does not round its own.
+        with torch.autocast(normed.device.type, enabled=False):
+            wide = torch.promote_types(normed.dtype, torch.float32)
+            scores = seeing.transpose(0, 1).to(wide) @ normed.transpose(1, 2).to(wide)
         mixed = scores.softmax(dim=-1).to(normed.dtype) @ normed  # [B, heads, D]
         out = mixed.transpose(0, 1) @ value_weight.view(heads, -1, width).transpose(1, 2)
         return out.transpose(0, 1).flatten(1) + value_bias

@@ -95,22 +95,37 @@ class Encoder(nn.Module):
             views: one tensor a view size, each [views, B, 3, h, w].
             kept: patches to keep for each, see `VisionTransformer.forward`.
             chunk_size: images a trunk pass; the trunk has no batch statistics, so chunks (whose
-                activations are recomputed in the backward pass) change memory, not numbers.
+                activations are recomputed in the backward pass, but for the last one's, which
+                comes first there) change memory, not numbers.
 
         Returns:
             For each of `views` its projections, [views, B, P].
         """
         if chunk_size is None:
             return [self.head(tokens) for tokens in self.trunk(views, kept)]
+        starts = range(0, views[0].shape[1], chunk_size)
         parts = [
-            self._trunk_chunk(number, list(views), list(kept), slice(start, start + chunk_size))
-            for number, start in enumerate(range(0, views[0].shape[1], chunk_size))
+            self._trunk_chunk(
+                list(views),
+                list(kept),
+                slice(start, start + chunk_size),
+                give_back_again=number % _GIVE_BACK_EVERY == 0,
+                keep=start == starts[-1],
+            )
+            for number, start in enumerate(starts)
         ]
         return [self.head(torch.cat(tokens, dim=1)) for tokens in zip(*parts, strict=True)]
 
     def _trunk_chunk(
-        self, number: int, views: list[Tensor], kept: list[Tensor | None], images: slice
+        self,
+        views: list[Tensor],
+        kept: list[Tensor | None],
+        images: slice,
+        *,
+        give_back_again: bool,
+        keep: bool,
     ) -> list[Tensor]:
+        """Some images through the trunk; unless `keep`, activations are made again later."""
         chunk = [view[:, images] for view in views]
         chunk_kept = [k if k is None or k.ndim == 1 else k[:, images] for k in kept]
         if not torch.is_grad_enabled():
@@ -119,11 +134,13 @@ class Encoder(nn.Module):
 
         def run(chunk: list[Tensor], kept: list[Tensor | None]) -> list[Tensor]:
             nonlocal again
-            if chunk[0].device.type == "cpu" and (not again or number % _GIVE_BACK_EVERY == 0):
+            if chunk[0].device.type == "cpu" and (not again or give_back_again):
                 give_back_free_memory()
             again = True
             return self.trunk(chunk, kept)
 
+        if keep:
+            return run(chunk, chunk_kept)
         # Run now and again in the backward pass; nothing in the trunk is random.
         return checkpoint(run, chunk, chunk_kept, use_reentrant=False, preserve_rng_state=False)
 

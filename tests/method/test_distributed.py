@@ -27,8 +27,9 @@ STEPS = 5
 class Step(torch.nn.Module):
     """Network and loss in one forward, as DDP wants it."""
 
-    def __init__(self):
+    def __init__(self, chunk_size=None):
         super().__init__()
+        self.chunk_size = chunk_size
         self.network = MSN(model=SMALL_MODEL, head=SMALL_HEAD, num_prototypes=10).double()
         self.objective = MSNLoss(
             temperature=0.1,
@@ -40,7 +41,8 @@ class Step(torch.nn.Module):
 
     def forward(self, part):
         network = self.network
-        out = network(part[0], part[1:2], part[2:, ..., :8, :8], torch.arange(12))
+        views = part[0], part[1:2], part[2:, ..., :8, :8]
+        out = network(*views, torch.arange(12), self.chunk_size)
         return self.objective(out.anchor, out.target, network.prototypes, 0.25)
 
 
@@ -77,14 +79,14 @@ def parallel(step, counted):
     return wrapped
 
 
-def several_steps(images, rank=0, world=1, spoil=False, cut=False):
+def several_steps(images, rank=0, world=1, spoil=False, cut=False, chunk_size=None):
     """Loss, terms, targets, gradients and buffers of the first step, weights after five of them.
 
     The gradient is DDP's, or FSDP2's where the network is cut. With `spoil` process 1 brings
     not-a-number in the third step.
     """
     torch.manual_seed(0)
-    step, counted = Step(), {}
+    step, counted = Step(chunk_size), {}
     network = step.network
     if cut:
         shard(network, init_device_mesh("cpu", (world,)))
@@ -134,6 +136,9 @@ def worker(rank, port, images, mutation, queue):
         result["spoilt skipped"] = spoilt["skipped"]
         in_parts, _ = several_steps(images, rank, 2, cut=True)
         result |= {f"cut {name}": value for name, value in in_parts.items()}
+        for name, cut in {"chunked": False, "cut chunked": True}.items():
+            in_chunks, _ = several_steps(images, rank, 2, cut=cut, chunk_size=3)
+            result |= {f"{name} {key}": value for key, value in in_chunks.items()}
     queue.put((rank, {name: value.numpy() for name, value in result.items()}, counted))
     dist.barrier()
     dist.destroy_process_group()
@@ -200,12 +205,14 @@ def test_a_step_that_is_not_finite_in_one_process_is_taken_by_none(two, images):
     assert all(value.isfinite().all() for value in spoilt.values())
 
 
-def test_a_network_cut_over_two_processes_equals_one_that_is_whole(one, two):
-    """FSDP2: gradients, clipping, optimiser, EMA and running statistics on the parts."""
-    cut = {name.removeprefix("cut "): value for name, value in two[0].items() if "cut " in name}
-    del cut["targets"]  # of half the batch
-    assert cut.keys() == one.keys() - {"targets"}
-    assert differing(one, cut) == set()
+@pytest.mark.parametrize("how", ["cut", "chunked", "cut chunked"])
+def test_a_cut_network_and_chunks_change_nothing(one, two, how):
+    """FSDP2: gradients, clipping, optimiser, EMA and running statistics on the parts.
+
+    Chunks are of three images and one, under DDP and under FSDP2.
+    """
+    results = {key: two[0][f"{how} {key}"] for key in one if key != "targets"}  # of half the batch
+    assert differing(results, {key: one[key] for key in results}) == set()
 
 
 def test_bytes_that_are_sent_are_those_of_the_formulas(two):

@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from msn.method import kernels
+from msn.method.block import Block
 from msn.method.vit import VisionTransformer
 from tests.conftest import SMALL_MODEL
 
@@ -54,6 +55,20 @@ def test_class_tokens_alone_equal_those_of_the_full_block_with_every_gradient(bl
     alone, plain = outcome(block.class_tokens, block), outcome(full, block)
     for name, value in plain.items():
         assert_close(alone[name], value, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: n + m)
+
+
+def test_under_bf16_class_tokens_alone_are_no_worse_than_those_of_the_full_block():
+    torch.manual_seed(0)
+    block = Block(64, 4, 4, qkv_bias=True).requires_grad_(False)
+    block.attn.qkv.weight.normal_(std=0.6)  # large scores, which bf16 would round visibly
+    block.attn.qkv.bias.normal_(std=3)
+    tokens, groups = torch.randn(400, 64), ((8, 50),)
+    exact = block.double()(tokens.double(), groups).view(8, 50, 64)[:, 0]
+    block.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        full = block(tokens, groups).view(8, 50, 64)[:, 0]
+        alone = block.class_tokens(tokens, groups)
+    assert (alone - exact).abs().mean() < (full - exact).abs().mean()
 
 
 @pytest.mark.parametrize(

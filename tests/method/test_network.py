@@ -44,6 +44,14 @@ def test_chunks_change_neither_loss_nor_gradients(small_network, chunk_size):
         assert_close(chunked[name], gradient, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("chunk_size", "passes"), [(None, 1), (100, 1), (6, 1), (3, 3), (2, 5)])
+def test_all_chunks_but_the_last_run_again(small_network, chunk_size, passes):
+    calls = []
+    small_network.anchor.trunk.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    step(small_network, chunk_size)
+    assert len(calls) == passes
+
+
 def test_target_starts_as_the_anchor_and_gets_no_gradient(small_network):
     for ours, theirs in zip(
         small_network.target.parameters(), small_network.anchor.parameters(), strict=True

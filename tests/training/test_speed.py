@@ -19,14 +19,14 @@ def network():
     return MSN(model={**SMALL_MODEL, "depth": 4}, head=SMALL_HEAD, num_prototypes=10).double()
 
 
-def gradients(msn, step):
+def gradients(msn, step, chunk_size=None):
     """Projections and gradients of one step with its own patch mask."""
     generator = torch.Generator().manual_seed(step)
     shapes = [(4, 3, 16, 16), (1, 4, 3, 16, 16), (3, 4, 3, 8, 8)]
     views = [torch.rand(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
     drop = PatchDrop(patch_drop=0.3, patch_drop_scope="batch")
     kept = drop.draw(16, rand_views=1, images=range(4), global_batch_size=4, key=draw_key(0, step))
-    out = msn(*views, kept)
+    out = msn(*views, kept, chunk_size)
     msn.zero_grad()
     (out.anchor.square().sum() + out.target.sum()).backward()
     return [out.anchor.detach(), out.target, *(p.grad for p in msn.anchor.parameters())]
@@ -49,6 +49,21 @@ def test_compiled_blocks_give_plain_numbers_under_plain_names_and_compile_once()
     assert list(compiled.state_dict()) == names
     assert not any("_orig_mod" in name for name in names)
     _evaluating_compiles_nothing(compiled)
+    torch._dynamo.reset()
+
+
+# The last chunk of three images and one has graphs of its own; torch gives up after eight.
+@pytest.mark.parametrize(("chunk_size", "graphs"), [(2, 4), (3, 8)])
+def test_compiled_blocks_give_plain_numbers_in_chunks_and_compile_once(chunk_size, graphs):
+    plain, compiled = network(), network()
+    torch._dynamo.reset()
+    counters.clear()
+    compile_blocks(compiled, backend="aot_eager")
+    for step in range(3):
+        chunked = gradients(compiled, step, chunk_size)
+        for ours, theirs in zip(chunked, gradients(plain, step), strict=True):
+            assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+        assert counters["stats"]["unique_graphs"] == graphs
     torch._dynamo.reset()
 
 
