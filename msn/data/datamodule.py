@@ -199,8 +199,15 @@ class MSNDataModule(LightningDataModule):
     def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> Views:
         """Make the views on the device that holds the pixels, and keep book of the batch."""
         self._keep_book(batch)
-        dtype = self.trainer.lightning_module.dtype if self.trainer else torch.float32
-        return self.make_views(batch, dtype)  # type: ignore[arg-type]
+        return self.make_views(batch, self._view_dtype())
+
+    def _view_dtype(self) -> torch.dtype:
+        """That of the network's first product, which rounds its input to it under autocast."""
+        if self.trainer is None:
+            return torch.float32
+        if self.trainer.precision == "bf16-mixed":
+            return torch.bfloat16
+        return self.trainer.lightning_module.dtype  # type: ignore[return-value]
 
     def make_views(self, batch: ImageBatch, dtype: torch.dtype = torch.float32) -> Views:
         """Make the views of a batch by the chosen back end."""

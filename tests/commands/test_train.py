@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from msn.__main__ import run_named
+from msn.data.datamodule import MSNDataModule
 from msn.data.dataset import LabelledImages
 from msn.data.pools import build_pools
 from msn.method.vit import VisionTransformer
@@ -174,3 +175,24 @@ def test_eval_lowshot_repeats_the_table_of_the_run(command, tmp_path):
     for row in second:
         name = "msn" if row["backbone"] == "again" else row["backbone"]
         assert row["top1_mean"] == figures[name, row["labels"]]
+
+
+def test_bf16_trains_on_views_of_its_own_type_with_the_same_numbers(command, tmp_path, monkeypatch):
+    seen, last = [], []
+    make_views = MSNDataModule.make_views
+
+    def spy(self, batch, dtype=torch.float32):
+        seen.append(dtype)
+        return make_views(self, batch, dtype)
+
+    monkeypatch.setattr(MSNDataModule, "make_views", spy)
+    for dtype in (torch.bfloat16, torch.float32):
+        seen.clear()
+        where = tmp_path / str(dtype)
+        code, _, err = command("train", *TINY, "trainer.precision=bf16-mixed", f"run.dir={where}")
+        assert code == 0, err
+        assert dtype in seen
+        last.append(read_weights(where / "backbone.safetensors").trunk)
+        monkeypatch.setattr(MSNDataModule, "_view_dtype", lambda self: torch.float32)
+    for name, value in last[0].items():
+        assert torch.equal(value, last[1][name]), name
