@@ -24,14 +24,13 @@ from msn.data.sources import FileSource, folder_source
 from msn.data.views import ViewSettings, view_settings
 from msn.errors import UserError
 from msn.method.host_memory import keep_freed_memory
+from msn.training.rate import synchronise
 
 DECODING = ("decode", "worker", "pil_recipe")
 CPU = torch.device("cpu")
 _ROUNDS = 5  # the median of so many; every round measures everything
 _SHORT = 0.1  # of the longest time: what is measured more than once a round
-_BATCH = 120  # images of a batch on the CPU
-_CUDA_BATCH = 256
-_MOST_IMAGES = 120  # of a folder that are measured
+_BATCH = 120  # images of a batch, and as many of a folder are measured
 
 Measure = Callable[[], None]
 
@@ -44,7 +43,8 @@ def run(settings: dict[str, Any], console: Console) -> list[dict[str, Any]]:
         console: where the table is shown.
 
     Returns:
-        Rows with name, images_per_s, ratio_to_pil and milliseconds an image.
+        Rows with name, images_per_s, ratio_to_pil and milliseconds an image; those of the batched
+        back end also views_milliseconds, of the views alone, decoded images lying on the device.
 
     Raises:
         UserError: a setting is wrong, or the folder holds no readable image.
@@ -56,7 +56,7 @@ def measure_and_show(
     settings: dict[str, Any], console: Console, *, only: tuple[str, ...] | None
 ) -> list[dict[str, Any]]:
     """Measure the named ways, or all of them."""
-    keep_freed_memory()  # as workers and training on a CPU do
+    keep_freed_memory()  # as training on a CPU does, and workers do for images of everyday size
     views = view_settings(settings["views"])
     source = _photos(settings["images"])
     threads = torch.get_num_threads()
@@ -65,12 +65,19 @@ def measure_and_show(
         ways = _ways(source, views)
         ways = {name: way for name, way in ways.items() if only is None or name in only}
         milliseconds = _median_times(ways, len(source))
+        alone = _views_alone(source, views) if only is None else {}
     finally:
         torch.set_num_threads(threads)
     pil = milliseconds["pil_recipe"]
     rows: list[dict[str, Any]] = [
-        {"name": n, "images_per_s": 1000 / t, "ratio_to_pil": pil / t, "milliseconds": t}
-        for n, t in milliseconds.items()
+        {
+            "name": name,
+            "images_per_s": 1000 / t,
+            "ratio_to_pil": pil / t,
+            "milliseconds": t,
+            **({"views_milliseconds": alone[name]} if name in alone else {}),
+        }
+        for name, t in milliseconds.items()
     ]
     _show(rows, source, views, console)
     return rows
@@ -79,7 +86,7 @@ def measure_and_show(
 def _photos(folder: str | None) -> FileSource:
     root = str(Path(sklearn.__file__).parent / "datasets" / "images") if folder is None else folder
     source = folder_source(root, key="images", use_labels=False)
-    chosen = np.linspace(0, len(source) - 1, min(_MOST_IMAGES, len(source))).astype(int)
+    chosen = np.linspace(0, len(source) - 1, min(_BATCH, len(source))).astype(int)
     names = [source.name(int(i)) for i in chosen]
     if folder is None:
         names = names * (_BATCH // len(names))
@@ -94,17 +101,15 @@ def _ways(source: FileSource, views: ViewSettings) -> dict[str, Measure]:
     whole = TrainingSet(Subset(source), views, seed=0, reduce=False)
     recipe = pil_recipe(views)
 
-    def batches(data: TrainingSet, size: int = _BATCH) -> list[ImageBatch]:
-        starts = range(0, len(source), size)
-        parts = [np.arange(at, min(at + size, len(source))) for at in starts]
-        return [data[BatchKey(0, number, part)] for number, part in enumerate(parts)]
+    def batches(data: TrainingSet) -> list[ImageBatch]:
+        return [data[BatchKey(0, 0, np.arange(len(source)))]]
 
     bad = [image for batch in batches(images) for image in batch.bad]
     if bad:
         raise UserError(f"images={source.where}: {bad[0].path} cannot be read ({bad[0].reason})")
 
     def batched_on_cuda() -> None:
-        for batch in batches(images, _CUDA_BATCH):
+        for batch in batches(images):
             pixels = batch.pixels.pin_memory().cuda(non_blocking=True)
             make_batched_views(batch._replace(pixels=pixels), views, dtype=torch.bfloat16)
         torch.cuda.synchronize()
@@ -132,6 +137,27 @@ def _ways(source: FileSource, views: ViewSettings) -> dict[str, Measure]:
     if torch.cuda.is_available():
         ways["batched_views_cuda"] = batched_on_cuda
     return ways
+
+
+def _views_alone(source: FileSource, views: ViewSettings) -> dict[str, float]:
+    """Milliseconds an image of the batched back end's views by themselves, on every device here."""
+    images = TrainingSet(Subset(source), views, seed=0, reduce=True)
+    batch = images[BatchKey(0, 0, np.arange(len(source)))]
+    places = {"batched_views_cpu": (CPU, torch.float32)}
+    if torch.cuda.is_available():
+        places["batched_views_cuda"] = (torch.device("cuda"), torch.bfloat16)
+    alone = {}
+    for name, (device, dtype) in places.items():
+        there = batch._replace(pixels=batch.pixels.to(device))
+        seconds = []
+        for _ in range(1 + _ROUNDS):
+            synchronise(device)
+            start = time.perf_counter()
+            make_batched_views(there, views, dtype=dtype)
+            synchronise(device)
+            seconds.append(time.perf_counter() - start)
+        alone[name] = 1000 * statistics.median(seconds[1:]) / len(source)
+    return alone
 
 
 def _median_times(ways: dict[str, Measure], num_images: int) -> dict[str, float]:
@@ -165,9 +191,12 @@ def _show(
     )
     table = Table(title=title)
     table.add_column("what")
-    for name in ("images/s", "ms an image", "x PIL recipe"):
+    columns = ["images/s", "ms an image", "x PIL recipe"]
+    columns += ["views alone, ms"] if any("views_milliseconds" in row for row in rows) else []
+    for name in columns:
         table.add_column(name, justify="right")
     for row in rows:
         numbers = (row["images_per_s"], row["milliseconds"], row["ratio_to_pil"])
-        table.add_row(row["name"], *(f"{number:.2f}" for number in numbers))
+        alone = [f"{row['views_milliseconds']:.3f}"] if "views_milliseconds" in row else []
+        table.add_row(row["name"], *(f"{number:.2f}" for number in numbers), *alone)
     console.print(table)

@@ -11,11 +11,15 @@ RUN = [*TINY[:5], "trainer.max_epochs=1", "trainer.accelerator=cpu", "data=folde
 RUN += ["data.global_batch_size=50", "data.num_workers=2", "data.use_labels=false"]
 
 
+# Who may not open a file is shown in tests/data/test_bad_images.py: root may open everything.
 @pytest.mark.slow
 def test_one_percent_of_every_kind(command, tmp_path):
-    root = make_folder(tmp_path / "in", classes=8, images=50)  # 400 images, 4 damaged
+    root = make_folder(tmp_path / "in", classes=8, images=50)  # 400 images, 5 damaged
     for number, kind in enumerate(KINDS):
         DAMAGE[kind](root / f"class_{number}" / "7.jpg")
+    gone = root / f"class_{len(KINDS)}" / "7.jpg"
+    gone.unlink()
+    gone.symlink_to(tmp_path / "nowhere")
     where = [f"data.root={root}", f"run.dir={tmp_path / 'run'}"]
     code, _, err = command("train", *RUN, *where)
     assert code == 2
@@ -28,4 +32,6 @@ def test_one_percent_of_every_kind(command, tmp_path):
     assert code == 0
     assert out.splitlines()[-1] == f"run directory: {tmp_path / 'two'}"
     rows = read_rows(tmp_path / "two" / "bad_images.csv")
-    assert sorted(row["path"] for row in rows) == [f"class_{i}/7.jpg" for i in range(4)]
+    assert sorted(row["path"] for row in rows) == [
+        f"class_{i}/7.jpg" for i in range(len(KINDS) + 1)
+    ]
