@@ -14,7 +14,7 @@ import torchvision.io  # registers the JPEG decoder among torch's operators
 from PIL import ExifTags, Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 # Pillow warns above 89 megapixels and refuses above 179; only what it refuses is a bomb here.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -34,7 +34,9 @@ from msn.data.decode import SUFFIXES
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = (
+    2  # also raised when SUFFIXES or the rules of shards change: an index holds what they find
+)
 _THREADS = 16
 _CACHE_FROM = 10_000  # images; smaller folders are read again faster than a cache is worth
 SETTLED_NS = 2_000_000_000  # a directory changed this shortly before a scan may change unseen
@@ -76,18 +78,25 @@ def scan_folder(root: str, cache_from: int = _CACHE_FROM) -> StringTable:
         cache_from: number of images from which on the result is kept.
 
     Returns:
-        Paths relative to `root` with `/` between their parts, sorted.
+        Paths relative to `root` with `/` between their parts, sorted. Folders below the root that
+        cannot be listed are passed over with a warning.
+
+    Raises:
+        OSError: the root cannot be listed.
     """
     root = os.path.realpath(root)
     cached = _load_cached(root)
     if cached is not None:
         return cached
     started = time.time_ns()
-    paths, folders = _walk(root)
+    paths, folders, closed = _walk(root)
+    if closed:
+        more = f" and {len(closed) - 1} more" if len(closed) > 1 else ""
+        log.warning("%s: passed over what cannot be listed: %s%s", root, closed[0], more)
     table = StringTable.from_strings(sorted(paths))
     if len(table) >= cache_from:
         settled = all(stamp < started - SETTLED_NS for stamp in folders.values())
-        if settled:
+        if settled and not closed:  # else they would stay away when they can be listed again
             _store_cached(root, table, folders)
         log.info("found %d images below %s in %.1f s", len(table), root, _since(started))
     return table
@@ -97,44 +106,78 @@ def _since(started: int) -> float:
     return (time.time_ns() - started) / 1e9
 
 
-def _walk(root: str) -> tuple[list[str], dict[str, int]]:
-    """Read the tree with many threads: relative image paths, folders with change times in ns."""
+def _walk(root: str) -> tuple[list[str], dict[str, int], list[str]]:
+    """Read the tree with many threads.
+
+    Returns:
+        Relative image paths, folders with change times in ns, and what cannot be listed and why.
+    """
     paths: list[str] = []
     folders: dict[str, int] = {}
+    closed: list[str] = []
     with progress_bar("looking for images") as advance, ThreadPoolExecutor(_THREADS) as pool:
         pending = {pool.submit(_list_folder, root, "", frozenset())}
         while pending:
             done, pending = wait(pending, return_when=FIRST_COMPLETED)
             for future in done:
-                folder, stamp, files, inner, seen = future.result()
-                folders[folder] = stamp
-                paths += files
-                pending |= {pool.submit(_list_folder, root, name, seen) for name in inner}
+                found = future.result()
+                folders[found.folder] = found.stamp
+                paths += found.files
+                closed += found.closed
+                pending |= {pool.submit(_list_folder, root, f, found.above) for f in found.inner}
             advance(f"looking for images: {len(paths)} in {len(folders)} folders")
-    return paths, folders
+    return paths, folders, sorted(closed)
 
 
-def _list_folder(
-    root: str, folder: str, above: frozenset[tuple[int, int]]
-) -> tuple[str, int, list[str], list[str], frozenset[tuple[int, int]]]:
-    """List one folder: itself, its change time, its images, its folders, and the folders above."""
+class _Listing(NamedTuple):
+    """One folder: its change time in ns, images, folders in it, those above, what is closed."""
+
+    folder: str
+    stamp: int
+    files: list[str]
+    inner: list[str]
+    above: frozenset[tuple[int, int]]
+    closed: list[str]
+
+
+def _list_folder(root: str, folder: str, above: frozenset[tuple[int, int]]) -> _Listing:
+    """List one folder; one below the root that cannot be listed is closed and empty."""
+    try:
+        return _read_folder(root, folder, above)
+    except OSError as error:
+        if not folder:
+            raise
+        return _Listing(folder, 0, [], [], above, [_closed(folder, error)])
+
+
+def _closed(folder: str, error: OSError) -> str:
+    return f"{folder} ({error.strerror or type(error).__name__})"
+
+
+def _read_folder(root: str, folder: str, above: frozenset[tuple[int, int]]) -> _Listing:
     absolute = os.path.join(root, folder)
     status = os.stat(absolute)
     identity = (status.st_dev, status.st_ino)
-    files: list[str] = []
-    inner: list[str] = []
-    if identity not in above:  # a link back up the tree would otherwise never end
-        prefix = f"{folder}/" if folder else ""
-        with os.scandir(absolute) as entries:
-            for entry in entries:
-                name = entry.name
-                if name.startswith(".") or name == "__MACOSX":
-                    continue
-                if name.lower().endswith(SUFFIXES) and not entry.is_dir():
-                    files.append(prefix + name)
-                elif entry.is_dir():
-                    inner.append(prefix + name)
-    return folder, status.st_mtime_ns, files, inner, above | {identity}
+    found = _Listing(folder, status.st_mtime_ns, [], [], above | {identity}, [])
+    if identity in above:  # a link back up the tree would otherwise never end
+        return found
+    prefix = f"{folder}/" if folder else ""
+    with os.scandir(absolute) as entries:
+        for entry in entries:
+            name = entry.name
+            if name.startswith(".") or name == "__MACOSX":
+                continue
+            try:
+                is_folder = entry.is_dir()
+            except OSError as error:  # a link to itself, or to behind a folder that is closed
+                is_folder = False
+                if not name.lower().endswith(SUFFIXES):
+                    found.closed.append(_closed(prefix + name, error))
+            if is_folder:
+                found.inner.append(prefix + name)
+            elif name.lower().endswith(SUFFIXES):
+                found.files.append(prefix + name)
+    return found
 
 
 @contextlib.contextmanager

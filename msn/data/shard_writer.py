@@ -7,6 +7,7 @@ import logging
 import os
 import tarfile
 from pathlib import Path
+from typing import NamedTuple
 
 from msn.data.index import progress_bar
 from msn.data.shards import CLASSES_FILE
@@ -18,7 +19,14 @@ log = logging.getLogger(__name__)
 SHARD_NAME = "shard-{:06d}.tar"
 
 
-def write_shards(source: FileSource, out: Path, *, images_per_shard: int) -> list[Path]:
+class Written(NamedTuple):
+    """The shards that were written, and how many images are in them."""
+
+    shards: list[Path]
+    images: int
+
+
+def write_shards(source: FileSource, out: Path, *, images_per_shard: int) -> Written:
     """Copy every file of a source, as it is, into shards; with labels, `.cls` files beside them.
 
     The order stays, so that a run on the shards sees the batches of a run on the folder. Files that
@@ -28,9 +36,6 @@ def write_shards(source: FileSource, out: Path, *, images_per_shard: int) -> lis
         source: image files.
         out: a folder that is made; it must hold no shard yet.
         images_per_shard: >= 1.
-
-    Returns:
-        The shards.
 
     Raises:
         UserError: a wrong number, shards in `out` already, or no space left.
@@ -44,7 +49,7 @@ def write_shards(source: FileSource, out: Path, *, images_per_shard: int) -> lis
         names = "".join(f"{name}\n" for name in source.classes)
         (out / CLASSES_FILE).write_bytes(os.fsencode(names))
     shards: list[Path] = []
-    taken: set[str] = set()
+    taken: set[str] = set()  # a key for every image that was written
     with progress_bar("writing shards", total=len(source)) as advance:
         for begin in range(0, len(source), images_per_shard):
             path = out / SHARD_NAME.format(len(shards))
@@ -59,7 +64,7 @@ def write_shards(source: FileSource, out: Path, *, images_per_shard: int) -> lis
                 raise UserError(f"{error.filename or path}: {error.strerror or error}") from None
             partial.replace(path)
             shards.append(path)
-    return shards
+    return Written(shards, len(taken))
 
 
 def _add(tar: tarfile.TarFile, source: FileSource, i: int, taken: set[str]) -> None:

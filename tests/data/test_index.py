@@ -1,5 +1,6 @@
 """The index of a folder is kept, used again, and never out of date."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import pytest
 
 from msn.data import index
 from msn.data.index import StringTable, scan_folder
-from msn.data.sources import labels_from_folders
+from msn.data.sources import folder_source, labels_from_folders
+from msn.errors import UserError
 from tests.data.photos import photo
 
 
@@ -70,6 +72,57 @@ def test_a_folder_that_changed_just_now_is_not_trusted(tmp_path, index_cache):
     os.utime(root / "a")
     scan(root)
     assert not list(index_cache.glob("index-*.bin"))
+
+
+def close(monkeypatch, *folders, error=PermissionError):
+    """As if these could not be listed: whoever runs the tests may be allowed everything."""
+    whole = os.scandir
+
+    def scandir(path):
+        if os.path.normpath(path) in map(str, folders):
+            number = errno.EACCES if error is PermissionError else errno.ENOENT
+            raise error(number, os.strerror(number), str(path))
+        return whole(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+
+
+@pytest.mark.parametrize("error", [PermissionError, FileNotFoundError])
+def test_a_folder_that_cannot_be_listed_is_passed_over_and_said(
+    error, tmp_path, index_cache, monkeypatch, caplog
+):
+    root = fill(tmp_path / "in")
+    with monkeypatch.context() as patch:
+        close(patch, root / "a", error=error)
+        assert scan(root) == ["4.webp", "b/c/3.png"]
+    why = "Permission denied" if error is PermissionError else "No such file or directory"
+    assert caplog.messages == [f"{root}: passed over what cannot be listed: a ({why})"]
+    assert not list(index_cache.glob("index-*.bin"))
+    assert len(scan(root)) == 4
+
+
+def test_many_folders_that_cannot_be_listed_are_counted(tmp_path, monkeypatch, caplog):
+    root = fill(tmp_path / "in")
+    close(monkeypatch, root / "a", root / "b/c")
+    assert scan(root) == ["4.webp"]
+    (line,) = caplog.messages
+    assert line.endswith("cannot be listed: a (Permission denied) and 1 more")
+
+
+def test_a_root_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+    root = fill(tmp_path / "in")
+    close(monkeypatch, root)
+    with pytest.raises(UserError, match=r"data.root=.*in: cannot be read \(Permission denied\)"):
+        folder_source(str(root), key="data.root", use_labels=True)
+
+
+def test_a_link_to_itself_ends_no_scan(tmp_path, caplog):
+    root = fill(tmp_path / "in")
+    (root / "itself").symlink_to("itself")
+    (root / "itself.jpg").symlink_to("itself.jpg")
+    assert scan(root) == ["4.webp", "a/1.jpg", "a/2.jpg", "b/c/3.png", "itself.jpg"]
+    (line,) = caplog.messages  # the image is one that cannot be read, and is said as such
+    assert ": itself (Too many levels" in line
 
 
 @pytest.mark.parametrize("damage", [b"", b"words", bytes(200)])

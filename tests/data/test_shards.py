@@ -8,7 +8,8 @@ import tarfile
 import numpy as np
 import pytest
 
-from msn.data.decode import BadImageError, full_size
+from msn.data.decode import BadImageError, decode, full_size
+from msn.data.shard_index import find_shards
 from msn.data.shard_writer import write_shards
 from msn.data.shards import shard_source
 from msn.data.sources import folder_source, list_source
@@ -17,8 +18,9 @@ from tests.data.photos import make_folder, photo
 
 
 def write_tar(path, members):
+    """Members by name, or pairs where names are there twice."""
     with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
+        for name, data in members.items() if isinstance(members, dict) else members:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
@@ -49,7 +51,8 @@ def folder(tmp_path):
 
 
 def test_shards_hold_the_folder_in_its_order(folder, tmp_path):
-    paths = write_shards(folder, tmp_path / "out", images_per_shard=5)
+    paths, images = write_shards(folder, tmp_path / "out", images_per_shard=5)
+    assert images == 12
     assert [path.name for path in paths] == [f"shard-{i:06d}.tar" for i in range(3)]
     shards = open_shards(tmp_path / "out")
     assert [shards.name(i) for i in range(12)] == [folder.name(i) for i in range(12)]
@@ -75,7 +78,7 @@ def test_the_index_is_kept_until_a_shard_changes(folder, tmp_path, index_cache, 
     first = open_shards(out)
     assert list(index_cache.glob("index-*.bin"))
     with monkeypatch.context() as patch:
-        patch.setattr("msn.data.shards._read_shard", None)  # fails if a shard is read again
+        patch.setattr("msn.data.shard_index.read_shard", None)  # fails if a shard is read again
         again = open_shards(out)
     assert [again.name(i) for i in range(12)] == [first.name(i) for i in range(12)]
     assert again.labels.tolist() == first.labels.tolist()
@@ -127,28 +130,153 @@ def test_paths_of_a_list_stay_inside_the_shard(tmp_path):
     (tmp_path / "sub").mkdir()
     listed = tmp_path / "sub" / "list.txt"
     listed.write_text("../0.jpg\n../gone.jpg\n")
-    write_shards(
+    _, images = write_shards(
         list_source(str(listed), key="root", root=None, use_labels=True),
         tmp_path / "out",
         images_per_shard=9,
     )
+    assert images == 1  # the other one is gone
     shards = open_shards(tmp_path / "out")
     assert [shards.name(i) for i in range(len(shards))] == ["0.jpg"]
 
 
 def test_a_truncated_shard_gives_its_whole_images_and_a_bad_one(folder, tmp_path):
-    (path,) = write_shards(folder, tmp_path / "out", images_per_shard=12)
+    (path,), _ = write_shards(folder, tmp_path / "out", images_per_shard=12)
     last = open_shards(path).members
     os.truncate(path, int(last.offset[11]) + 10)
     shards = open_shards(path)
     assert np.array_equal(pixels(shards, 10), pixels(folder, 10))
-    if len(shards) == 12:
-        with pytest.raises(BadImageError, match=r"ends before it"):
-            pixels(shards, 11)
+    assert len(shards) == 12
+    with pytest.raises(BadImageError, match=r"ends before it"):
+        pixels(shards, 11)
+
+
+def broken_header(path, members):
+    """A shard of one part, in which the header of the third member is damaged."""
+    with path.open("r+b") as file:
+        file.seek(members[2].offset)
+        file.write(b"\xff" * 200)
+    return members[2].offset
+
+
+def second_archive(path, members):
+    """Two archives, one behind the other, as `cat` makes them."""
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole)
+    return len(whole)
+
+
+def cut_off(path, members):
+    size = members[2].offset_data + 10
+    os.truncate(path, size)
+    return size
+
+
+@pytest.mark.parametrize("damage", [broken_header, second_archive, cut_off])
+def test_damage_is_said_at_every_start_and_what_lies_before_is_used(
+    damage, tmp_path, index_cache, caplog
+):
+    path = tmp_path / "in" / "a.tar"
+    path.parent.mkdir()
+    write_tar(path, {f"{i}.jpg": jpeg(i) for i in range(4)})
+    with tarfile.open(path) as tar:
+        members = tar.getmembers()
+    at = damage(path, members)
+    age(tmp_path / "in")
+    before = {broken_header: 2, second_archive: 4, cut_off: 3}[damage]
+    for _ in range(2):
+        caplog.clear()
+        assert len(open_shards(tmp_path / "in")) == before
+        (line,) = caplog.messages
+        assert line.startswith(f"{path}: is damaged from byte {at} (")
+    assert not list(index_cache.glob("index-*.bin"))
+
+
+def test_a_whole_shard_is_not_called_damaged(folder, tmp_path, caplog):
+    write_shards(folder, tmp_path / "out", images_per_shard=5)
+    padded = tmp_path / "out" / "shard-000000.tar"
+    padded.write_bytes(padded.read_bytes() + bytes(3 << 20))
+    assert len(open_shards(tmp_path / "out")) == 12
+    assert not caplog.messages
+
+
+def test_a_sample_is_a_run_of_one_key_and_its_image_has_the_shortest_extension(tmp_path, caplog):
+    members = [
+        ("0001.seg.png", b"mask"),
+        ("0001.jpg", jpeg(1)),
+        ("0001.cls", b"1"),
+        ("0001.depth.PNG", b"depth"),
+        ("0002.jpg", jpeg(2)),
+        ("0002.cls", b"0"),
+        ("0001.jpg", jpeg(3)),  # another sample of this name
+        ("0001.cls", b"2"),
+        ("0001.jpg", jpeg(4)),  # and one more, right behind it
+        ("0001.cls", b"0"),
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    caplog.set_level("INFO")
+    shards = open_shards(tmp_path)
+    assert [shards.name(i) for i in range(4)] == ["0001.jpg", "0002.jpg", "0001.jpg", "0001.jpg"]
+    assert shards.labels.tolist() == [1, 0, 2, 0]
+    for i in range(4):
+        assert np.array_equal(pixels(shards, i), decode(jpeg(i + 1), full_size).pixels)
+    (line,) = caplog.messages
+    assert line.startswith(f"{tmp_path}: 2 images share a sample with one of a shorter extension")
+
+
+@pytest.mark.parametrize("wrong", [None, b"cat", b"-1", b"9" * 30])
+@pytest.mark.parametrize(
+    ("folders", "instead"), [(("a/", "b/"), "their first folders are"), (("", ""), "there are no")]
+)
+def test_numbers_of_some_images_alone_are_said_not_to_be_used(
+    wrong, folders, instead, tmp_path, caplog
+):
+    members = []
+    for i in range(4):
+        name = f"{folders[i % 2]}{i}"
+        number = b"%d" % (i // 2) if i != 3 else wrong
+        members += [(f"{name}.jpg", jpeg(i))]
+        members += [(f"{name}.cls", number)] if number is not None else []
+    write_tar(tmp_path / "a.tar", members)
+    age(tmp_path)
+    for _ in range(2):  # the second time from the cache
+        caplog.clear()
+        shards = open_shards(tmp_path)
+        assert caplog.messages == [
+            f"{tmp_path}: 1 of 4 images have no .cls number: {instead} classes"
+        ]
+        expected = [0, 1, 0, 1] if folders[0] else None
+        assert (None if shards.labels is None else shards.labels.tolist()) == expected
+    caplog.clear()
+    open_shards(tmp_path, use_labels=False)
+    assert not caplog.messages
+
+
+def test_links_list_no_shard_twice(tmp_path):
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    write_tar(tmp_path / "in" / "a" / "0.tar", {"0.jpg": jpeg(0)})
+    write_tar(tmp_path / "in" / "1.tar", {"1.jpg": jpeg(1)})
+    (tmp_path / "elsewhere").mkdir()
+    write_tar(tmp_path / "elsewhere" / "2.tar", {"2.jpg": jpeg(2)})
+    (tmp_path / "in" / "a" / "loop").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "again").symlink_to(tmp_path / "in" / "a")
+    (tmp_path / "in" / "linked.tar").symlink_to(tmp_path / "in" / "1.tar")
+    (tmp_path / "in" / "there").symlink_to(tmp_path / "elsewhere")
+    found = find_shards(str(tmp_path / "in"), key="data.root")
+    assert found == [f"{tmp_path}/in/{name}" for name in ("1.tar", "a/0.tar", "there/2.tar")]
+
+
+def test_compressed_shards_beside_others_are_counted(tmp_path, caplog):
+    write_tar(tmp_path / "a.tar", {"0.jpg": jpeg(0)})
+    for name in ("b.tar.gz", "c.tgz"):
+        (tmp_path / name).write_bytes(b"")
+    assert len(open_shards(tmp_path)) == 1
+    (line,) = caplog.messages
+    assert line.startswith(f"{tmp_path}: 2 compressed shards (.tar.gz, .tgz) are passed over")
 
 
 def test_a_vanished_shard_is_a_bad_image(folder, tmp_path):
-    (path,) = write_shards(folder, tmp_path / "out", images_per_shard=12)
+    (path,), _ = write_shards(folder, tmp_path / "out", images_per_shard=12)
     shards = open_shards(path)
     path.unlink()
     with pytest.raises(BadImageError, match=r"shard-000000.tar: No such file"):

@@ -27,6 +27,8 @@ def test_a_nested_folder_has_its_first_folders_as_classes(tmp_path):
     make_folder(tmp_path, classes=2, images=2)
     (tmp_path / "class_1" / "deep" / "er").mkdir(parents=True)
     photo(9).save(tmp_path / "class_1" / "deep" / "er" / "x.PNG")
+    for name in ("y.jfif", "z.pjpeg"):  # as browsers save them
+        photo(8).save(tmp_path / "class_1" / name, "JPEG")
     (tmp_path / "class_1" / "notes.txt").write_text("no image")
     (tmp_path / ".hidden").mkdir()
     photo(9).save(tmp_path / ".hidden" / "x.png")
@@ -37,9 +39,11 @@ def test_a_nested_folder_has_its_first_folders_as_classes(tmp_path):
         "class_1/0.jpg",
         "class_1/1.jpg",
         "class_1/deep/er/x.PNG",
+        "class_1/y.jfif",
+        "class_1/z.pjpeg",
     ]
     assert source.classes == ["class_0", "class_1"]
-    assert source.labels.tolist() == [0, 0, 1, 1, 1]
+    assert source.labels.tolist() == [0, 0, 1, 1, 1, 1, 1]
     assert open_folder(tmp_path, use_labels=False).labels is None
 
 
@@ -89,6 +93,69 @@ def test_lists_and_csv_files_name_the_same_images_as_their_folder(tmp_path):
     assert open_list(table).labels is None
     assert open_list(labelled).labels.tolist() == folder.labels.tolist()
     assert open_list(labelled).classes == folder.classes
+
+
+HEADERS = {
+    "Path,width,height,LABEL\na.jpg,64,48,cat\nb.jpg,64,48,dog\n": ["cat", "dog"],
+    "class, Filename\ncat, a.jpg\ndog, b.jpg\n": ["cat", "dog"],
+    "\nimage,file,class,label\n1,a.jpg,x,cat\n2,b.jpg,x,dog\n": ["cat", "dog"],
+    "filepath,width\na.jpg,64\nb.jpg,48\n": [],
+    "IMAGE\na.jpg\nb.jpg\n": [],
+    "a.jpg,image\nb.jpg,label\n": ["image", "label"],
+    "a.jpg,cat,7\nb.jpg,dog,8\n": ["cat", "dog"],
+}
+
+
+@pytest.mark.parametrize("text", HEADERS)
+def test_columns_are_taken_by_the_names_in_a_header(text, tmp_path):
+    (tmp_path / "a.csv").write_text(text)
+    source = open_list(tmp_path / "a.csv")
+    assert names(source) == ["a.jpg", "b.jpg"]
+    assert source.classes == HEADERS[text]
+    assert (source.labels is None) == (not HEADERS[text])
+
+
+def test_a_text_list_may_have_a_header_too(tmp_path):
+    (tmp_path / "a.txt").write_text("path\na, b.jpg\n")
+    assert names(open_list(tmp_path / "a.txt")) == ["a, b.jpg"]
+
+
+DAMAGED_LISTS = {
+    "a.jpg\nb.jpg\n".encode("utf-16"): r"line 1 is not text in UTF-8",
+    b"a.jpg\nb\0.jpg\n": r"line 2 is not text in UTF-8",
+    b'a.jpg,cat\n"b.jpg,dog\nc.jpg,dog\n': r"the row that begins in line 2 is no CSV",
+    b'a.jpg,cat\n"b.jpg\n' + b"c.jpg,dog\n" * 20_000: r"the row that begins in line 2 is no CSV",
+    b"a.jpg,cat\n,dog\n": r"line 2 has no path",
+    b"img,label\na.jpg,cat\n": r"the header names no column of paths; must be one of path,",
+}
+
+
+@pytest.mark.parametrize("data", DAMAGED_LISTS, ids=range(len(DAMAGED_LISTS)))
+def test_damaged_lists_end_in_one_line_that_names_them(data, tmp_path):
+    (tmp_path / "a.csv").write_bytes(data)
+    with pytest.raises(UserError, match=f"data.root=.*/a.csv: {DAMAGED_LISTS[data]}") as caught:
+        open_list(tmp_path / "a.csv")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_that_is_listed_twice_counts_once(tmp_path, caplog):
+    listed = tmp_path / "a.csv"
+    rows = ["x/a.jpg,cat", "b.jpg,dog", "./x/a.jpg,cat", "x/../b.jpg,dog", "x//a.jpg,cat"]
+    listed.write_text("\n".join([*rows, f"{tmp_path}/b.jpg,dog", "a.jpg,cat"]))
+    source = open_list(listed)
+    assert names(source) == ["x/a.jpg", "b.jpg", "a.jpg"]
+    assert source.labels.tolist() == [0, 1, 0]
+    assert caplog.messages == [
+        f"data.root={listed}: 4 rows name an image that is there before; once counts"
+    ]
+
+
+def test_an_image_with_two_labels_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("a.jpg,cat\nb.jpg,dog\n./a.jpg,dog\n")
+    with pytest.raises(UserError, match=r"a.csv: ./a.jpg .*'cat' \(line 1\) and 'dog' \(line 3\)"):
+        open_list(tmp_path / "a.csv")
+    without = list_source(str(tmp_path / "a.csv"), key="root", root=None, use_labels=False)
+    assert names(without) == ["a.jpg", "b.jpg"]
 
 
 def test_what_is_wrong_with_folders_and_lists_is_said(tmp_path):
