@@ -123,6 +123,7 @@ def test_a_link_to_itself_ends_no_scan(tmp_path, caplog):
     assert scan(root) == ["4.webp", "a/1.jpg", "a/2.jpg", "b/c/3.png", "itself.jpg"]
     (line,) = caplog.messages  # the image is one that cannot be read, and is said as such
     assert ": itself (Too many levels" in line
+    assert line.endswith(")")  # and no more
 
 
 @pytest.mark.parametrize("damage", [b"", b"words", bytes(200)])

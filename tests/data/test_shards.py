@@ -155,7 +155,7 @@ def broken_header(path, members):
     """A shard of one part, in which the header of the third member is damaged."""
     with path.open("r+b") as file:
         file.seek(members[2].offset)
-        file.write(b"\xff" * 200)
+        file.write(bytes(9) + b"\xff" * 200)
     return members[2].offset
 
 
@@ -183,12 +183,16 @@ def test_damage_is_said_at_every_start_and_what_lies_before_is_used(
         members = tar.getmembers()
     at = damage(path, members)
     age(tmp_path / "in")
-    before = {broken_header: 2, second_archive: 4, cut_off: 3}[damage]
+    before, why = {
+        broken_header: (2, "no header"),
+        second_archive: (4, "something follows"),
+        cut_off: (3, "unexpected end"),
+    }[damage]
     for _ in range(2):
         caplog.clear()
         assert len(open_shards(tmp_path / "in")) == before
         (line,) = caplog.messages
-        assert line.startswith(f"{path}: is damaged from byte {at} (")
+        assert line.startswith(f"{path}: is damaged from byte {at} ({why}")
     assert not list(index_cache.glob("index-*.bin"))
 
 
