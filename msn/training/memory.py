@@ -12,16 +12,18 @@ from msn.method import kernels
 from msn.method.masking import num_kept_patches
 from msn.method.network import MSN
 
+_MIXED = ("bf16-mixed", "16-mixed")
+
 
 class Memory(NamedTuple):
     """Bytes on one device; `peak` is less than the sum, for gradients come as activations go."""
 
     weights: float
-    """Anchor, target and prototypes."""
+    """Anchor, target and prototypes; of a cut network its part and what is whole at a time."""
     optimiser: float
     """Two moments of everything trained."""
     gradients: float
-    """Of everything trained, at the end of the backward pass."""
+    """Of everything trained, at the end of the backward pass; under DDP its buckets as well."""
     views: float
     """Of the batch; the next one may lie beside it while it is being made."""
     activations: float
@@ -41,6 +43,9 @@ def forecast_memory(
     patch_drop: float,
     precision: str,
     use_kernels: bool,
+    compiled: bool = True,
+    processes: int = 1,
+    sharded: bool = False,
 ) -> Memory:
     """Forecast the memory of a training step on one device.
 
@@ -51,26 +56,38 @@ def forecast_memory(
         chunk_size: images a trunk pass, None for all.
         patch_drop: of rand views.
         precision: as Lightning names it, resolved: "32-true", "bf16-mixed", ...
-        use_kernels: whether blocks train by `msn.method.kernels` (on the CPU).
+        use_kernels: whether blocks may train by `msn.method.kernels` (on the CPU); in mixed
+            precision they never do.
+        compiled: whether the blocks are; it makes a difference in mixed precision.
+        processes: that train together, each on a device of its own.
+        sharded: whether the network is cut over them (`msn.training.sharding`); else it is DDP's.
     """
+    use_kernels = use_kernels and precision not in _MIXED
     size = 8 if precision == "64-true" else 2 if precision == "bf16-true" else 4
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad) * size
-    weights = sum(p.numel() for p in network.parameters()) * size
+    held = _held_bytes(network, size, processes, sharded)
     pixels = (1 + views.rand_views) * views.rand_size**2 + views.focal_views * views.focal_size**2
     view_bytes = batch_size * 3 * pixels * size
     images = batch_size if chunk_size is None else min(chunk_size, batch_size)
-    trunk, workspace = _trunk_bytes(network, views, patch_drop, precision, use_kernels)
-    beyond = _head_and_loss_bytes(network, batch_size * (views.rand_views + views.focal_views))
+    trunk, workspace = _trunk_bytes(network, views, patch_drop, precision, use_kernels, compiled)
+    rows = batch_size * (views.rand_views + views.focal_views)
+    beyond = _head_and_loss_bytes(network, rows) + _cast_weights_bytes(network, precision)
     activations, workspace = images * trunk + beyond, images * workspace
     if use_kernels:
         # The CPU's heap keeps what is freed and has holes: measured as twice the passing tensors,
         # and as four times under chunks.
         workspace *= 3 if chunk_size is None else 5
-    standing = weights + 2 * trained + view_bytes
+    standing = held.weights + held.optimiser + held.buckets + view_bytes
     # Unchunked, gradients grow while activations go; chunked, they stand beside the next chunk's.
-    passing = activations + workspace + (trained if chunk_size is not None else 0)
-    peak = standing + max(passing, trained)
-    return Memory(weights, 2 * trained, trained, view_bytes, activations, workspace, peak)
+    passing = activations + workspace + (held.gradients if chunk_size is not None else 0)
+    return Memory(
+        weights=held.weights,
+        optimiser=held.optimiser,
+        gradients=held.gradients + held.buckets,
+        views=view_bytes,
+        activations=activations,
+        workspace=workspace,
+        peak=standing + max(passing, held.gradients),
+    )
 
 
 def suggest_chunk_size(peaks: Mapping[int | None, float], limit: float) -> int | None:
@@ -89,8 +106,43 @@ def suggest_chunk_size(peaks: Mapping[int | None, float], limit: float) -> int |
     return max(fitting)
 
 
+class _Held(NamedTuple):
+    """Bytes of all that has the size of the network."""
+
+    weights: float
+    optimiser: float
+    gradients: float
+    buckets: float
+    """In which DDP sends gradients: Lightning leaves them a copy, there from the first step on."""
+
+
+def _held_bytes(network: MSN, size: int, processes: int, sharded: bool) -> _Held:
+    every = size * sum(p.numel() for p in network.parameters())
+    trained = size * sum(p.numel() for p in network.parameters() if p.requires_grad)
+    if processes == 1 or not sharded:
+        return _Held(every, 2 * trained, trained, trained if processes > 1 else 0)
+    # FSDP2 gathers block by block, the next one while one computes, and leaves what is outside the
+    # blocks whole from its first use to the end of the backward pass. Not measured on a device.
+    trunk = network.anchor.trunk
+    block = size * sum(p.numel() for p in trunk.blocks[0].parameters())
+    in_blocks = block * len(trunk.blocks)
+    whole = every - 2 * in_blocks + 2 * block
+    whole_gradients = trained - in_blocks + block
+    return _Held(
+        weights=every / processes + whole,
+        optimiser=2 * trained / processes,
+        gradients=trained / processes + whole_gradients,
+        buckets=0,
+    )
+
+
 def _trunk_bytes(
-    network: MSN, views: ViewSettings, patch_drop: float, precision: str, use_kernels: bool
+    network: MSN,
+    views: ViewSettings,
+    patch_drop: float,
+    precision: str,
+    use_kernels: bool,
+    compiled: bool,
 ) -> tuple[float, float]:
     """Kept and passing bytes of the anchor trunk for one image with all its views."""
     trunk = network.anchor.trunk
@@ -102,22 +154,36 @@ def _trunk_bytes(
     scores = sum(count * length**2 for count, length in groups) * trunk.num_heads
     use_kernels = use_kernels and max(length for _, length in groups) <= kernels.MAX_LENGTH
     size = 8 if precision == "64-true" else 4
-    if precision in ("bf16-mixed", "16-mixed"):
-        # Input of both norms in float32; the normed inputs of qkv and MLP, q, k, v, the mixed
-        # values (each group's and all together) and the hidden layer in half precision; a compiled
-        # block makes the GELU anew.
-        block = tokens * width * (2 * 4 + 2 * (2 + 3 + 2 + ratio))
+    # Beside the blocks: cut patches, the last block's tokens and their norm.
+    ends = tokens * size * (3 * trunk.patch_size**2 + 3 * width)
+    if precision in _MIXED:
+        # In half precision the normed inputs of qkv and MLP, q, k, v, the mixed values (each
+        # group's and all together), the hidden layer and its GELU: the compiler makes the GELU
+        # anew only if no product of the backward pass reads it, and fc2's weight gradient does
+        # (`ban_recompute_materialized_backward` of torch._functorch). The input of norm 1 is in
+        # float32; that of norm 2 too where blocks are eager, compiled ones make it anew from the
+        # projection in half precision. Checked against what autograd keeps under bf16 autocast on
+        # a CPU; not measured on CUDA.
+        second = 2 if compiled else 4
+        block = tokens * width * (4 + second + 2 * (2 + 3 + 2 + 2 * ratio))
         passing = tokens * width * 2 * (2 * ratio + 4)
+        ends = tokens * (2 * 3 * trunk.patch_size**2 + 8 * width)
     elif use_kernels:
-        # As above, the mixed values once, with the attention weights.
+        # Inputs of both norms, the normed ones, q, k, v, the mixed values, the hidden layer, and
+        # the attention weights.
         block = tokens * width * size * (2 + 2 + 3 + 1 + ratio) + scores * size
         passing = tokens * width * size * (ratio + 4)
     else:
         block = tokens * width * size * (2 + 2 + 3 + 2 + 2 * ratio)
         passing = tokens * width * size * (2 * ratio + 4)
-    # Cut patches, the last block's tokens and their norm.
-    ends = tokens * size * (3 * trunk.patch_size**2 + 3 * width)
     return (trunk.depth - 1) * block + ends, passing
+
+
+def _cast_weights_bytes(network: MSN, precision: str) -> float:
+    """Copies of the anchor's weights in half precision: products of the backward pass read them."""
+    if precision not in _MIXED:
+        return 0.0
+    return 2.0 * sum(p.numel() for p in network.anchor.parameters())
 
 
 def _head_and_loss_bytes(network: MSN, rows: int) -> float:

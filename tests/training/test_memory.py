@@ -4,12 +4,15 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from msn.commands.bench_step import case_of
+from msn.commands.entry import compose, to_plain
 from msn.commands.step_methods import Case
 from msn.commands.step_worker import Worker
 from msn.data.views import ViewSettings
 from msn.method.network import MSN
 from msn.method.replay import load_golden
 from msn.training.memory import forecast_memory, suggest_chunk_size
+from msn.training.speed import compile_blocks
 from tests.conftest import GOLDEN
 from tests.training.test_module import module_of
 
@@ -43,7 +46,7 @@ VIEWS = {
 }
 
 
-def kept_bytes(network, batch_size, use_kernels):
+def kept_bytes(network, batch_size, use_kernels, precision="32-true"):
     """Bytes of all storages that the anchor's forward pass keeps, without the parameters."""
     for block in network.anchor.trunk.blocks:
         block.use_kernels = use_kernels
@@ -57,40 +60,122 @@ def kept_bytes(network, batch_size, use_kernels):
         return tensor  # held, so that no address is used twice
 
     rand, focal = torch.rand(1, batch_size, 3, 64, 64), torch.rand(4, batch_size, 3, 32, 32)
-    with saved_tensors_hooks(note, lambda tensor: tensor):
+    half = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
+    with half, saved_tensors_hooks(note, lambda tensor: tensor):
         out = network.project_anchors(rand, focal, torch.arange(48))
     assert out.requires_grad
     return sum(sizes.values())
 
 
+def forecast_of(network, views=VIEWS, **changes):
+    settings = {
+        "batch_size": 4,
+        "chunk_size": None,
+        "patch_drop": 0.25,
+        "precision": "32-true",
+        "use_kernels": True,
+        **changes,
+    }
+    return forecast_memory(network, ViewSettings(**views), **settings)
+
+
 @pytest.mark.parametrize("use_kernels", [True, False])
 def test_activations_are_those_that_autograd_keeps(use_kernels):
     network = MSN(model=MODEL, head=HEAD, num_prototypes=8)
-    forecast = forecast_memory(
-        network,
-        ViewSettings(**VIEWS),
-        batch_size=4,
-        chunk_size=None,
-        patch_drop=0.25,
-        precision="32-true",
-        use_kernels=use_kernels,
-    )
+    forecast = forecast_of(network, use_kernels=use_kernels)
     assert forecast.activations == pytest.approx(kept_bytes(network, 4, use_kernels), rel=0.05)
+
+
+@pytest.mark.parametrize("mlp_ratio", [4.0, 2.0])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_in_bf16_activations_are_those_that_autocast_and_the_compiler_s_partition_keep(
+    compiled, mlp_ratio
+):
+    network = MSN(model={**MODEL, "mlp_ratio": mlp_ratio}, head=HEAD, num_prototypes=8)
+    if compiled:
+        torch._dynamo.reset()
+        compile_blocks(network, backend="aot_eager_decomp_partition")  # inductor's, without C++
+    forecast = forecast_of(network, precision="bf16-mixed", compiled=compiled)
+    kept = kept_bytes(network, 4, use_kernels=True, precision="bf16-mixed")
+    assert forecast.activations == pytest.approx(kept, rel=0.03)
+
+
+def test_mixed_precision_knows_no_kernels_and_no_holes_of_the_heap():
+    network = MSN(model=MODEL, head=HEAD, num_prototypes=8)
+    for chunk_size in (None, 2):
+        changes = {"precision": "bf16-mixed", "chunk_size": chunk_size}
+        with_kernels = forecast_of(network, use_kernels=True, **changes)
+        assert with_kernels == forecast_of(network, use_kernels=False, **changes)
+    full = [forecast_of(network, use_kernels=use).workspace for use in (True, False)]
+    assert full[0] != full[1]
+
+
+def test_ddp_holds_gradients_a_second_time_in_its_buckets():
+    network = MSN(model=MODEL, head=HEAD, num_prototypes=8)
+    trained = 4 * sum(p.numel() for p in network.parameters() if p.requires_grad)
+    alone, together = forecast_of(network), forecast_of(network, processes=2)
+    assert alone.gradients == trained
+    assert together.gradients == 2 * trained
+    assert together.peak == alone.peak + trained
+    assert together == forecast_of(network, processes=8)
+
+
+def test_a_cut_network_is_divided_but_for_what_is_whole_at_a_time():
+    network = MSN(model=MODEL, head=HEAD, num_prototypes=8)
+    alone = forecast_of(network)
+    assert forecast_of(network, sharded=True) == alone
+    block = 4 * sum(p.numel() for p in network.anchor.trunk.blocks[0].parameters())
+    outside = alone.weights - 12 * block  # six blocks each of anchor and target
+    trained_outside = alone.gradients - 6 * block
+    for processes in (2, 8):
+        cut = forecast_of(network, sharded=True, processes=processes)
+        assert cut.optimiser == alone.optimiser / processes
+        assert cut.weights == alone.weights / processes + outside + 2 * block
+        assert cut.gradients == alone.gradients / processes + trained_outside + block
+        assert cut.activations == alone.activations
+    assert cut.peak < alone.peak
+
+
+def vit_b16_of_12_gb(batch_size=1024, chunk_size=32):
+    """The case that is promised for a card of 12 GB, as `bench what=step` measures it on CUDA."""
+    settings = to_plain(compose("bench", ["what=step", "experiment=msn_vitb16"]))
+    case = case_of({**settings, "batch_size": batch_size, "chunk_size": chunk_size})
+    return case._replace(precision="bf16-mixed", device="cuda")
+
+
+@pytest.mark.parametrize(("chunk_size", "fits"), [(32, True), (64, False)])
+def test_vit_b16_with_1024_images_is_forecast_to_fit_12_gb_in_chunks_of_32(chunk_size, fits):
+    case = vit_b16_of_12_gb(chunk_size=chunk_size)
+    with torch.device("meta"):
+        network = MSN(model=case.model, head=case.method["head"], num_prototypes=1024)
+    forecast = forecast_of(
+        network,
+        case.views,
+        batch_size=case.batch_size,
+        chunk_size=case.chunk_size,
+        patch_drop=case.method["patch_drop"],
+        precision=case.precision,
+        use_kernels=False,
+    )
+    assert (forecast.peak < 12e9) == fits
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_of_vit_b16_with_1024_images_takes_less_than_12_gb():
+    worker = Worker("msn", vit_b16_of_12_gb())
+    try:
+        worker.ask("steps", 2)
+        assert worker.ask("peak_bytes") < 12e9
+    finally:
+        worker.close()
 
 
 def test_chunks_bound_activations_and_leave_the_rest():
     network = MSN(model=MODEL, head=HEAD, num_prototypes=8)
 
     def forecast(batch_size, chunk_size):
-        return forecast_memory(
-            network,
-            ViewSettings(**VIEWS),
-            batch_size=batch_size,
-            chunk_size=chunk_size,
-            patch_drop=0.25,
-            precision="32-true",
-            use_kernels=True,
-        )
+        return forecast_of(network, batch_size=batch_size, chunk_size=chunk_size)
 
     whole, chunked = forecast(64, None), forecast(64, 8)
     assert chunked[:4] == whole[:4]
