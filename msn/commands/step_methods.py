@@ -78,12 +78,12 @@ class MsnStep:
             chunk_size=case.chunk_size,
             compile=case.compile,
             kernels=case.kernels,
-        ).to(self.device)
+        ).to(self.device, weight_type(case.precision))
         self.module.plan_schedule(epochs=_EPOCHS, steps_per_epoch=_STEPS_PER_EPOCH)
         self.module.network.train()
         self.compiled = self.module.make_fast(self.device)
         self.optimizer = self.module.configure_optimizers()
-        self.views = random_views(case)
+        self.views = random_views(case, dtype=weight_type(case.precision))
 
     def step(self) -> None:
         """As in training, the views already made."""
@@ -139,8 +139,11 @@ class MsnStep:
             images = TrainingSet(Subset(source), settings, seed=0, reduce=True)
             batch = images[BatchKey(0, 0, np.arange(self.case.batch_size))]
             self._decoded = batch._replace(pixels=batch.pixels.to(self.device)), settings
-            make_batched_views(*self._decoded, dtype=torch.float32)
-        return make_batched_views(*self._decoded, dtype=torch.float32)
+            self._cut_views()
+        return self._cut_views()
+
+    def _cut_views(self) -> Views:
+        return make_batched_views(*self._decoded, dtype=weight_type(self.case.precision))
 
     def _autocast(self) -> torch.autocast:
         half = self.case.precision == "bf16-mixed"
@@ -179,12 +182,16 @@ class YardstickStep:
         self.model.step(self.optimizer, tuple(self.views), self.kept, self.numbers)
 
 
+def _lightly_step(case: Case) -> LightlyStep:
+    views = tuple(random_views(case))
+    return LightlyStep(case.model, case.method, views, torch.device(case.device))
+
+
+# Travel by name to the processes, so each must be a class or function of a module.
 METHODS: dict[str, Callable[[Case], Step]] = {
     "msn": MsnStep,
     "eager_yardstick": YardstickStep,
-    "lightly": lambda case: LightlyStep(
-        case.model, case.method, tuple(random_views(case)), torch.device(case.device)
-    ),
+    "lightly": _lightly_step,
 }
 
 
@@ -198,13 +205,23 @@ def available() -> list[str]:
     return [name for name, there in found.items() if there]
 
 
-def random_views(case: Case) -> Views:
+def weight_type(precision: str) -> torch.dtype:
+    """What a network's weights and views are in; under autocast products are taken in less."""
+    return torch.float64 if precision == "64-true" else torch.float32
+
+
+def product_type(precision: str) -> torch.dtype:
+    """What products of matrices are taken in."""
+    return torch.bfloat16 if precision == "bf16-mixed" else weight_type(precision)
+
+
+def random_views(case: Case, *, dtype: torch.dtype = torch.float32) -> Views:
     """Normal noise in the shapes of the case's views, on its device."""
     settings, batch = ViewSettings(**case.views), case.batch_size
     large, small = settings.rand_size, settings.focal_size
 
     def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=case.device)
+        return torch.randn(*shape, device=case.device, dtype=dtype)
 
     return Views(
         noise(batch, 3, large, large),

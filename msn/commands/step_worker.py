@@ -5,7 +5,10 @@ turns, so that a slow moment of the machine hits all alike.
 """
 
 import multiprocessing
+import os
 import time
+import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from msn.commands.entry import one_line
 from msn.commands.step_methods import METHODS, Case, Step
 from msn.errors import UserError
 from msn.training.rate import synchronise
+
+
+class MethodFailed(UserError):
+    """A method that ran out of memory, was killed or broke; others may go on without it."""
 
 
 class Worker:
@@ -27,9 +35,11 @@ class Worker:
     """
 
     def __init__(self, name: str, case: Case) -> None:
-        context = multiprocessing.get_context("spawn")
+        self._name, context = name, multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, name, case), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(theirs, METHODS[name], case), daemon=True
+        )
         self._process.start()
         theirs.close()
 
@@ -37,13 +47,20 @@ class Worker:
         """`steps` (seconds a step of `number` steps), `parts`, `peak_bytes` or `compiled`.
 
         Raises:
-            UserError: what went wrong in the process.
+            MethodFailed: the method failed or its process died; its name stands first.
+            UserError: a setting is wrong.
         """
         try:
             self._connection.send((question, number))
             answer = self._connection.recv()
-        except (EOFError, BrokenPipeError):
-            raise UserError("a measured process ended: too little memory?") from None
+        except (EOFError, ConnectionError):
+            self._process.join(timeout=10)
+            code = self._process.exitcode
+            raise MethodFailed(
+                f"{self._name}: its process died (exit code {code}): too little memory?"
+            ) from None
+        if isinstance(answer, MethodFailed):
+            raise MethodFailed(f"{self._name}: {answer}")
         if isinstance(answer, UserError):
             raise answer
         return answer
@@ -56,32 +73,47 @@ class Worker:
             self._process.terminate()
 
 
-def _serve(connection: Connection, name: str, case: Case) -> None:
-    device = torch.device(case.device)
+def _serve(connection: Connection, make: Callable[[Case], Step], case: Case) -> None:
     _load_libraries()
-    before = _memory("VmRSS")
-    try:
-        method = METHODS[name](case)
-    except UserError as error:
-        connection.recv()
-        connection.send(error)
-        return
+    before, method = _memory("VmRSS"), None
     while True:
         try:
             question, number = connection.recv()
         except EOFError:
             return
-        if question == "steps":
-            connection.send(_seconds_a_step(method, number, device))
-        elif question == "parts":
-            connection.send(method.parts())  # type: ignore[attr-defined]
-        elif question == "compiled":
-            connection.send(getattr(method, "compiled", False))
-        elif device.type == "cuda":
-            connection.send(torch.cuda.max_memory_allocated())
-        else:
-            peak = _memory("VmHWM")
-            connection.send(None if peak is None or before is None else peak - before)
+        try:
+            method = make(case) if method is None else method
+            answer = _answer(method, question, number, torch.device(case.device), before)
+        except Exception as error:  # whatever it is: the others shall go on without this method
+            if os.environ.get("MSN_DEBUG"):
+                traceback.print_exc()
+            connection.send(_told(error))
+            return
+        connection.send(answer)
+
+
+def _answer(
+    method: Step, question: str, number: int, device: torch.device, before: int | None
+) -> Any:
+    if question == "steps":
+        return _seconds_a_step(method, number, device)
+    if question == "parts":
+        return method.parts()  # type: ignore[attr-defined]
+    if question == "compiled":
+        return getattr(method, "compiled", False)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    peak = _memory("VmHWM")
+    return None if peak is None or before is None else peak - before
+
+
+def _told(error: Exception) -> UserError:
+    """What the parent shall raise; errors of other packages may not travel between processes."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return MethodFailed("out of memory; a smaller batch_size or a chunk_size takes less")
+    return MethodFailed(f"{type(error).__name__}: {one_line(error)}")
 
 
 def _load_libraries() -> None:
