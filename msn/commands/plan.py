@@ -1,7 +1,6 @@
 """`python train.py plan=true ...`: what a training will cost, before anything is spent."""
 
 import os
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,21 +10,20 @@ from rich.console import Console
 from rich.table import Table
 
 from msn.commands.entry import build
-from msn.commands.step_methods import Case, MsnStep, step_flops
+from msn.commands.plan_rate import measure_rate
+from msn.commands.plan_settings import check_settings, count_processes, planned_device
+from msn.commands.step_methods import Case, step_flops
 from msn.data.datamodule import MSNDataModule
 from msn.data.views import ViewSettings
 from msn.errors import UserError
 from msn.method.flops import Flops
-from msn.training.launch import read_launch
 from msn.training.memory import Memory, forecast_memory, suggest_chunk_size
 from msn.training.module import MSNModule
-from msn.training.rate import measure_matrix_rate, synchronise
+from msn.training.speed import compilation
 from msn.training.trainer import resolve_precision
 
 _IMAGENET_IMAGES = 1_281_167
-_MEASURED_BATCH = {"cpu": 8, "cuda": 64}
-_LONGEST_STEP = 20.0  # s; a step that would take longer is measured with the least batch, 2 images
-_SPARE = 0.9  # share of the memory that a chunk may fill; allocators and libraries want the rest
+_SPARE = 0.9  # share of the memory that a step may fill; allocators and libraries want the rest
 
 
 class Plan(NamedTuple):
@@ -33,30 +31,30 @@ class Plan(NamedTuple):
 
     parameters: dict[str, int]
     flops: Flops
+    """Of one image."""
     memory: Memory
     processes: int
-    batch_size: int
-    """Images a step and process."""
+    sharded: bool
+    """Whether the network is cut over the processes."""
+    case: Case
+    """Its batch_size is a process's."""
     images: int
+    """That an epoch trains on."""
     epochs: int
-    rate: float
-    """Operations/s of one device in training."""
-    source: str
-    """Where the rate comes from."""
 
-    @property
-    def images_per_s(self) -> float:
-        """Of all processes together."""
-        return self.processes * self.rate / self.flops.total
+    def images_per_s(self, rate: float) -> float:
+        """Of all processes together, at a device's operations/s."""
+        return self.processes * rate / self.flops.total
 
-    @property
-    def hours(self) -> float:
-        """Of the whole training."""
-        return self.epochs * self.images / self.images_per_s / 3600
+    def hours(self, rate: float) -> float:
+        """Of the whole training, at a device's operations/s."""
+        return self.epochs * self.images / self.images_per_s(rate) / 3600
 
 
 def run(config: DictConfig, settings: dict[str, Any], console: Console) -> Plan:
     """Print parameters, operations, memory and hours of a training; write nothing.
+
+    Memory and advice come first: measuring the speed may take a minute or fail.
 
     Args:
         config: composed configuration of `train`.
@@ -64,73 +62,80 @@ def run(config: DictConfig, settings: dict[str, Any], console: Console) -> Plan:
         console: where to print.
 
     Raises:
-        UserError: if a setting is wrong.
+        UserError: if a setting is wrong, or the speed can neither be measured here nor is stated.
     """
-    device = _device(settings)
+    check_settings(settings)
     with torch.device("meta"):
         module: MSNModule = build(config, "module")
-    processes = _processes(settings["trainer"], device)
-    batch_size, rest = divmod(settings["data"]["global_batch_size"], processes)
-    if rest or not batch_size:
-        raise UserError(
-            f"data.global_batch_size {settings['data']['global_batch_size']} is not divisible by "
-            f"{processes} processes"
-        )
-    case = _case(settings, batch_size, device)
-    flops = Flops(*(part / batch_size for part in step_flops(case)))
-    images = _images(config, settings)
-    rate, source = _rate(settings["planning"]["rate"], case, flops)
-    plan = Plan(
-        parameters=_parameters(module),
-        flops=flops,
-        memory=_forecast(module, case, case.chunk_size),
-        processes=processes,
-        batch_size=batch_size,
-        images=images,
-        epochs=settings["trainer"]["max_epochs"],
-        rate=rate,
-        source=source,
-    )
-    limit = settings["planning"]["memory"]
-    limit = _memory_of(device) if limit is None else limit * 2**30
-    chunks: list[int | None] = [None, *(2**k for k in range(batch_size.bit_length()))]
-    peaks = {
-        chunk: _forecast(module, case, chunk).peak for chunk in chunks if (chunk or 0) < batch_size
-    }
-    _show(plan, case, console)
-    console.print(_advice(peaks, limit))
+    module.check_views(ViewSettings(**settings["data"]["views"]))
+    plan = _plan(config, settings, module)
+    _show_memory(plan, console)
+    device, planning = torch.device(plan.case.device), settings["planning"]
+    room = _memory_of(device) if planning["memory"] is None else planning["memory"] * 2**30
+    console.print(_advice(_peaks(module, plan), room))
+    if planning["rate"] is not None:
+        _show_time(plan, float(planning["rate"]), "stated", console)
+        return plan
+
+    def alone(case: Case) -> Memory:
+        return _forecast(module, case)
+
+    rate, images = measure_rate(plan.case, plan.flops, alone, _SPARE * _free_memory(device))
+    _show_time(plan, rate, f"measured with {images} images", console)
     return plan
 
 
-def _forecast(module: MSNModule, case: Case, chunk_size: int | None) -> Memory:
+def _plan(config: DictConfig, settings: dict[str, Any], module: MSNModule) -> Plan:
+    trainer, global_batch_size = settings["trainer"], settings["data"]["global_batch_size"]
+    device = planned_device(trainer["accelerator"])
+    processes = count_processes(trainer, device)
+    batch_size, rest = divmod(global_batch_size, processes)
+    if rest or not batch_size:
+        raise UserError(
+            f"data.global_batch_size {global_batch_size} is not divisible by {processes} processes"
+        )
+    sharded = trainer["strategy"] == "fsdp2"
+    case = _case(settings, batch_size, device)
+    images, limit = _images(config, settings), trainer["limit_train_batches"]
+    if limit is not None:
+        images = min(images, limit * global_batch_size)
+    return Plan(
+        parameters=_parameters(module),
+        flops=Flops(*(part / batch_size for part in step_flops(case))),
+        memory=_forecast(module, case, processes, sharded),
+        processes=processes,
+        sharded=sharded and processes > 1,
+        case=case,
+        images=images,
+        epochs=trainer["max_epochs"],
+    )
+
+
+def _forecast(module: MSNModule, case: Case, processes: int = 1, sharded: bool = False) -> Memory:
+    wish = compilation(case.compile)
     return forecast_memory(
         module.network,
         ViewSettings(**case.views),
         batch_size=case.batch_size,
-        chunk_size=chunk_size,
+        chunk_size=case.chunk_size,
         patch_drop=case.method["patch_drop"],
         precision=case.precision,
         use_kernels=case.kernels and case.device == "cpu",
+        compiled=case.device == "cuda" if wish is None else wish,
+        processes=processes,
+        sharded=sharded,
     )
 
 
-def _device(settings: dict[str, Any]) -> torch.device:
-    wish = settings["trainer"]["accelerator"]
-    on_cuda = wish in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return torch.device("cuda" if on_cuda else "cpu")
-
-
-def _processes(trainer: dict[str, Any], device: torch.device) -> int:
-    """Processes that the training would have, started already or by the trainer."""
-    launch = read_launch(os.environ)
-    nodes = trainer["num_nodes"] if launch is None else launch.nodes
-    devices = trainer["devices"]
-    if devices == "auto" and launch is not None:
-        return nodes * launch.processes_per_node
-    if devices == "auto":
-        return nodes * (torch.cuda.device_count() if device.type == "cuda" else 1)
-    count = len(devices) if isinstance(devices, list) else int(devices)
-    return nodes * (torch.cuda.device_count() if count == -1 else count)
+def _peaks(module: MSNModule, plan: Plan) -> dict[int | None, float]:
+    """Forecast peak without chunks and with each power of two that is less than the batch."""
+    chunks = [2**k for k in range(plan.case.batch_size.bit_length())]
+    return {
+        chunk: _forecast(
+            module, plan.case._replace(chunk_size=chunk), plan.processes, plan.sharded
+        ).peak
+        for chunk in (None, *(chunk for chunk in chunks if chunk < plan.case.batch_size))
+    }
 
 
 def _images(config: DictConfig, settings: dict[str, Any]) -> int:
@@ -146,6 +151,9 @@ def _images(config: DictConfig, settings: dict[str, Any]) -> int:
 
 def _case(settings: dict[str, Any], batch_size: int, device: torch.device) -> Case:
     trainer = settings["trainer"]
+    precision = trainer["precision"]
+    if precision == "auto" and device.type == "cuda":  # which need not be here
+        precision = "bf16-mixed"
     return Case(
         model=settings["model"],
         method=settings["method"],
@@ -154,29 +162,9 @@ def _case(settings: dict[str, Any], batch_size: int, device: torch.device) -> Ca
         chunk_size=settings["chunk_size"],
         compile=settings["compile"],
         kernels=settings["kernels"],
-        precision=resolve_precision(trainer["precision"], trainer["accelerator"]),
+        precision=resolve_precision(precision, trainer["accelerator"]),
         device=device.type,
     )
-
-
-def _rate(stated: float | None, case: Case, flops: Flops) -> tuple[float, str]:
-    """Operations/s of one device: as stated, or of a few steps here; and which of the two."""
-    if stated is not None:
-        return float(stated), "stated"
-    device = torch.device(case.device)
-    dtype = torch.bfloat16 if case.precision == "bf16-mixed" else torch.float32
-    batch = min(_MEASURED_BATCH[case.device], max(2, case.batch_size))
-    if batch * flops.total / measure_matrix_rate(device, dtype) > _LONGEST_STEP:
-        batch = 2
-    case = case._replace(batch_size=batch)
-    method = MsnStep(case)
-    seconds = []
-    for _ in range(3):  # the first compiles and warms up
-        start = time.perf_counter()
-        method.step()
-        synchronise(device)
-        seconds.append(time.perf_counter() - start)
-    return batch * flops.total / min(seconds[1:]), f"measured with {batch} images"
 
 
 def _parameters(module: MSNModule) -> dict[str, int]:
@@ -188,9 +176,18 @@ def _parameters(module: MSNModule) -> dict[str, int]:
     }
 
 
-def _memory_of(device: torch.device) -> float:
-    if device.type == "cuda":
+def _memory_of(device: torch.device) -> float | None:
+    """Bytes of a device of this machine; None if there is no such device."""
+    if device.type == "cpu":
+        return _free_memory(device)
+    if torch.cuda.is_available():
         return float(torch.cuda.get_device_properties(device).total_memory)
+    return None
+
+
+def _free_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
     told = Path("/proc/meminfo")
     if told.is_file():
         (line,) = (x for x in told.read_text().splitlines() if x.startswith("MemAvailable:"))
@@ -198,29 +195,41 @@ def _memory_of(device: torch.device) -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def _show(plan: Plan, case: Case, console: Console) -> None:
-    table = Table(title=f"Plan: {plan.epochs} epochs of {plan.images:,} images", show_header=False)
+def _table(title: str) -> Table:
+    table = Table(title=title, show_header=False)
     table.add_column("what")
     table.add_column("how much", justify="right")
+    return table
+
+
+def _show_memory(plan: Plan, console: Console) -> None:
+    table = _table(f"Plan: {plan.epochs} epochs of {plan.images:,} images")
     for name, count in plan.parameters.items():
         table.add_row(f"{name}, parameters", f"{count / 1e6:.2f} M")
     for name in ("target", "rand", "focal", "total"):
         table.add_row(f"{name}, GFLOP an image", f"{getattr(plan.flops, name) / 1e9:.1f}")
     table.add_section()
-    table.add_row(f"images a step on a device ({case.device})", str(plan.batch_size))
-    table.add_row("chunk_size", str(case.chunk_size or "null"))
-    table.add_row("precision", case.precision)
+    cut = ", the network cut over them" if plan.sharded else ""
+    table.add_row(f"devices{cut}", str(plan.processes))
+    table.add_row(f"images a step on a device ({plan.case.device})", str(plan.case.batch_size))
+    table.add_row("chunk_size", str(plan.case.chunk_size or "null"))
+    table.add_row("precision", plan.case.precision)
     for name, size in plan.memory._asdict().items():
         table.add_row(f"{name}, GiB", f"{size / 2**30:.2f}")
-    table.add_section()
-    table.add_row("devices", str(plan.processes))
-    table.add_row(f"TFLOP/s a device ({plan.source})", f"{plan.rate / 1e12:.3f}")
-    table.add_row("images/s", f"{plan.images_per_s:.1f}")
-    table.add_row("hours", f"{plan.hours:.1f}")
     console.print(table)
 
 
-def _advice(peaks: dict[int | None, float], limit: float) -> str:
+def _show_time(plan: Plan, rate: float, source: str, console: Console) -> None:
+    table = _table("Time")
+    table.add_row(f"TFLOP/s a device ({source})", f"{rate / 1e12:.3f}")
+    table.add_row("images/s", f"{plan.images_per_s(rate):.1f}")
+    table.add_row("hours", f"{plan.hours(rate):.1f}")
+    console.print(table)
+
+
+def _advice(peaks: dict[int | None, float], limit: float | None) -> str:
+    if limit is None:
+        return "planning.memory=GiB, of one device, gives a chunk_size that fits it."
     room = f"{limit / 2**30:.1f} GiB"
     try:
         chunk = suggest_chunk_size(peaks, _SPARE * limit)

@@ -1,0 +1,103 @@
+"""Settings of a plan, checked as training checks them, and the devices that they mean."""
+
+import os
+from typing import Any
+
+import torch
+
+from msn.data.views import ViewSettings
+from msn.errors import UserError
+from msn.schema import take
+from msn.training.launch import read_launch
+from msn.training.trainer import build_trainer
+
+_GPU = ("gpu", "cuda")
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Check what a plan reads and neither module nor data module checks.
+
+    Raises:
+        UserError: if a value has a wrong type, is out of its range, or nothing could be measured.
+    """
+    for key in ("planning", "trainer", "data"):
+        if not isinstance(settings[key], dict):
+            raise UserError(f"{key} must be a group of keys, got {settings[key]!r}")
+    take("trainer", settings["trainer"], build_trainer, derived=("callbacks", "loggers", "run_dir"))
+    for key in ("max_epochs", "num_nodes", "limit_train_batches"):
+        _check_positive(f"trainer.{key}", settings["trainer"][key])
+    _check_planning(**take("planning", settings["planning"], _check_planning))
+    batch_size = settings["data"]["global_batch_size"]
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise UserError(f"data.global_batch_size must be a whole number >= 1, got {batch_size!r}")
+    take("data.views", settings["data"]["views"], ViewSettings)
+    device = planned_device(settings["trainer"]["accelerator"])
+    here = device.type == "cpu" or torch.cuda.is_available()
+    if not here and settings["planning"]["rate"] is None:
+        raise UserError(
+            "planning.rate must be given, e.g. planning.rate=4e14 for an H100 at 40 %: there is no "
+            "GPU here to measure"
+        )
+
+
+def _check_planning(*, rate: float | None, memory: float | None, images: int | None) -> None:
+    _check_positive("planning.rate", rate)
+    _check_positive("planning.memory", memory)
+    _check_positive("planning.images", images)
+
+
+def _check_positive(name: str, value: float | None) -> None:
+    if value is not None and value <= 0:
+        raise UserError(f"{name} must be > 0, got {value}")
+
+
+def planned_device(accelerator: str) -> torch.device:
+    """The kind of device that a training is planned for; a GPU that is asked for need not be here.
+
+    Args:
+        accelerator: `trainer.accelerator`.
+    """
+    on_cuda = accelerator in _GPU or (accelerator == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if on_cuda else "cpu")
+
+
+def count_processes(trainer: dict[str, Any], device: torch.device) -> int:
+    """Processes that the training would have, started already or by the trainer.
+
+    Raises:
+        UserError: if `trainer.devices` says no number of devices.
+    """
+    launch = read_launch(os.environ)
+    nodes = trainer["num_nodes"] if launch is None else launch.nodes
+    devices = _read_devices(trainer["devices"])
+    if devices == "auto" and launch is not None:
+        return nodes * launch.processes_per_node
+    if device.type == "cpu":
+        if isinstance(devices, list) or devices == -1:
+            raise UserError(
+                f"trainer.devices={devices}: on the CPU it must be auto or a whole number >= 1"
+            )
+        return nodes * (1 if devices == "auto" else int(devices))
+    if devices in ("auto", -1):
+        return nodes * max(1, torch.cuda.device_count())  # of a GPU that is not here: one
+    return nodes * (len(devices) if isinstance(devices, list) else int(devices))
+
+
+def _read_devices(devices: int | str | list[int]) -> int | str | list[int]:
+    """As Lightning reads them: "auto", -1 (all), a number >= 1 or a list; text says the same.
+
+    Raises:
+        UserError: if they are something else.
+    """
+    read: int | str | list[int] = devices
+    if isinstance(devices, str) and devices != "auto":
+        parts = [part.strip() for part in devices.split(",") if part.strip()]
+        if all(part.removeprefix("-").isdecimal() for part in parts):
+            numbers = [int(part) for part in parts]
+            read = numbers if "," in devices or not numbers else numbers[0]
+    is_number = isinstance(read, int) and (read >= 1 or read == -1)
+    if read == "auto" or is_number or (isinstance(read, list) and read):
+        return read
+    raise UserError(
+        f"trainer.devices={devices}: must be auto, -1 (all), a whole number >= 1 or a list of GPUs"
+    )
