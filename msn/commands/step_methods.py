@@ -83,7 +83,7 @@ class MsnStep:
         self.module.network.train()
         self.compiled = self.module.make_fast(self.device)
         self.optimizer = self.module.configure_optimizers()
-        self.views = random_views(case, dtype=weight_type(case.precision))
+        self.views = random_views(case, dtype=product_type(case.precision))
 
     def step(self) -> None:
         """As in training, the views already made."""
@@ -143,7 +143,7 @@ class MsnStep:
         return self._cut_views()
 
     def _cut_views(self) -> Views:
-        return make_batched_views(*self._decoded, dtype=weight_type(self.case.precision))
+        return make_batched_views(*self._decoded, dtype=product_type(self.case.precision))
 
     def _autocast(self) -> torch.autocast:
         half = self.case.precision == "bf16-mixed"
@@ -206,12 +206,12 @@ def available() -> list[str]:
 
 
 def weight_type(precision: str) -> torch.dtype:
-    """What a network's weights and views are in; under autocast products are taken in less."""
+    """What a network's weights are in; under autocast products are taken in less."""
     return torch.float64 if precision == "64-true" else torch.float32
 
 
 def product_type(precision: str) -> torch.dtype:
-    """What products of matrices are taken in."""
+    """What products of matrices are taken in, and views are made in."""
     return torch.bfloat16 if precision == "bf16-mixed" else weight_type(precision)
 
 

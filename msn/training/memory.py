@@ -66,7 +66,7 @@ def forecast_memory(
     size = 8 if precision == "64-true" else 2 if precision == "bf16-true" else 4
     held = _held_bytes(network, size, processes, sharded)
     pixels = (1 + views.rand_views) * views.rand_size**2 + views.focal_views * views.focal_size**2
-    view_bytes = batch_size * 3 * pixels * size
+    view_bytes = batch_size * 3 * pixels * (2 if precision in _MIXED else size)
     images = batch_size if chunk_size is None else min(chunk_size, batch_size)
     trunk, workspace = _trunk_bytes(network, views, patch_drop, precision, use_kernels, compiled)
     rows = batch_size * (views.rand_views + views.focal_views)
@@ -167,7 +167,8 @@ def _trunk_bytes(
         second = 2 if compiled else 4
         block = tokens * width * (4 + second + 2 * (2 + 3 + 2 + 2 * ratio))
         passing = tokens * width * 2 * (2 * ratio + 4)
-        ends = tokens * (2 * 3 * trunk.patch_size**2 + 8 * width)
+        # The last block takes its scores in float32, eager from a copy of the normed tokens.
+        ends = tokens * (2 * 3 * trunk.patch_size**2 + (8 if compiled else 12) * width)
     elif use_kernels:
         # Inputs of both norms, the normed ones, q, k, v, the mixed values, the hidden layer, and
         # the attention weights.

@@ -151,17 +151,23 @@ def test_processes_that_die_or_run_out_of_memory_say_which_method_it_was(monkeyp
         assert str(error.value).startswith(f"{name}: {line}")
 
 
-def test_float64_is_measured_in_float64():
-    case = case_of(settings_of("trainer.precision=64-true"))
-    method = MsnStep(case)
+@pytest.mark.parametrize(
+    ("precision", "weights", "views"),
+    [
+        ("64-true", torch.float64, torch.float64),
+        ("bf16-mixed", torch.float32, torch.bfloat16),
+        ("32-true", torch.float32, torch.float32),
+    ],
+)
+def test_a_step_is_measured_in_its_precision(precision, weights, views):
+    method = MsnStep(case_of(settings_of(f"trainer.precision={precision}")))
     method.step()
     method.parts()
-    assert {view.dtype for view in method.views} == {torch.float64}
-    assert {view.dtype for view in method._make_views()} == {torch.float64}
+    assert {view.dtype for view in method.views} == {views}
+    assert {view.dtype for view in method._make_views()} == {views}
     parameters = list(method.module.network.parameters())
-    assert {p.dtype for p in parameters} == {torch.float64}
-    assert len(parameters) > 0
-    assert product_type("64-true") == torch.float64
+    assert {p.dtype for p in parameters} == {weights}
+    assert product_type(precision) == views  # of the matrix rate beside it
 
 
 def test_each_row_says_the_precision_it_was_measured_in(fake_workers):

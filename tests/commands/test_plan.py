@@ -28,7 +28,7 @@ def test_a_plan_says_what_a_training_costs_and_writes_nothing(command, tmp_path,
     assert "81.2" in words  # GFLOP an image, the formula's
     # 800 epochs x 1,281,167 images x 81.2 GFLOP / 400 TFLOP/s
     assert "57.8" in words
-    assert "chunk_size=64 " in words  # 9.4 GB; 128 images would take 15
+    assert "chunk_size=64 " in words  # 8.6 GB; 128 images would take 15
     assert list(tmp_path.iterdir()) == []
 
 

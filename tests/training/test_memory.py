@@ -106,8 +106,9 @@ def test_mixed_precision_knows_no_kernels_and_no_holes_of_the_heap():
         changes = {"precision": "bf16-mixed", "chunk_size": chunk_size}
         with_kernels = forecast_of(network, use_kernels=True, **changes)
         assert with_kernels == forecast_of(network, use_kernels=False, **changes)
-    full = [forecast_of(network, use_kernels=use).workspace for use in (True, False)]
-    assert full[0] != full[1]
+    full = [forecast_of(network, use_kernels=use) for use in (True, False)]
+    assert full[0].workspace != full[1].workspace
+    assert with_kernels.views == full[0].views / 2
 
 
 def test_ddp_holds_gradients_a_second_time_in_its_buckets():
