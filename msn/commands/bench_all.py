@@ -28,11 +28,14 @@ def run(settings: dict[str, Any], console: Console) -> list[dict[str, Any]]:
     data = bench_views.run(data_settings, console)
     step = bench_step.run(settings, console)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = {row["name"]: row for row in data}
     training = combine(
-        {row["name"]: row["milliseconds"] / 1000 for row in data},
-        1 / step[0]["images_per_s"],
+        worker=rows["worker"]["milliseconds"] / 1000,
+        views=rows[f"batched_views_{where}"]["views_milliseconds"] / 1000,
+        step=1 / step[0]["images_per_s"],
         cores=cores or 1,
-        on_cuda=torch.cuda.is_available(),
+        on_cuda=where == "cuda",
     )
     limits = ", ".join(f"{name} {rate:.1f}" for name, rate in training["limits"].items())
     console.print(
@@ -50,12 +53,14 @@ _ADVICE = {
 }
 
 
-def combine(data: dict[str, float], step: float, *, cores: int, on_cuda: bool) -> dict[str, Any]:
+def combine(
+    *, worker: float, views: float, step: float, cores: int, on_cuda: bool
+) -> dict[str, Any]:
     """What a training reaches when its parts share a machine.
 
     Args:
-        data: seconds an image on one core of `worker` (read and decode) and `batched_views_cpu`
-            (with views), on CUDA `batched_views_cuda`.
+        worker: seconds an image to read and decode on one core.
+        views: seconds an image of its views on the device, on a CPU on one core.
         step: seconds an image.
         cores: that workers may use.
         on_cuda: workers decode beside the device, which makes views and steps in turn; on a CPU all
@@ -64,14 +69,10 @@ def combine(data: dict[str, float], step: float, *, cores: int, on_cuda: bool) -
     Returns:
         The row `training`.
     """
-    worker = data["worker"]
     decoding = worker / cores
-    if on_cuda:
-        views = max(data["batched_views_cuda"] - worker, 0.0)
-        total = max(decoding, views + step)
-    else:
-        views = max(data["batched_views_cpu"] - worker, 0.0) / cores
-        total = decoding + views + step
+    if not on_cuda:
+        views /= cores
+    total = max(decoding, views + step) if on_cuda else decoding + views + step
     seconds = {"decoding": decoding, "views": views, "step": step}
     return {
         "name": "training",

@@ -20,11 +20,13 @@ from msn.data.sampler import BatchKey
 from msn.data.sources import ArraySource
 from msn.data.views import Views, ViewSettings
 from msn.method import optim
+from msn.method.finite import BufferGuard, FiniteCheck
 from msn.method.flops import Flops, flops_per_image
 from msn.training.module import MSNModule
 from msn.training.rate import synchronise
 
 PARTS = ("views", "target", "anchors", "loss", "backward", "optimiser", "ema")
+_MAX_SKIPPED = 3
 _EPOCHS, _STEPS_PER_EPOCH = 1000, 100  # only so that schedules have values
 _IMAGE_HEIGHT, _IMAGE_WIDTH = 375, 500  # px, of the decoded images that views are cut from
 
@@ -81,6 +83,7 @@ class MsnStep:
         ).to(self.device, weight_type(case.precision))
         self.module.plan_schedule(epochs=_EPOCHS, steps_per_epoch=_STEPS_PER_EPOCH)
         self.module.network.train()
+        self.module.finite_check = FiniteCheck(_MAX_SKIPPED)  # which training has by default
         self.compiled = self.module.make_fast(self.device)
         self.optimizer = self.module.configure_optimizers()
         self.views = random_views(case, dtype=product_type(case.precision))
@@ -121,6 +124,7 @@ class MsnStep:
 
     def _finish_step(self) -> None:
         assert self.module.schedule is not None
+        self._buffers = BufferGuard(self.module.network)
         self.module.configure_gradient_clipping(self.optimizer)
         optim.set_values(self.optimizer, self.module.schedule.at(1))
         self.optimizer.step()
@@ -128,7 +132,10 @@ class MsnStep:
 
     def _update_target(self) -> None:
         assert self.module.schedule is not None
-        self.module.network.update_target(self.module.schedule.at(1).momentum)
+        assert self.module.finite_check is not None
+        skip = self.module.finite_check.skip
+        self.module.network.update_target(self.module.schedule.at(1).momentum, skip)
+        self._buffers.restore_if(skip)
 
     def _make_views(self) -> Views:
         if not hasattr(self, "_decoded"):

@@ -213,13 +213,19 @@ class MSN(nn.Module):
 
         Args:
             momentum: in [0, 1]; taken once an optimiser step, after it.
-            skip: 1 on the device where that step was not taken: the target stays; else 0.
+            skip: 1 where that step was not taken: the target stays; else 0. On the CPU it is read,
+                elsewhere it stays on the device.
         """
         target: list[Tensor] = list(self.target.parameters())
         anchor: list[Tensor] = list(self.anchor.parameters())
-        if skip is None:
+        if skip is None or (skip.device.type == "cpu" and not skip):
             torch._foreach_lerp_(target, anchor, 1 - momentum)
-            return
-        difference = torch._foreach_sub(anchor, target)
-        torch._foreach_mul_(difference, (1 - momentum) * (1 - skip))
-        torch._foreach_add_(target, difference)
+        elif skip.device.type != "cpu":
+            lerp_unless(skip, target, anchor, 1 - momentum)
+
+
+def lerp_unless(skip: Tensor, start: list[Tensor], end: list[Tensor], weight: float) -> None:
+    """start += weight * (end - start) where `skip` is 0, without the host reading it."""
+    difference = torch._foreach_sub(end, start)
+    torch._foreach_mul_(difference, weight * (1 - skip))
+    torch._foreach_add_(start, difference)

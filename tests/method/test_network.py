@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from msn.errors import UserError
 from msn.method.loss import MSNLoss
-from msn.method.network import MSN, ProjectionHead
+from msn.method.network import MSN, ProjectionHead, lerp_unless
 from tests.conftest import SMALL_HEAD, SMALL_MODEL
 
 LOSS = MSNLoss(
@@ -122,3 +122,25 @@ def test_wrong_counts_are_refused():
         MSN(model=SMALL_MODEL, head=SMALL_HEAD, num_prototypes=1)
     with pytest.raises(UserError, match="hidden_dim"):
         MSN(model=SMALL_MODEL, head={**SMALL_HEAD, "hidden_dim": 0}, num_prototypes=4)
+
+
+def test_where_a_step_was_not_taken_the_target_stays():
+    def moved(skip):
+        start = [torch.ones(3), torch.zeros(2)]
+        lerp_unless(torch.tensor(float(skip)), start, [torch.zeros(3), torch.ones(2)], 0.25)
+        return start
+
+    assert_close(moved(0), [torch.full((3,), 0.75), torch.full((2,), 0.25)])
+    assert_close(moved(1), [torch.ones(3), torch.zeros(2)], rtol=0, atol=0)
+
+
+def test_on_the_cpu_the_same_is_decided_by_the_host(small_network):
+    def after(skip):
+        for parameter in small_network.anchor.parameters():
+            parameter.data.add_(1.0)
+        before = [p.clone() for p in small_network.target.parameters()]
+        small_network.update_target(0.9, torch.tensor(skip))
+        return list(zip(before, small_network.target.parameters(), strict=True))
+
+    assert all(torch.equal(*pair) for pair in after(1.0))
+    assert not any(torch.equal(*pair) for pair in after(0.0))
