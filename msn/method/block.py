@@ -5,6 +5,7 @@ T tokens of all views together.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,7 @@ class Block(TimmBlock):
         queries = queries.view(-1, heads, width // heads).transpose(0, 1)  # [heads, B, d]
         seeing = queries @ key_weight.view(heads, -1, width)  # [heads, B, D]
         # Scores are not rounded to the autocast type, as fused attention does not round its own.
-        with torch.autocast(normed.device.type, enabled=False):
+        with _no_autocast(normed.device.type):
             wide = torch.promote_types(normed.dtype, torch.float32)
             scores = seeing.transpose(0, 1).to(wide) @ normed.transpose(1, 2).to(wide)
         mixed = scores.softmax(dim=-1).to(normed.dtype) @ normed  # [B, heads, D]
@@ -99,3 +100,8 @@ class Block(TimmBlock):
         return kernels.mlp_and_add(
             self.norm2(tokens), (first.weight, first.bias), (second.weight, second.bias), tokens
         )
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """The meta device has no autocast to switch off."""
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
