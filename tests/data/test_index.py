@@ -13,6 +13,7 @@ from msn.data import index
 from msn.data.index import StringTable, scan_folder
 from msn.data.sources import folder_source, labels_from_folders
 from msn.errors import UserError
+from tests.data.logs import warnings_in
 from tests.data.photos import photo
 
 
@@ -96,7 +97,7 @@ def test_a_folder_that_cannot_be_listed_is_passed_over_and_said(
         close(patch, root / "a", error=error)
         assert scan(root) == ["4.webp", "b/c/3.png"]
     why = "Permission denied" if error is PermissionError else "No such file or directory"
-    assert caplog.messages == [f"{root}: passed over what cannot be listed: a ({why})"]
+    assert warnings_in(caplog) == [f"{root}: passed over what cannot be listed: a ({why})"]
     assert not list(index_cache.glob("index-*.bin"))
     assert len(scan(root)) == 4
 
@@ -105,7 +106,7 @@ def test_many_folders_that_cannot_be_listed_are_counted(tmp_path, monkeypatch, c
     root = fill(tmp_path / "in")
     close(monkeypatch, root / "a", root / "b/c")
     assert scan(root) == ["4.webp"]
-    (line,) = caplog.messages
+    (line,) = warnings_in(caplog)
     assert line.endswith("cannot be listed: a (Permission denied) and 1 more")
 
 
@@ -121,7 +122,7 @@ def test_a_link_to_itself_ends_no_scan(tmp_path, caplog):
     (root / "itself").symlink_to("itself")
     (root / "itself.jpg").symlink_to("itself.jpg")
     assert scan(root) == ["4.webp", "a/1.jpg", "a/2.jpg", "b/c/3.png", "itself.jpg"]
-    (line,) = caplog.messages  # the image is one that cannot be read, and is said as such
+    (line,) = warnings_in(caplog)  # the image is one that cannot be read, and is said as such
     assert ": itself (Too many levels" in line
     assert line.endswith(")")  # and no more
 

@@ -14,6 +14,7 @@ from msn.data.shard_writer import write_shards
 from msn.data.shards import shard_source
 from msn.data.sources import folder_source, list_source
 from msn.errors import UserError
+from tests.data.logs import warnings_in
 from tests.data.photos import make_folder, photo
 
 
@@ -191,7 +192,7 @@ def test_damage_is_said_at_every_start_and_what_lies_before_is_used(
     for _ in range(2):
         caplog.clear()
         assert len(open_shards(tmp_path / "in")) == before
-        (line,) = caplog.messages
+        (line,) = warnings_in(caplog)
         assert line.startswith(f"{path}: is damaged from byte {at} ({why}")
     assert not list(index_cache.glob("index-*.bin"))
 
@@ -201,7 +202,7 @@ def test_a_whole_shard_is_not_called_damaged(folder, tmp_path, caplog):
     padded = tmp_path / "out" / "shard-000000.tar"
     padded.write_bytes(padded.read_bytes() + bytes(3 << 20))
     assert len(open_shards(tmp_path / "out")) == 12
-    assert not caplog.messages
+    assert not warnings_in(caplog)
 
 
 def test_a_sample_is_a_run_of_one_key_and_its_image_has_the_shortest_extension(tmp_path, caplog):
@@ -224,7 +225,7 @@ def test_a_sample_is_a_run_of_one_key_and_its_image_has_the_shortest_extension(t
     assert shards.labels.tolist() == [1, 0, 2, 0]
     for i in range(4):
         assert np.array_equal(pixels(shards, i), decode(jpeg(i + 1), full_size).pixels)
-    (line,) = caplog.messages
+    (line,) = warnings_in(caplog)
     assert line.startswith(f"{tmp_path}: 2 images share a sample with one of a shorter extension")
 
 
@@ -246,14 +247,14 @@ def test_numbers_of_some_images_alone_are_said_not_to_be_used(
     for _ in range(2):  # the second time from the cache
         caplog.clear()
         shards = open_shards(tmp_path)
-        assert caplog.messages == [
+        assert warnings_in(caplog) == [
             f"{tmp_path}: 1 of 4 images have no .cls number: {instead} classes"
         ]
         expected = [0, 1, 0, 1] if folders[0] else None
         assert (None if shards.labels is None else shards.labels.tolist()) == expected
     caplog.clear()
     open_shards(tmp_path, use_labels=False)
-    assert not caplog.messages
+    assert not warnings_in(caplog)
 
 
 def test_links_list_no_shard_twice(tmp_path):
@@ -275,7 +276,7 @@ def test_compressed_shards_beside_others_are_counted(tmp_path, caplog):
     for name in ("b.tar.gz", "c.tgz"):
         (tmp_path / name).write_bytes(b"")
     assert len(open_shards(tmp_path)) == 1
-    (line,) = caplog.messages
+    (line,) = warnings_in(caplog)
     assert line.startswith(f"{tmp_path}: 2 compressed shards (.tar.gz, .tgz) are passed over")
 
 

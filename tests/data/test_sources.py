@@ -8,6 +8,7 @@ import pytest
 from msn.data.decode import full_size
 from msn.data.sources import folder_source, list_source
 from msn.errors import UserError
+from tests.data.logs import warnings_in
 from tests.data.photos import make_folder, photo
 
 
@@ -145,7 +146,7 @@ def test_an_image_that_is_listed_twice_counts_once(tmp_path, caplog):
     source = open_list(listed)
     assert names(source) == ["x/a.jpg", "b.jpg", "a.jpg"]
     assert source.labels.tolist() == [0, 1, 0]
-    assert caplog.messages == [
+    assert warnings_in(caplog) == [
         f"data.root={listed}: 4 rows name an image that is there before; once counts"
     ]
 
