@@ -83,7 +83,8 @@ class MsnStep:
         ).to(self.device, weight_type(case.precision))
         self.module.plan_schedule(epochs=_EPOCHS, steps_per_epoch=_STEPS_PER_EPOCH)
         self.module.network.train()
-        self.module.finite_check = FiniteCheck(_MAX_SKIPPED)  # which training has by default
+        # Which training has by default.
+        self.check = self.module.finite_check = FiniteCheck(_MAX_SKIPPED)
         self.compiled = self.module.make_fast(self.device)
         self.optimizer = self.module.configure_optimizers()
         self.views = random_views(case, dtype=product_type(case.precision))
@@ -132,10 +133,8 @@ class MsnStep:
 
     def _update_target(self) -> None:
         assert self.module.schedule is not None
-        assert self.module.finite_check is not None
-        skip = self.module.finite_check.skip
-        self.module.network.update_target(self.module.schedule.at(1).momentum, skip)
-        self._buffers.restore_if(skip)
+        self.module.network.update_target(self.module.schedule.at(1).momentum, self.check.skip)
+        self._buffers.restore_if(self.check.skip)
 
     def _make_views(self) -> Views:
         if not hasattr(self, "_decoded"):

@@ -98,7 +98,7 @@ def _answer(
     if question == "steps":
         return _seconds_a_step(method, number, device)
     if question == "parts":
-        return method.parts()  # type: ignore[attr-defined]
+        return method.parts()  # type: ignore[attr-defined]  # asked of msn alone, which has them
     if question == "compiled":
         return getattr(method, "compiled", False)
     if device.type == "cuda":

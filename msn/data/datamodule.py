@@ -207,6 +207,7 @@ class MSNDataModule(LightningDataModule):
             return torch.float32
         if self.trainer.precision == "bf16-mixed":
             return torch.bfloat16
+        # Lightning's annotation allows a string, which it never holds.
         return self.trainer.lightning_module.dtype  # type: ignore[return-value]
 
     def make_views(self, batch: ImageBatch, dtype: torch.dtype = torch.float32) -> Views:

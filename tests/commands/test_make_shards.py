@@ -8,15 +8,8 @@ import pytest
 from msn.data.decode import full_size
 from msn.data.pools import build_pools
 from tests.data.photos import make_folder
+from tests.data.test_pools import SETTINGS
 
-SETTINGS = {
-    "val_root": None,
-    "hold_out": 0.2,
-    "split_seed": 0,
-    "use_labels": True,
-    "download": False,
-    "image_size": None,
-}
 LAYOUTS = {  # folders below the root: the part that each is written to
     "a root without parts": {"": ""},
     "train and val": {"train": "train", "val": "val", "extra": None},
@@ -33,7 +26,7 @@ def index_cache(tmp_path, monkeypatch):
 
 
 def pools(source, root):
-    return build_pools(source=source, root=str(root), **SETTINGS)
+    return build_pools(**{**SETTINGS, "source": source, "root": str(root)})
 
 
 def pixels(subset, i):
