@@ -19,8 +19,6 @@ from msn.method.distributed import BatchNorm
 from msn.method.host_memory import give_back_free_memory
 from msn.method.vit import VisionTransformer, init_linear
 
-_GIVE_BACK_EVERY = 4  # chunks of the backward pass; more often costs time, more seldom memory
-
 
 class Projections(NamedTuple):
     """What the loss compares."""
@@ -103,40 +101,31 @@ class Encoder(nn.Module):
         """
         if chunk_size is None:
             return [self.head(tokens) for tokens in self.trunk(views, kept)]
+        _give_back_holes(views[0])
         starts = range(0, views[0].shape[1], chunk_size)
         parts = [
             self._trunk_chunk(
-                list(views),
-                list(kept),
-                slice(start, start + chunk_size),
-                give_back_again=number % _GIVE_BACK_EVERY == 0,
-                keep=start == starts[-1],
+                list(views), list(kept), slice(start, start + chunk_size), keep=start == starts[-1]
             )
-            for number, start in enumerate(starts)
+            for start in starts
         ]
         return [self.head(torch.cat(tokens, dim=1)) for tokens in zip(*parts, strict=True)]
 
     def _trunk_chunk(
-        self,
-        views: list[Tensor],
-        kept: list[Tensor | None],
-        images: slice,
-        *,
-        give_back_again: bool,
-        keep: bool,
+        self, views: list[Tensor], kept: list[Tensor | None], images: slice, *, keep: bool
     ) -> list[Tensor]:
         """Some images through the trunk; unless `keep`, activations are made again later."""
         chunk = [view[:, images] for view in views]
         chunk_kept = [k if k is None or k.ndim == 1 else k[:, images] for k in kept]
         if not torch.is_grad_enabled():
             return self.trunk(chunk, chunk_kept)
-        again = False
+        stays = keep  # what this pass makes stays until its backward pass
 
         def run(chunk: list[Tensor], kept: list[Tensor | None]) -> list[Tensor]:
-            nonlocal again
-            if chunk[0].device.type == "cpu" and (not again or give_back_again):
-                give_back_free_memory()
-            again = True
+            nonlocal stays
+            if stays:
+                _give_back_holes(chunk[0])
+            stays = True
             return self.trunk(chunk, kept)
 
         if keep:
@@ -222,6 +211,12 @@ class MSN(nn.Module):
             torch._foreach_lerp_(target, anchor, 1 - momentum)
         elif skip.device.type != "cpu":
             lerp_unless(skip, target, anchor, 1 - momentum)
+
+
+def _give_back_holes(views: Tensor) -> None:
+    """Before a pass whose activations stay: they would lie beside the holes of others."""
+    if views.device.type == "cpu":
+        give_back_free_memory()
 
 
 def lerp_unless(skip: Tensor, start: list[Tensor], end: list[Tensor], weight: float) -> None:
