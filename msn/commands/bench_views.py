@@ -16,11 +16,11 @@ from msn.data.collate import ImageBatch
 from msn.data.dataset import Subset, TrainingSet
 from msn.data.decode import decode, full_size
 from msn.data.device_views import make_batched_views
-from msn.data.index import StringTable
 from msn.data.recipe import pil_recipe
 from msn.data.reference_views import make_reference_views
 from msn.data.sampler import BatchKey
 from msn.data.sources import FileSource, folder_source
+from msn.data.tables import StringTable
 from msn.data.views import ViewSettings, view_settings
 from msn.errors import UserError
 from msn.method.host_memory import keep_freed_memory

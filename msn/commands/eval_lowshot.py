@@ -15,9 +15,9 @@ from msn.commands.evaluation_log import open_log
 from msn.commands.run_directory import choose_run_directory
 from msn.data.datamodule import resolve_workers
 from msn.data.dataset import LabelledImages
-from msn.data.index import cache_folder
 from msn.data.pools import build_pools
 from msn.data.sources import ArraySource
+from msn.data.tables import cache_folder
 from msn.errors import UserError
 from msn.evaluation.backbones import (
     FrozenBackbone,

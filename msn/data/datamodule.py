@@ -112,6 +112,7 @@ class MSNDataModule(LightningDataModule):
         self.force_resume = False
         self._sampler: EpochSampler | None = None
         self._position = (0, 0)
+        self._copies: torch.cuda.Stream | None = None
         # Lightning then calls `prepare_data` in one process of all, which the others wait for.
         self.prepare_data_per_node = False
         # Fail on a batch that cannot be cut before anything else is built.
@@ -194,7 +195,20 @@ class MSNDataModule(LightningDataModule):
         self, batch: ImageBatch, device: torch.device, dataloader_idx: int
     ) -> ImageBatch:
         """Bring the pixels to the device; the small tables stay where the host can read them."""
-        return batch._replace(pixels=batch.pixels.to(device, non_blocking=True))
+        return batch._replace(pixels=self._to_device(batch.pixels, device))
+
+    def _to_device(self, pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """On CUDA the copy runs beside the step before, for which the host does not wait."""
+        if device.type != "cuda":
+            return pixels.to(device, non_blocking=True)
+        if self._copies is None:
+            self._copies = torch.cuda.Stream(device)
+        step = torch.cuda.current_stream(device)
+        with torch.cuda.stream(self._copies):
+            pixels = pixels.to(device, non_blocking=True)
+        step.wait_stream(self._copies)
+        pixels.record_stream(step)  # not given to the next copy while the step may read it
+        return pixels
 
     def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> Views:
         """Make the views on the device that holds the pixels, and keep book of the batch."""

@@ -15,6 +15,8 @@ from PIL import ExifTags, Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+# Images too, of kinds that are passed over: that shall not go unseen.
+UNREAD_SUFFIXES = (".gif", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".psd")
 
 # Pillow warns above 89 megapixels and refuses above 179; only what it refuses is a bomb here.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)

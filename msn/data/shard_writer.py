@@ -9,14 +9,15 @@ import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
-from msn.data.index import progress_bar
+from msn.data.progress import progress_bar
 from msn.data.shards import CLASSES_FILE
-from msn.data.sources import FileSource
+from msn.data.sources import FileSource, labels_from_folders
 from msn.errors import UserError
 
 log = logging.getLogger(__name__)
 
 SHARD_NAME = "shard-{:06d}.tar"
+_UNLABELLED = "unlabelled/"  # one folder around all others, so that these are not classes
 
 
 class Written(NamedTuple):
@@ -48,6 +49,7 @@ def write_shards(source: FileSource, out: Path, *, images_per_shard: int) -> Wri
     if source.labels is not None:
         names = "".join(f"{name}\n" for name in source.classes)
         (out / CLASSES_FILE).write_bytes(os.fsencode(names))
+    above = _UNLABELLED if _would_get_labels(source) else ""
     shards: list[Path] = []
     taken: set[str] = set()  # a key for every image that was written
     with progress_bar("writing shards", total=len(source)) as advance:
@@ -57,7 +59,7 @@ def write_shards(source: FileSource, out: Path, *, images_per_shard: int) -> Wri
             try:
                 with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as tar:
                     for i in range(begin, min(begin + images_per_shard, len(source))):
-                        _add(tar, source, i, taken)
+                        _add(tar, source, i, above, taken)
                         advance("writing shards")
             except OSError as error:
                 partial.unlink(missing_ok=True)
@@ -67,17 +69,25 @@ def write_shards(source: FileSource, out: Path, *, images_per_shard: int) -> Wri
     return Written(shards, len(taken))
 
 
-def _add(tar: tarfile.TarFile, source: FileSource, i: int, taken: set[str]) -> None:
+def _add(tar: tarfile.TarFile, source: FileSource, i: int, above: str, taken: set[str]) -> None:
     try:
         data = Path(source.root, source.name(i)).read_bytes()
     except OSError as error:
         log.warning("left out: %s (%s)", source.name(i), error.strerror or error)
         return
-    stem, extension = os.path.splitext(_relative(source, i))
+    stem, extension = os.path.splitext(above + _relative(source, i))
     key = _key(stem, taken)
     _add_bytes(tar, key + extension, data)
     if source.labels is not None:
         _add_bytes(tar, key + ".cls", b"%d" % source.labels[i])
+
+
+def _would_get_labels(source: FileSource) -> bool:
+    """Whether readers would take folders of images without labels for classes."""
+    if source.labels is not None:
+        return False
+    names = sorted(_relative(source, i) for i in range(len(source)))
+    return labels_from_folders(names)[0] is not None
 
 
 def _relative(source: FileSource, i: int) -> str:

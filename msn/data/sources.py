@@ -7,20 +7,18 @@ image or says why it cannot; what happens then is decided elsewhere.
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
 
 from msn.data.decode import BadImageError, DecodedImage, decode, full_size
-from msn.data.index import StringTable, scan_folder
-from msn.data.lists import ListedImage, read_list
+from msn.data.index import scan_folder
+from msn.data.list_index import index_list
+from msn.data.tables import StringTable
 from msn.errors import UserError
-
-log = logging.getLogger(__name__)
 
 
 class Source(ABC):
@@ -200,9 +198,7 @@ def _end_of_run(paths: Sequence[str], begin: int, prefix: str) -> int:
 
 
 def list_source(file: str, *, key: str, root: str | None, use_labels: bool) -> FileSource:
-    """Read a list of image paths: a text file with a path a line, or CSV (see `read_list`).
-
-    A path that is there twice counts once, or the same image could be trained on and held out.
+    """Read a list of image paths: a text file with a path a line, or CSV (see `index_list`).
 
     Args:
         file: the list.
@@ -215,48 +211,5 @@ def list_source(file: str, *, key: str, root: str | None, use_labels: bool) -> F
             for one image.
     """
     base = root if root is not None else os.path.dirname(os.path.abspath(file))
-    rows = _once(read_list(file, key=key), base, where=f"{key}={file}", use_labels=use_labels)
-    if not rows:
-        raise UserError(f"{key}={file}: lists no image")
-    names = [row.label for row in rows] if use_labels else []
-    if any(names) and not all(names):
-        path = rows[names.index("")].path
-        raise UserError(f"{key}={file}: {path} has no label, others have one")
-    classes = sorted(set(names)) if all(names) else []
-    number = {name: i for i, name in enumerate(classes)}
-    labels = np.array([number[name] for name in names], np.int64) if len(classes) > 1 else None
-    return FileSource(
-        where=file,
-        root=base,
-        paths=StringTable.from_strings(row.path for row in rows),
-        labels=labels,
-        classes=classes if labels is not None else [],
-    )
-
-
-def _once(
-    rows: Iterable[ListedImage], base: str, *, where: str, use_labels: bool
-) -> list[ListedImage]:
-    """The first row of every file; UserError if a later one has another label."""
-    first: dict[str, ListedImage] = {}
-    repeated, base = 0, os.path.abspath(base)
-    for row in rows:
-        kept = first.setdefault(_plain(row.path, base), row)
-        if kept is row:
-            continue
-        if use_labels and kept.label != row.label:
-            raise UserError(
-                f"{where}: {row.path} is there twice, with the labels {kept.label!r} (line "
-                f"{kept.line}) and {row.label!r} (line {row.line})"
-            )
-        repeated += 1
-    if repeated:
-        log.warning("%s: %d rows name an image that is there before; once counts", where, repeated)
-    return list(first.values())
-
-
-def _plain(path: str, base: str) -> str:
-    """The same text for all ways to write the path of a file; links are not looked at."""
-    if not path.startswith("/") and "./" not in path and "//" not in path:
-        return path  # as almost all of a million are: the rest takes longer than reading them
-    return os.path.normpath(os.path.join(base, path)).removeprefix(base + "/")
+    paths, labels, classes = index_list(file, key=key, base=base, use_labels=use_labels)
+    return FileSource(where=file, root=base, paths=paths, labels=labels, classes=classes)

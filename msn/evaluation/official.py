@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from msn.data.index import cache_folder
 from msn.data.subsets import positions_of, read_names
+from msn.data.tables import cache_folder
 from msn.errors import UserError
 from msn.evaluation.features import LabelledSet
 from msn.evaluation.sets import LabelSet

@@ -1,11 +1,14 @@
 """On CUDA: the views are the reference's, and the host never waits for the device."""
 
+import itertools
+
 import pytest
 import torch
 
 from msn.data.device_views import make_batched_views
 from msn.data.reference_views import make_reference_views
 from msn.data.views import IMAGENET_STD, ViewSettings
+from tests.data.datamodules import make_datamodule
 from tests.data.test_device_views import CASES, PAPER, make_batch
 
 pytestmark = [
@@ -40,3 +43,20 @@ def test_making_views_never_waits_for_the_device():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(view.isfinite().all() for view in views)
+
+
+def test_pixels_are_copied_while_the_device_is_still_at_the_step_before():
+    data = make_datamodule(None, source="digits", image_size=64, global_batch_size=64)
+    (batch,) = itertools.islice(data.train_dataloader(), 1)
+    pinned = batch._replace(pixels=batch.pixels.pin_memory())
+    device, step = torch.device("cuda", 0), torch.cuda.current_stream()
+    data.transfer_batch_to_device(pinned, device, 0)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # about a second: the step before
+    moved = data.transfer_batch_to_device(pinned, device, 0)
+    data._copies.synchronize()
+    assert not step.query()
+    made = data.make_views(moved)
+    torch.cuda.synchronize()
+    assert torch.equal(moved.pixels.cpu(), batch.pixels)
+    assert torch.equal(made.target, data.make_views(on_cuda(batch)).target)

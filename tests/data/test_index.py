@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from msn.data import index
-from msn.data.index import StringTable, scan_folder
+from msn.data.index import scan_folder
 from msn.data.sources import folder_source, labels_from_folders
+from msn.data.tables import StringTable
 from msn.errors import UserError
 from tests.data.logs import warnings_in
 from tests.data.photos import photo
@@ -34,6 +35,17 @@ def age(root):
     for path in (root, *root.rglob("*")):
         if path.is_dir():
             os.utime(path, (1e9, 1e9))
+
+
+def test_images_of_kinds_that_are_not_read_are_counted(tmp_path, caplog):
+    root = fill(tmp_path / "in")
+    for name in ("a/x.gif", "b/y.GIF", "b/c/z.heic", "b/notes.txt", ".w.gif"):
+        (root / name).write_bytes(b"")
+    age(root)
+    said = f"{root}: passed over images of kinds that are not read: 2 .gif, 1 .heic"
+    for _ in range(2):  # the second time it is in the cache
+        scan(root)
+    assert warnings_in(caplog) == [said, said]
 
 
 def rename(root):
@@ -175,7 +187,7 @@ def test_a_million_paths_load_quickly_and_small(tmp_path, index_cache):
     age(root)
     stamps = {folder: os.stat(root / folder).st_mtime_ns for folder in folders}
     names = (f"class_{c:04d}/image_{i:08d}.JPEG" for c in range(1000) for i in range(1000))
-    index._store_cached(os.path.realpath(root), StringTable.from_strings(names), stamps)
+    index._store_cached(os.path.realpath(root), StringTable.from_strings(names), stamps, {})
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     run = [sys.executable, "-c", MILLION, str(root)]
     out = subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout

@@ -126,6 +126,22 @@ def test_names_that_would_collide_in_webdataset_are_kept_apart(tmp_path):
         assert np.array_equal(pixels(shards, i), pixels(folder, i))
 
 
+def test_folders_of_images_without_labels_do_not_become_classes(tmp_path):
+    make_folder(tmp_path / "in", classes=2, images=2)
+    listed = tmp_path / "in" / "list.txt"
+    listed.write_text("class_1/0.jpg\nclass_0/1.jpg\n")
+    for source in (
+        folder_source(str(tmp_path / "in"), key="root", use_labels=False),
+        list_source(str(listed), key="root", root=None, use_labels=True),
+    ):
+        out = tmp_path / f"out of {len(source)}"
+        write_shards(source, out, images_per_shard=9)
+        shards = open_shards(out)
+        assert shards.labels is None
+        names = [shards.name(i) for i in range(len(shards))]
+        assert names == [f"unlabelled/{source.name(i)}" for i in range(len(source))]
+
+
 def test_paths_of_a_list_stay_inside_the_shard(tmp_path):
     photo(0).save(tmp_path / "0.jpg")
     (tmp_path / "sub").mkdir()

@@ -1,0 +1,180 @@
+"""Lists of images as arrays: read once in little memory, kept in a cache while the list stays."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from array import array
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from msn.data.lists import ListedImage, read_list
+from msn.data.progress import progress_bar
+from msn.data.tables import SETTLED_NS, StringTable, cache_file, load_arrays, store_arrays
+from msn.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_CACHE_FROM = 10_000  # images; smaller lists are read again faster than a cache is worth
+_SHOW_EVERY = 10_000  # rows
+_UNLABELLED = -1
+
+
+class ListIndex(NamedTuple):
+    """Paths as they are written, classes int64 [n] or None, and the classes' names."""
+
+    paths: StringTable
+    labels: np.ndarray | None
+    classes: list[str]
+
+
+def index_list(
+    file: str, *, key: str, base: str, use_labels: bool, cache_from: int = _CACHE_FROM
+) -> ListIndex:
+    """Read a list, or what an earlier reading kept of it.
+
+    A path that is there twice counts once, or the same image could be trained on and held out.
+
+    Args:
+        file: the list, see `read_list`.
+        key: the setting it came from, for messages.
+        base: what relative paths start from.
+        use_labels: False ignores the labels.
+        cache_from: number of images from which on the result is kept.
+
+    Raises:
+        UserError: the list is missing, damaged or empty, has labels for some images only, or two
+            for one image.
+    """
+    started, base = time.time_ns(), os.path.abspath(base)
+    kept = cache_file(f"list {os.path.realpath(file)} in {base}, labels {use_labels}")
+    stamps = _stamps(file)
+    cached = load_arrays(kept)
+    if cached is not None and cached[0]["stamps"] == stamps:
+        return _from_arrays(cached[1])
+    where = f"{key}={file}"
+    index = _Rows(where, base, use_labels).read(read_list(file, key=key))
+    # A list changed this shortly before may be changed again unseen.
+    if len(index.paths) >= cache_from and stamps[1] < started - SETTLED_NS:
+        store_arrays(kept, {"stamps": stamps}, _to_arrays(index))
+    return index
+
+
+def _stamps(file: str) -> list[int]:
+    """Size in bytes and time of the last change in ns; what is missing is said by who reads it."""
+    try:
+        status = os.stat(file)
+    except OSError:
+        return []
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _to_arrays(index: ListIndex) -> dict[str, np.ndarray]:
+    classes = StringTable.from_strings(index.classes)
+    return {
+        "data": index.paths.data,
+        "offsets": index.paths.offsets,
+        "class_data": classes.data,
+        "class_offsets": classes.offsets,
+        "labels": np.empty(0, np.int64) if index.labels is None else index.labels,
+    }
+
+
+def _from_arrays(arrays: dict[str, np.ndarray]) -> ListIndex:
+    classes = list(StringTable(arrays["class_data"], arrays["class_offsets"]))
+    labels = arrays["labels"] if classes else None
+    return ListIndex(StringTable(arrays["data"], arrays["offsets"]), labels, classes)
+
+
+class _Rows:
+    """The rows of a list, without a Python object for each.
+
+    Args:
+        where: what a message calls the list.
+        base: what relative paths start from, absolute.
+        use_labels: False ignores the labels.
+    """
+
+    def __init__(self, where: str, base: str, use_labels: bool) -> None:
+        self._where, self._base, self._use_labels = where, base, use_labels
+        self._text, self._ends = bytearray(), array("q", [0])
+        self._lines, self._hashes, self._labels = array("q"), array("q"), array("q")
+        self._numbers: dict[str, int] = {}
+
+    def read(self, rows: Iterator[ListedImage]) -> ListIndex:
+        """Take every row and check them together."""
+        with progress_bar(f"reading {os.path.basename(self._where)}") as advance:
+            for row in rows:
+                self._add(row)
+                if len(self._lines) % _SHOW_EVERY == 0:
+                    advance(f"reading the list: {len(self._lines)} images")
+        if not self._lines:
+            raise UserError(f"{self._where}: lists no image")
+        ends = np.frombuffer(self._ends, np.int64)
+        self._paths = StringTable(np.frombuffer(self._text, np.uint8), ends)
+        labels = np.frombuffer(self._labels, np.int64)
+        repeated = self._repeated()
+        if len(repeated):
+            log.warning(
+                "%s: %d rows name an image that is there before; once counts",
+                *(self._where, len(repeated)),
+            )
+            stays = np.ones(len(labels), bool)
+            stays[repeated] = False
+            paths = (self._paths[i] for i in np.flatnonzero(stays).tolist())
+            self._paths, labels = StringTable.from_strings(paths), labels[stays]
+        return self._with_classes(labels)
+
+    def _add(self, row: ListedImage) -> None:
+        self._text += os.fsencode(row.path)
+        self._ends.append(len(self._text))
+        self._lines.append(row.line)
+        self._hashes.append(hash(self._plain(row.path)))
+        if row.label and self._use_labels:
+            self._labels.append(self._numbers.setdefault(row.label, len(self._numbers)))
+        else:
+            self._labels.append(_UNLABELLED)
+
+    def _plain(self, path: str) -> str:
+        """The same text for all ways to write the path of a file; links are not looked at."""
+        if not path.startswith("/") and "./" not in path and "//" not in path:
+            return path  # as almost all of a million are: the rest takes longer than reading them
+        return os.path.normpath(os.path.join(self._base, path)).removeprefix(self._base + "/")
+
+    def _repeated(self) -> list[int]:
+        """Rows whose image an earlier row has; UserError if that one has another label."""
+        hashes = np.frombuffer(self._hashes, np.int64)
+        _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+        first: dict[str, int] = {}
+        repeated = []
+        for i in np.flatnonzero(counts[inverse] > 1).tolist():
+            before = first.setdefault(self._plain(self._paths[i]), i)
+            if before != i:
+                self._check_same_label(before, i)
+                repeated.append(i)
+        return repeated
+
+    def _check_same_label(self, first: int, later: int) -> None:
+        labels = [self._labels[first], self._labels[later]]
+        if labels[0] != labels[1]:
+            one, other = ([*self._numbers, ""][number] for number in labels)
+            raise UserError(
+                f"{self._where}: {self._paths[later]} is there twice, with the labels {one!r} "
+                f"(line {self._lines[first]}) and {other!r} (line {self._lines[later]})"
+            )
+
+    def _with_classes(self, labels: np.ndarray) -> ListIndex:
+        """Number the classes in the order of their names."""
+        without = labels == _UNLABELLED
+        if self._numbers and without.any():
+            path = self._paths[int(np.argmax(without))]
+            raise UserError(f"{self._where}: {path} has no label, others have one")
+        if len(self._numbers) < 2:
+            return ListIndex(self._paths, None, [])
+        classes = sorted(self._numbers)
+        number = np.empty(len(classes), np.int64)
+        number[[self._numbers[name] for name in classes]] = np.arange(len(classes))
+        return ListIndex(self._paths, number[labels], classes)

@@ -1,0 +1,121 @@
+"""A list is read once, in little memory, and what is kept of it is never out of date."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from msn.data import list_index
+from msn.data.list_index import index_list
+
+ROWS = "path,label\nb/1.jpg,zebra\n./a/2.jpg,ant\nb/1.jpg,zebra\n/there/3.jpg,cow\n"
+
+
+def read(file, cache_from=1, use_labels=True):
+    base = str(file.parent)
+    return index_list(
+        str(file), key="data.root", base=base, use_labels=use_labels, cache_from=cache_from
+    )
+
+
+def write(file, text):
+    """As if written a while ago: a list changed just now is not trusted."""
+    file.write_text(text)
+    os.utime(file, (1e9, 1e9))
+    return file
+
+
+def plain(index):
+    labels = None if index.labels is None else np.asarray(index.labels).tolist()
+    return list(index.paths), labels, index.classes
+
+
+@pytest.fixture
+def readings(monkeypatch):
+    """How often a list was read instead of taken from the cache."""
+    files = []
+    read_list = list_index.read_list
+    monkeypatch.setattr(
+        list_index, "read_list", lambda file, key: files.append(file) or read_list(file, key=key)
+    )
+    return files
+
+
+@pytest.mark.parametrize("use_labels", [True, False])
+def test_what_is_kept_is_what_was_read(tmp_path, readings, use_labels):
+    file = write(tmp_path / "a.csv", ROWS)
+    first, second = (read(file, use_labels=use_labels) for _ in range(2))
+    assert len(readings) == 1
+    assert plain(first) == plain(second)
+    paths = ["b/1.jpg", "./a/2.jpg", "/there/3.jpg"]
+    known = ([2, 0, 1], ["ant", "cow", "zebra"]) if use_labels else (None, [])
+    assert plain(second) == (paths, *known)
+
+
+def test_labels_asked_for_or_not_are_kept_apart(tmp_path, readings):
+    file = write(tmp_path / "a.csv", ROWS)
+    assert read(file, use_labels=False).labels is None
+    assert read(file).labels is not None
+    assert len(readings) == 2
+
+
+def test_a_list_is_read_again_when_it_changed_or_has_just_been_written(tmp_path, readings):
+    file = write(tmp_path / "a.csv", ROWS)
+    read(file)
+    write(file, ROWS.replace("cow", "elk"))  # same size, another time
+    os.utime(file, (1.1e9, 1.1e9))
+    assert read(file).classes == ["ant", "elk", "zebra"]
+    write(file, ROWS.replace("cow", "horse"))  # another size
+    assert read(file).classes == ["ant", "horse", "zebra"]
+    assert len(readings) == 3
+    file.write_text(ROWS)  # just now
+    assert read(file).classes == read(file).classes == ["ant", "cow", "zebra"]
+    assert len(readings) == 5
+
+
+def test_a_short_list_is_not_kept(tmp_path, readings):
+    file = write(tmp_path / "a.csv", ROWS)
+    for _ in range(2):
+        read(file, cache_from=4)
+    assert len(readings) == 2
+
+
+def test_paths_whose_hashes_agree_are_still_two(tmp_path, monkeypatch):
+    monkeypatch.setattr(list_index, "hash", lambda text: 7, raising=False)
+    index = read(write(tmp_path / "a.txt", "1.jpg\n2.jpg\n./1.jpg\n"))
+    assert list(index.paths) == ["1.jpg", "2.jpg"]
+
+
+# Not ru_maxrss: a process starts with the peak of the one that started it.
+MILLION = """
+import sys, time
+from pathlib import Path
+from msn.data.sources import list_source
+def kilobytes(name):
+    return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0])
+before = kilobytes("VmRSS")
+start = time.perf_counter()
+found = list_source(sys.argv[1], key="root", root=None, use_labels=True)
+seconds = time.perf_counter() - start
+print(len(found), found.name(987_654), found.labels[987_654], len(found.classes))
+print(seconds, (kilobytes("VmHWM") - before) / 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+@pytest.mark.slow
+def test_a_list_of_a_million_is_read_small_and_then_loads_quickly(tmp_path):
+    rows = (f"c{i // 1000:03d}/image_{i:08d}.JPEG,c{i // 1000:03d}\n" for i in range(1_000_000))
+    file = write(tmp_path / "million.csv", "".join(rows))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = [sys.executable, "-c", MILLION, str(file)]
+    for number in range(2):
+        out = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
+        found, measured = out.stdout.splitlines()
+        assert found == "1000000 c987/image_00987654.JPEG 987 1000"
+        seconds, megabytes = map(float, measured.split())
+        assert megabytes < 200
+        assert number == 0 or seconds < 2
