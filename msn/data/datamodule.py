@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,6 @@ class MSNDataModule(LightningDataModule):
         self.force_resume = False
         self._sampler: EpochSampler | None = None
         self._position = (0, 0)
-        self._copies: torch.cuda.Stream | None = None
         # Lightning then calls `prepare_data` in one process of all, which the others wait for.
         self.prepare_data_per_node = False
         # Fail on a batch that cannot be cut before anything else is built.
@@ -195,20 +195,7 @@ class MSNDataModule(LightningDataModule):
         self, batch: ImageBatch, device: torch.device, dataloader_idx: int
     ) -> ImageBatch:
         """Bring the pixels to the device; the small tables stay where the host can read them."""
-        return batch._replace(pixels=self._to_device(batch.pixels, device))
-
-    def _to_device(self, pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """On CUDA the copy runs beside the step before, for which the host does not wait."""
-        if device.type != "cuda":
-            return pixels.to(device, non_blocking=True)
-        if self._copies is None:
-            self._copies = torch.cuda.Stream(device)
-        step = torch.cuda.current_stream(device)
-        with torch.cuda.stream(self._copies):
-            pixels = pixels.to(device, non_blocking=True)
-        step.wait_stream(self._copies)
-        pixels.record_stream(step)  # not given to the next copy while the step may read it
-        return pixels
+        return batch._replace(pixels=_to_device(batch.pixels, device))
 
     def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> Views:
         """Make the views on the device that holds the pixels, and keep book of the batch."""
@@ -302,6 +289,24 @@ def resolve_workers(num_workers: int | None, *, in_memory: bool) -> int:
     if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
         raise UserError(f"data.num_workers={num_workers}: must be a whole number >= 0, or null")
     return num_workers
+
+
+def _to_device(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On CUDA the copy runs beside the step before, for which the host does not wait."""
+    if device.type != "cuda":
+        return pixels.to(device, non_blocking=True)
+    step, copies = torch.cuda.current_stream(device), copy_stream(device)
+    with torch.cuda.stream(copies):
+        pixels = pixels.to(device, non_blocking=True)
+    step.wait_stream(copies)
+    pixels.record_stream(step)  # its memory is not the next copy's while the step may read it
+    return pixels
+
+
+@cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which batches travel to a CUDA device."""
+    return torch.cuda.Stream(device)
 
 
 def _prepare_worker(number: int) -> None:

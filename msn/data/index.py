@@ -145,6 +145,7 @@ def _read_folder(root: str, folder: str, above: frozenset[tuple[int, int]]) -> _
                 is_folder = False
                 if not name.lower().endswith(SUFFIXES):
                     found.closed.append(_closed(prefix + name, error))
+                    continue
             if is_folder:
                 found.inner.append(prefix + name)
             elif name.lower().endswith(SUFFIXES):

@@ -50,16 +50,20 @@ def index_list(
             for one image.
     """
     started, base = time.time_ns(), os.path.abspath(base)
-    kept = cache_file(f"list {os.path.realpath(file)} in {base}, labels {use_labels}")
+    kept = cache_file(f"list {os.path.abspath(file)} in {base}, labels {use_labels}")
     stamps = _stamps(file)
     cached = load_arrays(kept)
-    if cached is not None and cached[0]["stamps"] == stamps:
-        return _from_arrays(cached[1])
     where = f"{key}={file}"
-    index = _Rows(where, base, use_labels).read(read_list(file, key=key))
+    if cached is not None and cached[0]["stamps"] == stamps:
+        _say_repeated(where, cached[0]["repeated"])
+        return _from_arrays(cached[1])
+    rows = _Rows(where, base, use_labels)
+    index = rows.read(read_list(file, key=key))
+    _say_repeated(where, rows.repeated)
     # A list changed this shortly before may be changed again unseen.
     if len(index.paths) >= cache_from and stamps[1] < started - SETTLED_NS:
-        store_arrays(kept, {"stamps": stamps}, _to_arrays(index))
+        header = {"stamps": stamps, "repeated": rows.repeated}
+        store_arrays(kept, header, _to_arrays(index))
     return index
 
 
@@ -70,6 +74,11 @@ def _stamps(file: str) -> list[int]:
     except OSError:
         return []
     return [status.st_size, status.st_mtime_ns]
+
+
+def _say_repeated(where: str, count: int) -> None:
+    if count:
+        log.warning("%s: %d rows name an image that is there before; once counts", where, count)
 
 
 def _to_arrays(index: ListIndex) -> dict[str, np.ndarray]:
@@ -96,6 +105,9 @@ class _Rows:
         where: what a message calls the list.
         base: what relative paths start from, absolute.
         use_labels: False ignores the labels.
+
+    Attributes:
+        repeated: rows that were left out because an earlier one has their image.
     """
 
     def __init__(self, where: str, base: str, use_labels: bool) -> None:
@@ -103,10 +115,11 @@ class _Rows:
         self._text, self._ends = bytearray(), array("q", [0])
         self._lines, self._hashes, self._labels = array("q"), array("q"), array("q")
         self._numbers: dict[str, int] = {}
+        self.repeated = 0
 
     def read(self, rows: Iterator[ListedImage]) -> ListIndex:
         """Take every row and check them together."""
-        with progress_bar(f"reading {os.path.basename(self._where)}") as advance:
+        with progress_bar("reading the list") as advance:
             for row in rows:
                 self._add(row)
                 if len(self._lines) % _SHOW_EVERY == 0:
@@ -117,16 +130,10 @@ class _Rows:
         self._paths = StringTable(np.frombuffer(self._text, np.uint8), ends)
         labels = np.frombuffer(self._labels, np.int64)
         repeated = self._repeated()
-        if len(repeated):
-            log.warning(
-                "%s: %d rows name an image that is there before; once counts",
-                *(self._where, len(repeated)),
-            )
-            stays = np.ones(len(labels), bool)
-            stays[repeated] = False
-            paths = (self._paths[i] for i in np.flatnonzero(stays).tolist())
-            self._paths, labels = StringTable.from_strings(paths), labels[stays]
-        return self._with_classes(labels)
+        self.repeated = len(repeated)
+        stays = np.ones(len(labels), bool)
+        stays[repeated] = False
+        return self._with_classes(self._paths.where(stays), labels[stays])
 
     def _add(self, row: ListedImage) -> None:
         self._text += os.fsencode(row.path)
@@ -166,15 +173,15 @@ class _Rows:
                 f"(line {self._lines[first]}) and {other!r} (line {self._lines[later]})"
             )
 
-    def _with_classes(self, labels: np.ndarray) -> ListIndex:
+    def _with_classes(self, paths: StringTable, labels: np.ndarray) -> ListIndex:
         """Number the classes in the order of their names."""
         without = labels == _UNLABELLED
         if self._numbers and without.any():
-            path = self._paths[int(np.argmax(without))]
+            path = paths[int(np.argmax(without))]
             raise UserError(f"{self._where}: {path} has no label, others have one")
         if len(self._numbers) < 2:
-            return ListIndex(self._paths, None, [])
+            return ListIndex(paths, None, [])
         classes = sorted(self._numbers)
         number = np.empty(len(classes), np.int64)
         number[[self._numbers[name] for name in classes]] = np.arange(len(classes))
-        return ListIndex(self._paths, number[labels], classes)
+        return ListIndex(paths, number[labels], classes)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from msn.data.progress import progress_bar
 from msn.data.shards import CLASSES_FILE
-from msn.data.sources import FileSource, labels_from_folders
+from msn.data.sources import FileSource
 from msn.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -83,11 +83,8 @@ def _add(tar: tarfile.TarFile, source: FileSource, i: int, above: str, taken: se
 
 
 def _would_get_labels(source: FileSource) -> bool:
-    """Whether readers would take folders of images without labels for classes."""
-    if source.labels is not None:
-        return False
-    names = sorted(_relative(source, i) for i in range(len(source)))
-    return labels_from_folders(names)[0] is not None
+    """Whether readers, also of some shards alone, may take folders of these images for classes."""
+    return source.labels is None and any("/" in _relative(source, i) for i in range(len(source)))
 
 
 def _relative(source: FileSource, i: int) -> str:

@@ -13,13 +13,13 @@ import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 log = logging.getLogger(__name__)
 
-# Also raised when SUFFIXES or the rules of lists and shards change: a table holds what they find.
+# Also raised when suffixes or the rules of lists and shards change: a table holds what they find.
 _FORMAT = 3
 SETTLED_NS = 2_000_000_000  # a directory or list changed this shortly before may change unseen
 
@@ -47,6 +47,13 @@ class StringTable(Sequence[str]):
         if not 0 <= i < len(self):
             raise IndexError(i)
         return os.fsdecode(self.data[self.offsets[i] : self.offsets[i + 1]].tobytes())
+
+    def where(self, stays: np.ndarray) -> StringTable:
+        """The strings that `stays`, bool [n], is true for."""
+        sizes = np.diff(self.offsets)
+        offsets = np.zeros(int(stays.sum()) + 1, np.int64)
+        np.cumsum(sizes[stays], out=offsets[1:])
+        return StringTable(self.data[np.repeat(stays, sizes)], offsets)
 
 
 def cache_folder() -> Path:
@@ -88,20 +95,24 @@ def store_arrays(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarra
 def load_arrays(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
     """Map a file of `store_arrays`; None if there is none of this format or it is damaged."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if length < size else {}
+        with path.open("rb") as file:  # all of one file: another process may replace it meanwhile
+            return _map_arrays(file)
     except (OSError, ValueError):
         return None
+
+
+def _map_arrays(file: BinaryIO) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length)) if length < size else {}
     if header.get("format") != _FORMAT:
         return None
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for name, (dtype, at, count) in header["arrays"].items():
         if 8 + length + at + count * np.dtype(dtype).itemsize > size:
             return None
         if count == 0:
             arrays[name] = np.empty(0, dtype)
         else:
-            arrays[name] = np.memmap(path, dtype, "r", 8 + length + at, (count,))
+            arrays[name] = np.memmap(file, dtype, "r", 8 + length + at, (count,))
     return header, arrays

@@ -3,7 +3,8 @@
 Every step on the CPU takes and frees the same gigabytes, every worker the same photographs. Having
 the kernel map and clear them anew costs about 5 % of a step and a tenth of decoding and of views
 made on the CPU, so they are kept. Chunks leave holes in kept memory, and the next one lies partly
-beside them; giving holes back before each pass whose activations stay bounds that.
+beside them; giving holes back before a network's chunks and before each pass whose activations stay
+bounds that.
 """
 
 import ctypes

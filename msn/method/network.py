@@ -214,7 +214,7 @@ class MSN(nn.Module):
 
 
 def _give_back_holes(views: Tensor) -> None:
-    """Before a pass whose activations stay: they would lie beside the holes of others."""
+    """Before chunks and before passes whose activations stay: they would lie beside holes."""
     if views.device.type == "cpu":
         give_back_free_memory()
 

@@ -8,7 +8,7 @@ from msn.commands.entry import build, compose
 def make_datamodule(root, **changes):
     """The module that `train.py data=folder data.root=ROOT` would have, with small views."""
     settings = {
-        "root": str(root),
+        "root": None if root is None else str(root),
         "global_batch_size": 6,
         "num_workers": 0,
         "views": {"rand_size": 32, "focal_size": 16, "focal_views": 2, "patch_size": 8},

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from msn.data.datamodule import copy_stream
 from msn.data.device_views import make_batched_views
 from msn.data.reference_views import make_reference_views
 from msn.data.views import IMAGENET_STD, ViewSettings
@@ -45,18 +46,45 @@ def test_making_views_never_waits_for_the_device():
     assert all(view.isfinite().all() for view in views)
 
 
-def test_pixels_are_copied_while_the_device_is_still_at_the_step_before():
+SECOND = 2_000_000_000  # cycles, about
+
+
+@pytest.fixture
+def copied():
+    """A data module, a pinned batch of it, another one of that size, and the views of both."""
     data = make_datamodule(None, source="digits", image_size=64, global_batch_size=64)
-    (batch,) = itertools.islice(data.train_dataloader(), 1)
-    pinned = batch._replace(pixels=batch.pixels.pin_memory())
-    device, step = torch.device("cuda", 0), torch.cuda.current_stream()
-    data.transfer_batch_to_device(pinned, device, 0)
+    batches = itertools.islice(data.train_dataloader(), 2)
+    pinned = [batch._replace(pixels=batch.pixels.pin_memory()) for batch in batches]
+    views = [data.make_views(on_cuda(batch)).target for batch in pinned]
     torch.cuda.synchronize()
-    torch.cuda._sleep(2_000_000_000)  # about a second: the step before
-    moved = data.transfer_batch_to_device(pinned, device, 0)
-    data._copies.synchronize()
-    assert not step.query()
-    made = data.make_views(moved)
-    torch.cuda.synchronize()
+    return data, pinned, views
+
+
+def move(data, batch):
+    return data.transfer_batch_to_device(batch, torch.device("cuda", 0), 0)
+
+
+def test_pixels_are_copied_while_the_device_is_still_at_the_step_before(copied):
+    data, (batch, _), _ = copied
+    torch.cuda._sleep(SECOND)  # the step before
+    moved = move(data, batch)
+    copy_stream(torch.device("cuda", 0)).synchronize()
+    assert not torch.cuda.current_stream().query()
     assert torch.equal(moved.pixels.cpu(), batch.pixels)
-    assert torch.equal(made.target, data.make_views(on_cuda(batch)).target)
+
+
+def test_views_wait_for_their_pixels(copied):
+    data, (batch, _), (wanted, _) = copied
+    with torch.cuda.stream(copy_stream(torch.device("cuda", 0))):
+        torch.cuda._sleep(SECOND)
+    assert torch.equal(data.make_views(move(data, batch)).target, wanted)
+
+
+def test_pixels_stay_until_their_views_are_made(copied):
+    data, (batch, other), (wanted, _) = copied
+    moved = move(data, batch)
+    torch.cuda._sleep(SECOND)
+    made = data.make_views(moved)
+    del moved
+    move(data, other)
+    assert torch.equal(made.target, wanted)

@@ -10,6 +10,7 @@ import pytest
 
 from msn.data import list_index
 from msn.data.list_index import index_list
+from tests.data.logs import warnings_in
 
 ROWS = "path,label\nb/1.jpg,zebra\n./a/2.jpg,ant\nb/1.jpg,zebra\n/there/3.jpg,cow\n"
 
@@ -55,6 +56,19 @@ def test_what_is_kept_is_what_was_read(tmp_path, readings, use_labels):
     assert plain(second) == (paths, *known)
 
 
+def test_repeated_rows_are_said_from_the_cache_too(tmp_path, readings, caplog):
+    file = write(tmp_path / "a.csv", ROWS)
+    for _ in range(2):
+        read(file)
+    first, second = warnings_in(caplog)
+    assert len(readings) == 1
+    assert (
+        first
+        == second
+        == f"data.root={file}: 1 rows name an image that is there before; once counts"
+    )
+
+
 def test_labels_asked_for_or_not_are_kept_apart(tmp_path, readings):
     file = write(tmp_path / "a.csv", ROWS)
     assert read(file, use_labels=False).labels is None
@@ -68,7 +82,8 @@ def test_a_list_is_read_again_when_it_changed_or_has_just_been_written(tmp_path,
     write(file, ROWS.replace("cow", "elk"))  # same size, another time
     os.utime(file, (1.1e9, 1.1e9))
     assert read(file).classes == ["ant", "elk", "zebra"]
-    write(file, ROWS.replace("cow", "horse"))  # another size
+    write(file, ROWS.replace("cow", "horse"))  # another size at the same time
+    os.utime(file, (1.1e9, 1.1e9))
     assert read(file).classes == ["ant", "horse", "zebra"]
     assert len(readings) == 3
     file.write_text(ROWS)  # just now
@@ -107,9 +122,9 @@ print(seconds, (kilobytes("VmHWM") - before) / 1024)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
 @pytest.mark.slow
-def test_a_list_of_a_million_is_read_small_and_then_loads_quickly(tmp_path):
-    rows = (f"c{i // 1000:03d}/image_{i:08d}.JPEG,c{i // 1000:03d}\n" for i in range(1_000_000))
-    file = write(tmp_path / "million.csv", "".join(rows))
+def test_a_list_of_a_million_is_read_small_and_then_loads_quickly(tmp_path, index_cache):
+    rows = [f"c{i // 1000:03d}/image_{i:08d}.JPEG,c{i // 1000:03d}\n" for i in range(1_000_000)]
+    file = write(tmp_path / "million.csv", "".join([*rows, rows[0]]))
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     run = [sys.executable, "-c", MILLION, str(file)]
     for number in range(2):
@@ -119,3 +134,4 @@ def test_a_list_of_a_million_is_read_small_and_then_loads_quickly(tmp_path):
         seconds, megabytes = map(float, measured.split())
         assert megabytes < 200
         assert number == 0 or seconds < 2
+        assert len(list(index_cache.glob("index-*.bin"))) == 1
