@@ -113,6 +113,7 @@ class MSNDataModule(LightningDataModule):
         self.force_resume = False
         self._sampler: EpochSampler | None = None
         self._position = (0, 0)
+        self._labelled: tuple[LabelledImages, LabelledImages] | None = None
         # Lightning then calls `prepare_data` in one process of all, which the others wait for.
         self.prepare_data_per_node = False
         # Fail on a batch that cannot be cut before anything else is built.
@@ -126,10 +127,12 @@ class MSNDataModule(LightningDataModule):
         """Labelled images to fit classifiers on and held-out ones to test; None without labels."""
         if self.pools.labelled is None or self.pools.held_out is None:
             return None
-        return (
-            LabelledImages(self.pools.labelled, "training"),
-            LabelledImages(self.pools.held_out, "held-out"),
-        )
+        if self._labelled is None:  # the same ones each time: they know what has been said
+            self._labelled = (
+                LabelledImages(self.pools.labelled, "training"),
+                LabelledImages(self.pools.held_out, "held-out"),
+            )
+        return self._labelled
 
     def sampler(self, *, rank: int, world_size: int) -> EpochSampler:
         """The order of the training images for one of several processes."""

@@ -182,7 +182,7 @@ class LabelledImages(Dataset[Image.Image]):
     """Labelled images for evaluation; item i is image i at its full size, RGB.
 
     An image that cannot be read is replaced by the next readable one of its class, or by a gray one
-    where the class has no other; its `info` says so under `REPLACED`, and it is logged.
+    where the class has no other; its `info` says so under `REPLACED`, and it is logged once.
 
     Args:
         images: images of a source with labels.
@@ -201,7 +201,8 @@ class LabelledImages(Dataset[Image.Image]):
         self.images, self.what = images, what
         self.labels = torch.from_numpy(labels)
         self.classes = images.source.classes
-        self._reported: set[int] = set()
+        # Shared with workers, of which there are new ones for every reading.
+        self._reported = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
 
     @property
     def names(self) -> list[str]:
@@ -244,8 +245,8 @@ class LabelledImages(Dataset[Image.Image]):
         return self.images.source.rgb(int(self.images.positions[i]))
 
     def _report(self, i: int, error: BadImageError) -> None:
-        if i not in self._reported:
-            self._reported.add(i)
+        if not self._reported[i]:
+            self._reported[i] = True
             log.warning("replaced an unreadable %s image: %s (%s)", self.what, self.name(i), error)
 
     def name(self, i: int) -> str:

@@ -7,7 +7,9 @@ import os
 
 import numpy as np
 import pytest
+from torch.utils.data import DataLoader
 
+from msn.data import dataset
 from msn.data.bad_images import BadImageLedger
 from msn.data.collate import BadImage
 from msn.data.dataset import REPLACED, REPLACEMENT_TRIES
@@ -215,6 +217,31 @@ def test_one_damaged_image_of_a_small_class_does_not_end_an_evaluation(tmp_path,
     assert held_out[0].info[REPLACED]
     assert REPLACED not in held_out[1].info
     assert held_out.name(0) in caplog.text
+
+
+def test_a_labelled_image_is_logged_once_however_often_workers_read_it(tmp_path, monkeypatch):
+    module = make_datamodule(make_folder(tmp_path / "in", classes=2, images=4), use_labels=True)
+    training, held_out = module.labelled_sets()
+    for images in (training, held_out):
+        (tmp_path / "in" / images.name(0)).write_bytes(b"")
+    said = tmp_path / "said"
+
+    def warning(text, *parts):  # caplog does not see workers
+        with said.open("a") as file:
+            file.write(text % parts + "\n")
+
+    monkeypatch.setattr(dataset.log, "warning", warning)
+    for _ in range(2):
+        for images in module.labelled_sets():
+            list(DataLoader(images, batch_size=None, num_workers=1, collate_fn=size_of))
+    assert sorted(said.read_text().splitlines()) == [
+        f"replaced an unreadable {what} image: {images.name(0)} (empty file)"
+        for what, images in (("held-out", held_out), ("training", training))
+    ]
+
+
+def size_of(image):
+    return image.size
 
 
 def test_a_whole_class_that_is_gone_ends_an_evaluation(tmp_path):
