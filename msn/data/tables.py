@@ -42,6 +42,7 @@ class StringTable(Sequence[str]):
         """Number of strings."""
         return len(self.offsets) - 1
 
+    # Sequence promises slices as well, which nobody takes of a million strings.
     def __getitem__(self, i: int) -> str:  # type: ignore[override]
         """String number i; a slice is not supported."""
         if not 0 <= i < len(self):
