@@ -10,7 +10,7 @@ from rich.console import Console
 
 from msn.commands.entry import to_plain
 from msn.errors import UserError
-from msn.weights.files import write_bytes
+from msn.files import write_bytes
 
 
 def run(config: DictConfig) -> None:

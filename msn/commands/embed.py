@@ -26,8 +26,9 @@ from msn.errors import UserError
 from msn.evaluation.cache import digest_of, images_key, weights_key
 from msn.evaluation.features import check_feature, forward_feature
 from msn.evaluation.progress import Progress
+from msn.files import writing_to
 from msn.weights import Backbone, load_backbone
-from msn.weights.files import open_weights, save_tensors, user_umask, writing_to
+from msn.weights.files import open_weights, save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,6 @@ def _embed(backbone: Backbone, images: _Images, settings: dict[str, Any], pieces
     workers = resolve_workers(settings["data"]["num_workers"], in_memory=False)
     with writing_to(pieces):
         pieces.mkdir(parents=True, exist_ok=True)
-        pieces.chmod(0o777 & ~user_umask())
     backbone.to(device)
     ranges = [range(at, min(at + PIECE, len(images))) for at in range(0, len(images), PIECE)]
     left = [indices for indices in ranges if not _is_whole(_piece(pieces, indices[0]), indices)]

@@ -10,9 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 from msn.commands.entry import to_plain
 from msn.commands.eval_lowshot import choose_device
 from msn.errors import UserError
+from msn.files import write_bytes
 from msn.reporting.record import CONFIG_FILE, RunRecord, read_record
 from msn.reporting.report import build_report
-from msn.weights.files import write_bytes
 
 REPORT_FILE = "report.html"
 

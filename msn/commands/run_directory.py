@@ -11,8 +11,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from msn.errors import UserError
+from msn.files import write_atomically
 from msn.training.checkpointing import newest_valid_checkpoint
-from msn.training.durable import write_durably
 
 STATUS_FILE = "run.json"
 # Processes that the trainer starts itself inherit the directory that the first one chose.
@@ -78,14 +78,14 @@ class RunDirectory:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         text = OmegaConf.to_yaml(config, resolve=True)
-        write_durably(self.path / "config.yaml", lambda file: file.write(text.encode()))
+        write_atomically(self.path / "config.yaml", lambda file: file.write(text.encode()))
         self.write_status("unfinished")
 
     def write_status(self, status: str, **more: Any) -> None:
         """Keep "unfinished" or "finished" and further facts of the run in run.json."""
         facts = {**read_status(self.path), "status": status, **more}
         text = json.dumps(facts, indent=1)
-        write_durably(self.path / STATUS_FILE, lambda file: file.write(text.encode()))
+        write_atomically(self.path / STATUS_FILE, lambda file: file.write(text.encode()))
 
 
 def choose_run_directory(config: DictConfig) -> RunDirectory:

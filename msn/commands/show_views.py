@@ -18,10 +18,10 @@ from msn.data.reference_views import make_reference_views
 from msn.data.sampler import BatchKey, EpochSampler
 from msn.data.views import ViewSettings, view_settings
 from msn.errors import UserError
+from msn.files import write_bytes
 from msn.method.masking import PatchDrop, draw_key
 from msn.reporting.views_sheet import views_sheet
 from msn.schema import take
-from msn.weights.files import write_bytes
 
 log = logging.getLogger(__name__)
 

@@ -28,11 +28,11 @@ from msn.evaluation.features import FeatureSettings, Runtime
 from msn.evaluation.frozen import Logistic, logistic_results
 from msn.evaluation.label_choice import METHODS, Choice, cover_prototypes, k_medoids
 from msn.evaluation.sets import FeatureSet, LabelSet, held_out_features
+from msn.files import placed_at, write_bytes
 from msn.method.network import ProjectionHead
 from msn.schema import take
 from msn.weights import Weights, read_weights
 from msn.weights.checkpoints import newest_checkpoint
-from msn.weights.files import placed_at, write_bytes
 
 NAMES_FILE, TABLE_FILE, SHEET_FILE = "suggested.txt", "suggested.csv", "contact_sheet.png"
 _SHEET_IMAGES = 200

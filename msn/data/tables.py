@@ -10,12 +10,13 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from msn.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -82,13 +83,14 @@ def store_arrays(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarra
         at += -(-array.nbytes // 64) * 64
     text = json.dumps({"format": _FORMAT, "arrays": layout, **header}).encode()
     text += b" " * (-(len(text) + 8) % 64)
+
+    def write(file: BinaryIO) -> None:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays.values():
+            file.write(array.tobytes() + bytes(-array.nbytes % 64))
+
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for array in arrays.values():
-                file.write(array.tobytes() + bytes(-array.nbytes % 64))
-        os.replace(file.name, path)
+        write_atomically(path, write)
     except OSError as error:
         log.info("the index of the images is not kept: %s", error)
 

@@ -19,7 +19,7 @@ from msn.data.tables import cache_folder
 from msn.errors import UserError
 from msn.evaluation.features import LabelledSet
 from msn.evaluation.sets import LabelSet
-from msn.weights.files import write_bytes
+from msn.files import write_bytes
 
 log = logging.getLogger(__name__)
 

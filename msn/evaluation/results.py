@@ -14,7 +14,8 @@ from rich.console import Console
 from msn.evaluation.curves import draw_curve
 from msn.evaluation.rows import Head, Result
 from msn.evaluation.table import csv_table, markdown_table, table_of
-from msn.weights.files import save_tensors, write_bytes
+from msn.files import write_bytes
+from msn.weights.files import save_tensors
 
 _FILE_WIDTH = 200  # characters of a line where the output is no terminal
 _DISTRIBUTION = "msn-pretraining"

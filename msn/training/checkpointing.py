@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from msn.errors import UserError
-from msn.training.durable import damage, remove_stale, write_checkpoint
+from msn.files import damage, remove_stale, write_checkpoint
 from msn.training.rng import gather_random_states, restore_random_state
 from msn.weights.checkpoints import checkpoints, epoch_and_step, newest_checkpoint
 

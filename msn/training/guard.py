@@ -12,8 +12,8 @@ from torch import Tensor
 from msn.data.datamodule import MSNDataModule
 from msn.data.views import Views
 from msn.errors import UserError
+from msn.files import write_checkpoint
 from msn.method.finite import FiniteCheck
-from msn.training.durable import write_checkpoint
 from msn.training.module import MSNModule
 from msn.training.sharding import whole_state
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from msn.errors import UserError
+from msn.files import placed_at, write_bytes
 from msn.method.vit import VisionTransformer, resize_position_embeddings
 from msn.weights.backbone import complete_meta
 from msn.weights.card import model_card
 from msn.weights.classifier import Classifier
-from msn.weights.files import placed_at, write_bytes
 from msn.weights.formats import FORMATS, Export, Format, write_json
 from msn.weights.loading import versions
 from msn.weights.parity import check

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from msn.files import write_bytes
 from msn.weights import huggingface, loading, timm
 from msn.weights.backbone import save_backbone
 from msn.weights.classifier import Classifier, fold
-from msn.weights.files import save_tensors, write_bytes
+from msn.weights.files import save_tensors
 from msn.weights.official import official_layout
 from msn.weights.onnx import write_onnx
 from msn.weights.parity import Loaded

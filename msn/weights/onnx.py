@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from msn.errors import UserError
-from msn.weights.files import write_bytes
+from msn.files import write_bytes
 from msn.weights.timm import plain_timm
 from msn.weights.weights import Weights, strip_prefix
 

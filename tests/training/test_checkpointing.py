@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from msn.data.views import Views
 from msn.errors import UserError
+from msn.files import damage, write_checkpoint
 from msn.method.replay import load_golden, step_views
 from msn.training import checkpointing
 from msn.training.checkpointing import (
@@ -18,7 +19,6 @@ from msn.training.checkpointing import (
     checkpoints,
     newest_checkpoint,
 )
-from msn.training.durable import damage, write_checkpoint
 from tests.conftest import GOLDEN
 from tests.training.test_module import module_of, trainer_of
 

@@ -1,11 +1,10 @@
-import errno
 import os
 
 import pytest
 import torch
 
 from msn.errors import UserError
-from msn.weights.files import open_weights, save_tensors, write_bytes
+from msn.weights.files import open_weights, save_tensors
 
 
 class Runs:
@@ -52,32 +51,3 @@ def test_a_missing_file_and_a_directory_are_named(tmp_path):
     for path in (tmp_path / "nothing.pt", tmp_path):
         with pytest.raises(UserError, match="no such file"):
             open_weights(path)
-
-
-def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_bytes(path, b"old")
-
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="No space left on device"):
-        write_bytes(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_place_that_cannot_be_written_is_one_clear_line(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written"):
-        write_bytes(tmp_path / "file" / "below", b"")
-
-
-def test_written_files_have_the_permissions_of_the_user(tmp_path):
-    old = os.umask(0o027)
-    try:
-        write_bytes(tmp_path / "file", b"")
-    finally:
-        os.umask(old)
-    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640

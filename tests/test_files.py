@@ -9,8 +9,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from msn.training import durable
-from msn.training.durable import damage, remove_stale, write_checkpoint, write_durably
+from msn import files
+from msn.errors import UserError
+from msn.files import (
+    damage,
+    placed_at,
+    remove_stale,
+    write_atomically,
+    write_bytes,
+    write_checkpoint,
+)
 
 CONTENT = {"weights": torch.arange(100_000.0), "numbers": [1, (2, "three")], "none": None}
 
@@ -75,20 +83,20 @@ def test_an_error_of_the_system_is_raised_and_the_old_file_stays(tmp_path, size)
 
 def test_space_is_looked_for_before_anything_is_written(tmp_path, monkeypatch):
     usage = SimpleNamespace(free=300_000)
-    monkeypatch.setattr(durable.shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(durable, "write_durably", lambda *a: pytest.fail("began to write"))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(files, "write_atomically", lambda *a: pytest.fail("began to write"))
     with pytest.raises(OSError, match="No space left on device"):
         write_checkpoint(tmp_path / "x.ckpt", CONTENT)
 
 
 def test_the_file_is_synced_before_it_takes_its_place(tmp_path, monkeypatch):
     events = []
-    sync, replace = os.fsync, durable.Path.replace
+    sync, replace = os.fsync, files.Path.replace
     monkeypatch.setattr(os, "fsync", lambda fd: events.append("sync") or sync(fd))
     monkeypatch.setattr(
-        durable.Path, "replace", lambda a, b: events.append("replace") or replace(a, b)
+        files.Path, "replace", lambda a, b: events.append("replace") or replace(a, b)
     )
-    write_durably(tmp_path / "x", lambda file: file.write(b"new"))
+    write_atomically(tmp_path / "x", lambda file: file.write(b"new"))
     assert events == ["sync", "replace", "sync"]
 
 
@@ -97,3 +105,43 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
     (tmp_path / "mine.tmp").touch()
     remove_stale(tmp_path)
     assert os.listdir(tmp_path) == ["mine.tmp"]
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_bytes(path, b"old")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        write_bytes(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_place_that_cannot_be_written_is_one_clear_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        write_bytes(tmp_path / "file" / "below", b"")
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
+def test_written_files_and_directories_follow_the_umask(tmp_path, mask, mode):
+    old = os.umask(mask)
+    try:
+        write_bytes(tmp_path / "file", b"")
+        write_checkpoint(tmp_path / "x.ckpt", {"a": 1})
+        with placed_at(tmp_path / "directory") as place:
+            write_bytes(place / "file", b"")
+    finally:
+        os.umask(old)
+    for name in ("file", "x.ckpt", "directory/file"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == mode, name
+    assert (tmp_path / "directory").stat().st_mode & 0o777 == 0o777 & ~mask
+
+
+def test_a_pipe_is_no_checkpoint_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.ckpt")
+    assert damage(tmp_path / "x.ckpt") == "not a regular file"

@@ -1,17 +1,21 @@
-"""Files that are whole after a crash, and that tell when they were damaged later."""
+"""Crash-safe writes, with a checksum in checkpoints."""
 
+import contextlib
 import errno
 import hashlib
 import os
+import secrets
 import shutil
+import stat
 import struct
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
+
+from msn.errors import UserError
 
 SLACK = 1 << 20  # bytes that must stay free beside a checkpoint: names, tables, other small files
 _SEAL = b"sha256:"
@@ -19,33 +23,88 @@ _SEAL = b"sha256:"
 _END, _END_SIZE, _LENGTH = b"PK\5\6", 22, struct.Struct("<H")
 
 
-def write_durably(path: Path, write: Callable[[Any], Any]) -> None:
+def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
     """Write a file so that after a crash the old or the new one stands there, whole.
 
+    The file has the permissions that the umask leaves.
+
     Args:
-        path: where the file shall stand; its directory exists.
+        path: the file; directories above it are made.
         write: writes the content to the binary file that it is given.
 
     Raises:
         OSError: whatever the system said; the old file is untouched then.
     """
-    descriptor, temporary = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
-    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(path)
     try:
-        with os.fdopen(descriptor, "w+b") as file:
+        with temporary.open("x+b") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
+    sync_directory(path.parent)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write some bytes by `write_atomically`.
+
+    Raises:
+        UserError: if the disk is full or the place cannot be written to; nothing is left then.
+    """
+    with writing_to(path):
+        write_atomically(path, lambda file: file.write(data))
+
+
+@contextlib.contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals inside the block into a `UserError` about `path`."""
     try:
-        os.fsync(directory)
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+@contextlib.contextmanager
+def placed_at(out: Path) -> Iterator[Path]:
+    """A temporary directory beside `out` that replaces `out` if the block succeeds.
+
+    Raises:
+        UserError: if the place cannot be written to; nothing is left then, and what stood at `out`
+            still stands.
+    """
+    with writing_to(out):
+        made = [parent for parent in out.parents if not parent.exists()]
+        temporary = temporary_beside(out)
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            sync_directory(temporary)
+            _swap(temporary, out)
+            sync_directory(out.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            for parent in made:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+            raise
+
+
+def temporary_beside(path: Path) -> Path:
+    """A new name in the same directory, which `remove_stale` knows."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside a directory durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
     finally:
-        os.close(directory)
+        os.close(handle)
 
 
 def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
@@ -75,7 +134,7 @@ def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
             raise hashing.error or error from None
         _seal(file, hashing.digest.hexdigest())
 
-    write_durably(path, write)
+    write_atomically(path, write)
 
 
 def damage(path: Path) -> str | None:
@@ -84,6 +143,8 @@ def damage(path: Path) -> str | None:
     A file without a checksum, written by something else, is trusted if it is a whole archive.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return "not a regular file"  # opening a pipe would wait for a writer
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             comment = _comment(file, size)
@@ -113,6 +174,23 @@ def remove_stale(directory: Path) -> None:
     """Remove what writers that were killed left behind in a directory."""
     for path in directory.glob(".*.tmp") if directory.is_dir() else []:
         path.unlink(missing_ok=True)
+
+
+def _swap(new: Path, out: Path) -> None:
+    if not out.exists():
+        new.rename(out)
+        return
+    old = temporary_beside(out)
+    old.mkdir()
+    try:
+        out.replace(old / "old")
+        try:
+            new.replace(out)
+        except OSError:
+            (old / "old").replace(out)
+            raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 class _Hashing:
