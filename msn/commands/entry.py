@@ -1,24 +1,24 @@
 """The one way into every command: compose, run, and end a mistake in one line and exit code 2."""
 
-import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
-from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 import msn
+from msn.commands.command_line import parse_flags, quote_paths
 from msn.commands.help import help_text, options
 from msn.errors import UserError
 from msn.schema import refuse_unknown, take
@@ -49,20 +49,20 @@ def run_command(config_name: str, job: Job, arguments: list[str]) -> None:
     Args:
         config_name: file in the config directory, without .yaml.
         job: gets the composed configuration.
-        arguments: Hydra overrides and flags.
+        arguments: overrides, key=value, and flags.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("msn").setLevel(logging.INFO)
     try:
-        flags = _parse_flags(arguments)
-        if flags is None:
-            job(compose(config_name, arguments))
-        elif flags.help:
+        flags = parse_flags(arguments)
+        if flags.help:
             print(_help(config_name, flags.overrides))
         elif flags.cfg == "job":
             print(_shown(compose(config_name, flags.overrides), flags.package, flags.resolve))
+        elif flags.multirun:
+            _sweep(config_name, job, flags.overrides)
         else:
-            _through_hydra_main(config_name, job, arguments, flags.overrides)
+            job(compose(config_name, flags.overrides))
     except MISTAKES as error:
         if os.environ.get("MSN_DEBUG"):
             raise
@@ -75,11 +75,12 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
 
     Args:
         config_name: file in the config directory, without .yaml.
-        overrides: `key=value` in Hydra's grammar.
+        overrides: `key=value` in Hydra's grammar, but for paths and names, see `quote_paths`.
 
     Raises:
         UserError: if a key, group or value is wrong; says what is allowed.
     """
+    overrides = quote_paths(overrides)
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
         known = _known(config_name, overrides)
@@ -106,9 +107,11 @@ def _known(config_name: str, overrides: list[str]) -> DictConfig:
         if not equals or not (config_directory() / group).is_dir() or group.startswith("hydra"):
             continue
         allowed = options(config_directory(), group)
-        if option.isidentifier() or option.isdigit():  # else a list, or choices of a sweep
-            if option not in allowed:
+        several = re.fullmatch(r"\[?([\w\s,.-]*)\]?", option)  # a list, or choices of a sweep
+        for one in several[1].split(",") if several else []:
+            if one.strip() not in allowed:
                 raise UserError(f"{key}={option}: allowed are {', '.join(allowed)}")
+        if option in allowed:
             chosen.append(override)
     return _composed(config_name, tuple(chosen))
 
@@ -121,12 +124,13 @@ def _composed(config_name: str, chosen: tuple[str, ...]) -> DictConfig:
         raise UserError(_explain(error, OmegaConf.create())) from None
 
 
-def build(config: DictConfig, key: str, **runtime: Any) -> Any:
+def build(config: DictConfig, key: str, kind: type = object, **runtime: Any) -> Any:
     """Instantiate the `_target_` that stands at a key.
 
     Args:
         config: a composed configuration.
         key: where the target and its settings stand.
+        kind: what the target must make.
         runtime: further keywords, objects that only exist at run time.
 
     Raises:
@@ -135,17 +139,20 @@ def build(config: DictConfig, key: str, **runtime: Any) -> Any:
     settings = to_plain(config, key)
     if not isinstance(settings, dict) or "_target_" not in settings:
         raise UserError(f"{key} must be a group of keys with a _target_, got {settings}")
+    name = settings["_target_"]
     try:
-        target = hydra.utils.get_object(settings["_target_"])
+        target = hydra.utils.get_object(name) if isinstance(name, str) else None
     except (ImportError, ValueError) as error:
-        raise UserError(f"{key}._target_={settings['_target_']}: {one_line(error)}") from None
-    ours = target.__module__.startswith("msn.")
+        raise UserError(f"{key}._target_={name}: {one_line(error)}") from None
+    if not callable(target) or settings.get("_partial_"):
+        raise UserError(f"{key}._target_={name}: must name a class or a function to call")
+    ours = str(getattr(target, "__module__", "")).startswith("msn.")
     if ours:
         plain = {name: value for name, value in settings.items() if not name.startswith("_")}
         refuse_unknown(key, plain, target, derived=list(runtime))
         take(key, plain, target, derived=list(runtime))
     try:
-        return hydra.utils.instantiate(OmegaConf.select(config, key), **runtime)
+        made = hydra.utils.instantiate(OmegaConf.select(config, key), **runtime)
     except InstantiationException as error:
         cause = error.__cause__ or error
         if isinstance(cause, ImportError):  # one of the optional loggers
@@ -155,6 +162,9 @@ def build(config: DictConfig, key: str, **runtime: Any) -> Any:
         if isinstance(cause, TypeError) and not ours:  # an unknown key or a wrong type
             raise UserError(f"{key}: {one_line(cause)}") from None
         raise cause from None
+    if not isinstance(made, kind):
+        raise UserError(f"{key}._target_={name}: makes no {kind.__name__}")
+    return made
 
 
 def to_plain(config: DictConfig, key: str | None = None) -> dict[str, Any]:
@@ -182,23 +192,6 @@ def one_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _parse_flags(arguments: list[str]) -> argparse.Namespace | None:
-    """Hydra's flags and the overrides among them; None where there is no flag.
-
-    Raises:
-        UserError: if there is no such flag.
-    """
-    if not any(argument.startswith("-") for argument in arguments):
-        return None
-
-    def refuse(message: str) -> NoReturn:
-        raise UserError(f"{message}; --help says more")
-
-    parser = get_args_parser()
-    parser.error = refuse  # type: ignore[method-assign]
-    return parser.parse_args(arguments)
-
-
 def _help(config_name: str, overrides: list[str]) -> str:
     try:
         keys = OmegaConf.to_yaml(compose(config_name, overrides))
@@ -218,23 +211,33 @@ def _shown(config: DictConfig, package: str | None, resolve: bool) -> str:
     return text.rstrip()
 
 
-def _through_hydra_main(
-    config_name: str, job: Job, arguments: list[str], overrides: list[str]
-) -> None:
-    """Flags such as --multirun and --info belong to Hydra's own main function."""
+def _sweep(config_name: str, job: Job, overrides: list[str]) -> None:
+    """A job for each choice, by Hydra's own main function; a mistake in one does not end others."""
+    overrides = quote_paths(overrides, sweep=True)
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
         known = _known(config_name, overrides)
     GlobalHydra.instance().clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise instead of five lines and exit code 1
-    given, sys.argv = sys.argv, [sys.argv[0], *arguments]
+    given, sys.argv = sys.argv, [sys.argv[0], "--multirun", *overrides]
+    failed = []
 
     def task(config: DictConfig) -> None:
         sys.argv = given  # with it the trainer starts further processes
         chosen = HydraConfig.get()
         choices = OmegaConf.to_container(chosen.runtime.choices)
         assert isinstance(choices, dict)
-        job(_finish(config, _known(config_name, list(chosen.overrides.task)), choices))
+        own = list(chosen.overrides.task)
+        try:
+            job(_finish(config, _known(config_name, own), choices))
+        except MISTAKES as error:
+            # Elsewhere (SLURM) only an exception tells this process. Here Hydra would print all
+            # overrides before it.
+            if os.environ.get("MSN_DEBUG") or "SUBMITIT_EXECUTOR" in os.environ:
+                raise
+            given_to_all = {override.lower() for override in overrides}  # report=false -> False
+            failed.append(" ".join(one for one in own if one.lower() not in given_to_all))
+            print(f"error: {failed[-1]}: {one_line(error)}", file=sys.stderr)
 
     main = hydra.main(
         version_base="1.3", config_path=str(config_directory()), config_name=config_name
@@ -243,6 +246,8 @@ def _through_hydra_main(
         main(task)()
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, known)) from None
+    if failed:
+        sys.exit(2)
 
 
 def _finish(config: DictConfig, known: DictConfig, choices: dict[Any, Any]) -> DictConfig:
@@ -254,16 +259,20 @@ def _finish(config: DictConfig, known: DictConfig, choices: dict[Any, Any]) -> D
 
 
 def _compare(config: Any, known: Any, prefix: str = "") -> None:
-    """Refuse keys that were added to what the files offer, or taken away."""
-    if not isinstance(config, dict) or not isinstance(known, dict):
+    """Refuse keys that were added to what the files offer or taken away, and values for groups."""
+    if not isinstance(known, dict):
         return
+    if not isinstance(config, dict):
+        raise UserError(f"{prefix[:-1]} must be a group of keys, got {config!r}")
     for key in config:
         if key not in known and prefix.rstrip(".") not in _OPEN_GROUPS:
             raise UserError(_unknown(f"{prefix}{key}", known))
     for key, value in known.items():
         if key not in config:
             raise UserError(f"{prefix}{key} is missing: it cannot be left out")
-        _compare(config[key], value, f"{prefix}{key}.")
+        # Where a signature says what may stand there, `build` looks: protocol.sgd=null.
+        if isinstance(config[key], dict) or "_target_" not in known:
+            _compare(config[key], value, f"{prefix}{key}.")
 
 
 def _unknown(key: str, known: Iterable[Any]) -> str:
@@ -274,6 +283,10 @@ def _unknown(key: str, known: Iterable[Any]) -> str:
 def _explain(error: Exception, known: DictConfig) -> str:
     """One line for Hydra's composition errors, with the keys or options that are allowed."""
     text = str(error)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: cannot be read as key=value ({one_line(error)})"
+    if text.startswith("Ambiguous value"):
+        return f"{one_line(error)}: key=[a,b] is a list, --multirun runs one after the other"
     if text.startswith("Could not override '"):
         key = text.split("'")[1]
         if "No match in the defaults list" in text:  # a group, but none of this command

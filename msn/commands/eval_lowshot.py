@@ -48,7 +48,7 @@ def run(config: DictConfig) -> None:
     """
     config = without_views(config)
     settings = to_plain(config)
-    protocol: Protocol = build(config, "protocol")
+    protocol: Protocol = build(config, "protocol", Protocol)
     _check(settings)
     wanted = check_baselines(settings["baselines"], protocol)
     with _processes() as (rank, processes):
@@ -103,7 +103,7 @@ def write_table(
     write_results(directory / TABLE_FILE, results, settings)
 
 
-def check_baselines(setting: str | list[str], protocol: Protocol) -> list[str]:
+def check_baselines(setting: Any, protocol: Protocol) -> list[str]:
     """Names of the baselines that a person or, with `auto`, the protocol wants.
 
     Raises:
@@ -111,11 +111,10 @@ def check_baselines(setting: str | list[str], protocol: Protocol) -> list[str]:
     """
     if setting == "auto":
         return list(protocol.baselines)
-    wanted = [setting] if isinstance(setting, str) else list(setting or [])
-    for name in wanted:
-        if name not in BASELINES:
-            allowed = ", ".join(BASELINES)
-            raise UserError(f"baselines must be among {allowed}, or auto, got {name}")
+    wanted = [setting] if isinstance(setting, str) else setting or []
+    if not isinstance(wanted, list) or not all(name in BASELINES for name in wanted):
+        allowed = ", ".join(BASELINES)
+        raise UserError(f"baselines must be a list of {allowed}, or auto, got {setting}")
     return wanted
 
 

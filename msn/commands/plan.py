@@ -66,7 +66,7 @@ def run(config: DictConfig, settings: dict[str, Any], console: Console) -> Plan:
     """
     check_settings(settings)
     with torch.device("meta"):
-        module: MSNModule = build(config, "module")
+        module: MSNModule = build(config, "module", MSNModule)
     module.check_views(ViewSettings(**settings["data"]["views"]))
     plan = _plan(config, settings, module)
     _show_memory(plan, console)
@@ -144,7 +144,7 @@ def _images(config: DictConfig, settings: dict[str, Any]) -> int:
         return int(settings["planning"]["images"])
     if settings["data"]["source"] == "imagenet" and settings["data"]["root"] is None:
         return _IMAGENET_IMAGES
-    data: MSNDataModule = build(config, "data")
+    data: MSNDataModule = build(config, "data", MSNDataModule)
     batch = data.global_batch_size
     return len(data.sampler(rank=0, world_size=1)) * batch
 

@@ -55,7 +55,7 @@ def run(config: DictConfig) -> None:
     if settings["plan"]:
         plan.run(config, settings, Console())
         return
-    preemption: Preemption = build(config, "callbacks.preemption")
+    preemption: Preemption = build(config, "callbacks.preemption", Preemption)
     preemption.install()
     try:
         _run(config, settings, preemption)
@@ -67,10 +67,10 @@ def run(config: DictConfig) -> None:
 
 
 def _run(config: DictConfig, settings: dict[str, Any], preemption: Preemption) -> None:
-    data: MSNDataModule = build(config, "data")
-    module: MSNModule = build(config, "module")
+    data: MSNDataModule = build(config, "data", MSNDataModule)
+    module: MSNModule = build(config, "module", MSNModule)
     module.check_views(data.settings)
-    protocol: Protocol = build(config, "protocol")
+    protocol: Protocol = build(config, "protocol", Protocol)
     check_baselines(settings["baselines"], protocol)
     labelled = data.labelled_sets()
     if labelled is not None:
@@ -148,7 +148,12 @@ def _build_trainer(config: DictConfig, data: MSNDataModule, module: MSNModule) -
     config = OmegaConf.masked_copy(config, [str(key) for key in config])
     config.trainer.devices, config.trainer.num_nodes = devices, num_nodes
     trainer: Trainer = build(
-        config, "trainer", callbacks=[build_progress()], loggers=[], run_dir=config.run.root
+        config,
+        "trainer",
+        Trainer,
+        callbacks=[build_progress()],
+        loggers=[],
+        run_dir=config.run.root,
     )
     if starts_processes(trainer) and _is_multirun():
         raise UserError(

@@ -1,0 +1,115 @@
+"""What a person types: flags, and overrides in which paths and names stay as they are.
+
+Hydra's grammar would make a number of `run.name=1_1`, and cannot read `data.root=/x/photos (1)`.
+"""
+
+import argparse
+import os
+import re
+from typing import NoReturn
+
+from hydra.core.override_parser.types import Quote, QuotedString
+
+from msn.errors import UserError
+
+# Keys whose value is a path or a name; `images` is a number elsewhere.
+_PATHS = re.compile(
+    r"(.+\.)?(root|\w+_root|labels|file)|run\.\w+|checkpoint|init|out|runs|dump|golden|head|json"
+    r"|images|cache_dir|protocol\.(lists|lists_dir|write_lists)"
+)
+# Those that take several, [a,b]; elsewhere such a value is the name of a file.
+_LISTS = ("checkpoint", "runs", "protocol.lists")
+_QUOTED = r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\""
+_PART = re.compile(rf"\s*({_QUOTED}|\[[^\]]*\])\s*(?=,|$)|[^,]*")
+_SWEEP = re.compile(r"(choice|range|interval|glob|sort|shuffle|tag)\(.*\)", re.DOTALL)
+# What may stand before a path: its name in a table, a model of timm.
+_BEFORE_HOME = re.compile(r"(?:[^/:~]*:)?(?:timm/[^@]*@)?(?=~)")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help says more")
+
+
+def parse_flags(arguments: list[str]) -> argparse.Namespace:
+    """Flags, and the overrides among them.
+
+    Raises:
+        UserError: if there is no such flag, or it goes with another that is not there.
+    """
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--cfg", "-c", choices=["job"])
+    parser.add_argument("--resolve", "-r", action="store_true")
+    parser.add_argument("--package", "-p")
+    parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("overrides", nargs="*")
+    flags = parser.parse_intermixed_args(arguments)
+    if (flags.resolve or flags.package is not None) and flags.cfg is None:
+        raise UserError("--resolve and --package go with --cfg job; --help says more")
+    return flags
+
+
+def quote_paths(overrides: list[str], *, sweep: bool = False) -> list[str]:
+    """Quote, in Hydra's grammar, the values of keys that are paths or names.
+
+    `null`, what is quoted already, and lists where a key takes several keep their meaning, and so
+    do numbers of `images` and, in a sweep, choices. `~` is the user's home.
+
+    Args:
+        overrides: `key=value`.
+        sweep: whether commas separate choices (`--multirun`).
+
+    Raises:
+        UserError: if one holds a null byte.
+    """
+    for override in overrides:
+        if "\0" in override:
+            raise UserError(f"{override.partition('=')[0]}: a null byte can stand in no value")
+    return [_quote_path(override, sweep) for override in overrides]
+
+
+def _quote_path(override: str, sweep: bool) -> str:
+    key, equals, value = override.partition("=")
+    name = key.lstrip("+")
+    if not value or not _PATHS.fullmatch(name):
+        return override
+    if name == "images" and re.fullmatch(r"[+-]?\d+", value):
+        return override
+    choices = [value]
+    if sweep:
+        choices = [value] if _SWEEP.fullmatch(value) else _parts(value)
+    return key + equals + ",".join(_one(name, choice, sweep) for choice in choices)
+
+
+def _one(name: str, value: str, sweep: bool) -> str:
+    if sweep and _SWEEP.fullmatch(value):
+        return value
+    is_list = name in _LISTS and value.startswith("[") and value.endswith("]")
+    if not is_list or os.path.exists(_at_home(value)):
+        return _text(value)
+    inside = value[1:-1].strip()
+    return f"[{','.join(map(_text, _parts(inside)))}]" if inside else "[]"
+
+
+def _text(value: str) -> str:
+    if value.lower() == "null" or re.fullmatch(_QUOTED, value, re.DOTALL):
+        return value
+    return QuotedString(_at_home(value), Quote.single).with_quotes()
+
+
+def _at_home(value: str) -> str:
+    before = _BEFORE_HOME.match(value)
+    start = before.end() if before else 0
+    return value[:start] + os.path.expanduser(value[start:])
+
+
+def _parts(text: str) -> list[str]:
+    """Split at commas, but for those in quotes or in the brackets of a whole part."""
+    parts, at = [], 0
+    while at <= len(text):
+        found = _PART.match(text, at)
+        assert found is not None  # it matches nothing, too
+        parts.append(found[0].strip())
+        at = found.end() + 1
+    return parts

@@ -1,0 +1,100 @@
+"""Paths and names stay what a person typed; Hydra's own words keep their meaning."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from msn.commands.command_line import parse_flags, quote_paths
+from msn.commands.entry import compose
+from msn.errors import UserError
+
+# After the equals sign, and what is composed of it.
+AS_THEY_ARE = [
+    *("1_1_1", "1.10", "2024_05", "007", "true", "1e5", "nan", "/x/müller", "/x/photos (1)"),
+    *("/x/a=b", "/x/a,b", "epoch=3-step=9.ckpt", "Bücher.safetensors", "[a]", "[a].jpg", "{a:b}"),
+    *("it's", 'a "b"', "a\\", "a\\'b", "100 %", "# x", "$RECYCLE.BIN", "a:b", "x\ty", "\udce9"),
+]
+PATHS = {
+    "train": ("data.root", "data.val_root", "init", "run.name", "run.dir", "run.root"),
+    "eval_lowshot": ("checkpoint", "cache_dir", "protocol.write_lists"),
+    "embed": ("out", "data.root"),
+    "report": ("runs",),
+    "replay": ("dump",),
+    "verify": ("golden",),
+    "export": ("head",),
+    "bench": ("json", "images"),
+}
+
+
+def composed(command, override):
+    return OmegaConf.select(compose(command, [override]), override.partition("=")[0].lstrip("+"))
+
+
+@pytest.mark.parametrize("value", AS_THEY_ARE)
+def test_names_and_paths_stay_text(value):
+    is_list = value.startswith("[") and value.endswith("]")
+    for key in ("run.name", "data.root", "+run.name", "++init"):
+        assert composed("train", f"{key}={value}") == value
+    assert composed("eval_lowshot", f"checkpoint={value}") == (["a"] if is_list else value)
+
+
+def test_every_key_that_is_a_path_is_one():
+    for command, keys in PATHS.items():
+        for key in keys:
+            assert composed(command, f"{key}=/x/mü (1),=~") == "/x/mü (1),=~", key
+
+
+def test_the_home_directory_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert composed("train", "data.root=~/x") == "/home/me/x"
+    found = composed("eval_lowshot", "checkpoint=[a:~/x,timm/vit@~/y,~/z,b~]")
+    assert found == ["a:/home/me/x", "timm/vit@/home/me/y", "/home/me/z", "b~"]
+
+
+def test_what_hydra_reads_keeps_its_meaning(tmp_path, monkeypatch):
+    assert composed("train", "init=null") is None
+    assert composed("train", "run.name=") == ""
+    assert composed("train", "run.name='x y'") == "x y"
+    assert composed("train", 'run.name="7"') == "7"
+    assert composed("train", "run.name=run-${seed}") == "run-0"
+    assert composed("eval_lowshot", "checkpoint=[a:x, b:1_1]") == ["a:x", "b:1_1"]
+    assert composed("eval_lowshot", "checkpoint=['a:x,y',b:ü]") == ["a:x,y", "b:ü"]
+    assert composed("eval_lowshot", "protocol.lists=[007,a b]") == ["007", "a b"]
+    assert composed("report", "runs=[]") == []
+    assert composed("report", "images=20") == 20
+    assert composed("train", "planning.images=20") == 20
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "[a,b]").mkdir()
+    assert composed("eval_lowshot", "checkpoint=[a,b]") == "[a,b]"
+
+
+def test_in_a_sweep_commas_separate_choices():
+    given = ["run.name=1_1,b c,'d,e'", "checkpoint=[a:x,b],[c]", "seed=1,2", "run.name=range(1,3)"]
+    assert quote_paths(given, sweep=True) == [
+        *("run.name='1_1','b c','d,e'", "checkpoint=['a:x','b'],['c']"),
+        *("seed=1,2", "run.name=range(1,3)"),
+    ]
+
+
+def test_flags_may_stand_anywhere():
+    flags = parse_flags(["a=1", "--multirun", "b=2", "--cfg", "job", "-p", "data"])
+    assert flags.overrides == ["a=1", "b=2"]
+    assert (flags.multirun, flags.cfg, flags.package) == (True, "job", "data")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--resolve"], "--resolve and --package go with --cfg job"),
+        (["--package", "data"], "--resolve and --package go with --cfg job"),
+        (["--shell-completion", "x"], "unrecognized arguments: --shell-completion"),
+        (["--cfg", "all"], "invalid choice: 'all'"),
+    ],
+)
+def test_flags_that_are_none_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        parse_flags(arguments)
+
+
+def test_a_null_byte_is_refused():
+    with pytest.raises(UserError, match="run.name: a null byte"):
+        compose("train", ["run.name=a\0b"])
