@@ -9,6 +9,7 @@ from msn.errors import UserError
 
 # Larger numbers become infinite in the type that networks compute in.
 _LARGEST = 3.4e38
+_LARGEST_WHOLE = 2**63 - 1
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
@@ -29,7 +30,7 @@ def take(
 
     Raises:
         UserError: if a value has another type than its annotation, is a number that is not finite
-            in single precision, or is not there although it has no default.
+            in single precision or whole and beyond 64 bits, or is missing and has no default.
     """
     for name, parameter in inspect.signature(target).parameters.items():
         required = parameter.default is parameter.empty and parameter.kind is _KEYWORD
@@ -40,6 +41,8 @@ def take(
     for name, value in taken.items():
         if name in hints and not _fits(value, hints[name]):
             expected = _describe(hints[name])
+            if isinstance(value, int) and abs(value) > _LARGEST_WHOLE:
+                expected += " of less than 19 digits"
             raise UserError(f"{prefix}.{name} must be {expected}, got {value!r}")
     return taken
 
@@ -78,7 +81,8 @@ def _fits(value: Any, hint: Any) -> bool:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         return is_number and abs(value) <= _LARGEST  # False for nan
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        return is_whole and abs(value) <= _LARGEST_WHOLE
     if origin in (list, tuple, Sequence):
         members = [part for part in get_args(hint) if part is not ...]
         return isinstance(value, list | tuple) and all(_fits(v, members[0]) for v in value)

@@ -26,6 +26,7 @@ from msn.evaluation.backbones import (
     open_backbones,
     random_backbone,
 )
+from msn.evaluation.features import check_feature
 from msn.evaluation.lowshot import PIXELS, evaluate
 from msn.evaluation.pixels import LARGEST_SIDE
 from msn.evaluation.protocol import Protocol
@@ -58,6 +59,8 @@ def run(config: DictConfig) -> None:
             image_size=protocol.features.image_size,
             num_heads=settings["model"]["num_heads"],
         )
+        for backbone in opened:
+            check_feature(protocol.features.feature, backbone.trunk.depth)
         train, held_out = _labelled_sets(settings["data"])
         protocol.check(train.labels, train.classes)
         in_memory = isinstance(train.images.source, ArraySource)

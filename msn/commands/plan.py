@@ -9,9 +9,14 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from msn.commands.entry import build
+from msn.commands.entry import build, one_line
 from msn.commands.plan_rate import measure_rate
-from msn.commands.plan_settings import check_settings, count_processes, planned_device
+from msn.commands.plan_settings import (
+    check_settings,
+    check_trainer,
+    count_processes,
+    planned_device,
+)
 from msn.commands.step_methods import Case, step_flops
 from msn.data.datamodule import MSNDataModule
 from msn.data.views import ViewSettings
@@ -23,6 +28,12 @@ from msn.training.speed import compilation
 from msn.training.trainer import resolve_precision
 
 _IMAGENET_IMAGES = 1_281_167
+_BEYOND_REASON = 2  # times a device's memory: no swap and no error of the forecast is so large
+_SMALLER = {
+    "weights": "lower model.embed_dim, model.depth or method.num_prototypes",
+    "views": "lower data.global_batch_size, or the number or size of data.views",
+    "activations": "set chunk_size=N, or lower the number or size of data.views or model.embed_dim",
+}
 _SPARE = 0.9  # share of the memory that a step may fill; allocators and libraries want the rest
 
 
@@ -65,9 +76,7 @@ def run(config: DictConfig, settings: dict[str, Any], console: Console) -> Plan:
         UserError: if a setting is wrong, or the speed can neither be measured here nor is stated.
     """
     check_settings(settings)
-    with torch.device("meta"):
-        module: MSNModule = build(config, "module", MSNModule)
-    module.check_views(ViewSettings(**settings["data"]["views"]))
+    module = _outline(config, settings)
     plan = _plan(config, settings, module)
     _show_memory(plan, console)
     device, planning = torch.device(plan.case.device), settings["planning"]
@@ -83,6 +92,44 @@ def run(config: DictConfig, settings: dict[str, Any], console: Console) -> Plan:
     rate, images = measure_rate(plan.case, plan.flops, alone, _SPARE * _free_memory(device))
     _show_time(plan, rate, f"measured with {images} images", console)
     return plan
+
+
+def refuse_beyond_reason(config: DictConfig, settings: dict[str, Any]) -> None:
+    """Refuse a training whose step takes several times the memory of a device, or has no batch.
+
+    Args:
+        config: composed configuration of `train`, whose data are there.
+        settings: the same, resolved.
+
+    Raises:
+        UserError: if that is so, or a setting of module or trainer is wrong.
+    """
+    check_trainer(settings["trainer"])
+    module = _outline(config, settings)
+    device = planned_device(settings["trainer"]["accelerator"])
+    processes = count_processes(settings["trainer"], device)
+    batch_size = max(1, settings["data"]["global_batch_size"] // processes)
+    sharded = settings["trainer"]["strategy"] == "fsdp2"
+    memory = _forecast(module, _case(settings, batch_size, device), processes, sharded)
+    limit = _memory_installed(device)
+    if limit is not None and memory.peak > _BEYOND_REASON * limit:
+        largest = max(("weights", "views", "activations"), key=lambda part: getattr(memory, part))
+        raise UserError(
+            f"a step would take {memory.peak / 2**30:,.0f} GiB and there are {limit / 2**30:,.0f}: "
+            f"{_SMALLER[largest]}, or take more devices; plan=true says more"
+        )
+
+
+def _outline(config: DictConfig, settings: dict[str, Any]) -> MSNModule:
+    """The module without its numbers, once it is sure that views and batch fit it."""
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            module = build(config, "module", MSNModule)
+    except (RuntimeError, TypeError, OverflowError) as error:  # torch cannot count so many
+        raise UserError(f"model or method: too large ({one_line(error)})") from None
+    module.check_views(ViewSettings(**settings["data"]["views"]))
+    module.check_batch(settings["data"]["global_batch_size"])
+    return module
 
 
 def _plan(config: DictConfig, settings: dict[str, Any], module: MSNModule) -> Plan:
@@ -185,6 +232,13 @@ def _memory_of(device: torch.device) -> float | None:
     return None
 
 
+def _memory_installed(device: torch.device) -> float | None:
+    """Bytes of a device of this machine, taken or not."""
+    if device.type == "cpu":
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return _memory_of(device)
+
+
 def _free_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
@@ -192,7 +246,7 @@ def _free_memory(device: torch.device) -> float:
     if told.is_file():
         (line,) = (x for x in told.read_text().splitlines() if x.startswith("MemAvailable:"))
         return float(line.split()[1]) * 1024
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return _memory_installed(torch.device("cpu")) or 0.0
 
 
 def _table(title: str) -> Table:

@@ -23,7 +23,7 @@ def check_settings(settings: dict[str, Any]) -> None:
     for key in ("planning", "trainer", "data"):
         if not isinstance(settings[key], dict):
             raise UserError(f"{key} must be a group of keys, got {settings[key]!r}")
-    take("trainer", settings["trainer"], build_trainer, derived=("callbacks", "loggers", "run_dir"))
+    check_trainer(settings["trainer"])
     for key in ("max_epochs", "num_nodes", "limit_train_batches"):
         _check_positive(f"trainer.{key}", settings["trainer"][key])
     _check_planning(**take("planning", settings["planning"], _check_planning))
@@ -38,6 +38,15 @@ def check_settings(settings: dict[str, Any]) -> None:
             "planning.rate must be given, e.g. planning.rate=4e14 for an H100 at 40 %: there is no "
             "GPU here to measure"
         )
+
+
+def check_trainer(trainer: dict[str, Any]) -> None:
+    """Check the types of the trainer's settings.
+
+    Raises:
+        UserError: if a value has a wrong type.
+    """
+    take("trainer", trainer, build_trainer, derived=("callbacks", "loggers", "run_dir"))
 
 
 def _check_planning(*, rate: float | None, memory: float | None, images: int | None) -> None:

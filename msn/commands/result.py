@@ -12,6 +12,7 @@ from msn.commands.run_directory import RunDirectory
 from msn.commands.run_loggers import log_results
 from msn.data.datamodule import MSNDataModule
 from msn.evaluation.backbones import FrozenBackbone
+from msn.evaluation.features import check_feature
 from msn.evaluation.lowshot import evaluate
 from msn.evaluation.protocol import Protocol
 from msn.training.module import MSNModule
@@ -48,7 +49,7 @@ def finish(
     if labelled is None and first:
         print("no labels: no low-shot table")
     if labelled is not None:
-        backbone = FrozenBackbone("msn", trunk, protocol.features.image_size or trunk.img_size)
+        backbone = evaluated(module, protocol)
         wanted = check_baselines(settings["baselines"], protocol)
         results = evaluate(
             protocol,
@@ -67,6 +68,17 @@ def finish(
         _report(directory, device)
     log_results(trainer)
     print(f"run directory: {directory.path}")
+
+
+def evaluated(module: MSNModule, protocol: Protocol) -> FrozenBackbone:
+    """The target trunk as the table will see it.
+
+    Raises:
+        UserError: if it has no such feature, or its patch does not divide the images.
+    """
+    trunk = module.network.target.trunk
+    check_feature(protocol.features.feature, trunk.depth)
+    return FrozenBackbone("msn", trunk, protocol.features.image_size or trunk.img_size)
 
 
 def _report(directory: RunDirectory, device: torch.device) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from msn.commands import plan
 from msn.commands.entry import build, one_line, to_plain
 from msn.commands.eval_lowshot import check_baselines
-from msn.commands.result import finish
+from msn.commands.result import evaluated, finish
 from msn.commands.run_directory import (
     RunDirectory,
     choose_run_directory,
@@ -68,10 +68,11 @@ def run(config: DictConfig) -> None:
 
 def _run(config: DictConfig, settings: dict[str, Any], preemption: Preemption) -> None:
     data: MSNDataModule = build(config, "data", MSNDataModule)
+    plan.refuse_beyond_reason(config, settings)
     module: MSNModule = build(config, "module", MSNModule)
-    module.check_views(data.settings)
     protocol: Protocol = build(config, "protocol", Protocol)
     check_baselines(settings["baselines"], protocol)
+    evaluated(module, protocol)
     labelled = data.labelled_sets()
     if labelled is not None:
         protocol.check(labelled[0].labels, labelled[0].classes)

@@ -30,7 +30,9 @@ from msn.method.host_memory import keep_photographs
 log = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "batched", "reference")
+_MOST_PREFETCHED = 1000
 _MOST_WORKERS = 16  # a process; more rarely helps and each holds batches in memory
+_LEAST_LIMIT = 64  # that may be asked for on any machine
 
 
 class MSNDataModule(LightningDataModule):
@@ -51,7 +53,7 @@ class MSNDataModule(LightningDataModule):
         global_batch_size: images a step over all processes.
         num_workers: worker processes per training process; None takes 0 for images in memory and
             one for each core that this process may use otherwise.
-        prefetch_batches: batches that each worker prepares ahead, >= 1.
+        prefetch_batches: batches that each worker prepares ahead, in [1, 1000].
         seed: of order and views.
         max_bad_fraction: share of the indexed files that may be unreadable.
         strict: whether one unreadable image ends the run.
@@ -89,8 +91,10 @@ class MSNDataModule(LightningDataModule):
         super().__init__()
         if backend not in BACKENDS:
             raise UserError(f"data.backend={backend}: must be one of {', '.join(BACKENDS)}")
-        if prefetch_batches < 1:
-            raise UserError(f"data.prefetch_batches={prefetch_batches}: must be >= 1")
+        if not 1 <= prefetch_batches <= _MOST_PREFETCHED:
+            raise UserError(
+                f"data.prefetch_batches={prefetch_batches}: must be in [1, {_MOST_PREFETCHED}]"
+            )
         self.settings = view_settings(views)
         self.use_reference = backend == "reference"
         self.pools: Pools = build_pools(
@@ -281,7 +285,7 @@ def resolve_workers(num_workers: int | None, *, in_memory: bool) -> int:
         in_memory: whether the images are decoded already.
 
     Raises:
-        UserError: a negative number.
+        UserError: a negative number, or one beyond reason for this machine.
     """
     if num_workers is None:
         if in_memory:
@@ -291,6 +295,12 @@ def resolve_workers(num_workers: int | None, *, in_memory: bool) -> int:
         return max(1, min(_MOST_WORKERS, (cores or 1) // processes))
     if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
         raise UserError(f"data.num_workers={num_workers}: must be a whole number >= 0, or null")
+    most = max(_LEAST_LIMIT, _MOST_WORKERS * (os.cpu_count() or 1))
+    if num_workers > most:
+        raise UserError(
+            f"data.num_workers={num_workers}: at most {most} processes on this machine's "
+            f"{os.cpu_count()} cores"
+        )
     return num_workers
 
 

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 TORCHVISION = ("cifar10", "cifar100", "stl10")
 SOURCES = ("digits", "folder", "imagenet", *TORCHVISION, "list", "shards")
+_LARGEST_DIGIT = 512  # px of 8; all 1,797 are held in memory
 _PROBED = 16  # images that are decoded until one of them can be read
 
 
@@ -56,8 +57,8 @@ def build_pools(
     _check_own(source, root=root, val_root=val_root, download=download, image_size=image_size)
     if not 0 < hold_out < 1:
         raise UserError(f"data.hold_out={hold_out}: must lie in (0, 1)")
-    if split_seed < 0:
-        raise UserError(f"data.split_seed={split_seed}: must be >= 0")
+    if not 0 <= split_seed < 2**32:
+        raise UserError(f"data.split_seed={split_seed}: must be in [0, 2^32)")
     if source == "digits":
         assert image_size is not None
         return _digits(image_size, split_seed, use_labels)
@@ -96,8 +97,10 @@ def _check_own(
                 raise UserError(
                     f"data.{key}={given}: digits have no {key}; data=folder reads your images"
                 )
-        if image_size is None or image_size < 1:
-            raise UserError(f"data.image_size={image_size}: must be a whole number >= 1")
+        if image_size is None or not 1 <= image_size <= _LARGEST_DIGIT:
+            raise UserError(
+                f"data.image_size={image_size}: must be a whole number in [1, {_LARGEST_DIGIT}]"
+            )
     elif image_size is not None:
         raise UserError(
             f"data.image_size={image_size}: digits alone are upsampled, it must be null; "

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 PRECISIONS = ("32", "bf16")
 # Images of a part: what an interrupted extraction loses at most, per device.
 _PART = 4096
+# Of a batch: 24 GB in float32, of three channels.
+_MOST_PIXELS = 2e9
 
 
 class LabelledSet(Protocol):
@@ -76,6 +78,11 @@ class FeatureSettings:
             raise UserError(f"features.image_size must be >= 1, or null, got {image_size}")
         if batch_size < 1:
             raise UserError(f"features.batch_size must be >= 1, got {batch_size}")
+        if image_size is not None and batch_size * image_size**2 > _MOST_PIXELS:
+            raise UserError(
+                f"features.image_size={image_size}: a batch of {batch_size} images would have more "
+                f"than {_MOST_PIXELS:.0e} pixels; lower it or features.batch_size"
+            )
         if precision not in PRECISIONS:
             raise UserError(
                 f"features.precision must be one of {', '.join(PRECISIONS)}, got {precision}"

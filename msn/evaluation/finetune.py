@@ -31,7 +31,13 @@ from msn.evaluation.features import (
     warn_of_idle,
 )
 from msn.evaluation.progress import Progress
-from msn.evaluation.protocol import Plan, Protocol, all_labels, with_unreadable
+from msn.evaluation.protocol import (
+    Plan,
+    Protocol,
+    all_labels,
+    check_draws,
+    with_unreadable,
+)
 from msn.evaluation.recipe import Recipe
 from msn.evaluation.rows import Result, make_row
 from msn.evaluation.sets import ChosenImages, LabelSet
@@ -73,8 +79,9 @@ class FineTune(Protocol):
         self.recipe = Recipe(**take("protocol.recipe", recipe, Recipe))
         if not 0 < fraction <= 1:
             raise UserError(f"protocol.fraction must be in (0, 1], got {fraction}")
-        if splits < 1 or (shots is not None and shots < 1):
-            raise UserError(f"protocol: splits and shots must be >= 1, got {splits} and {shots}")
+        check_draws(splits, seed)
+        if shots is not None and shots < 1:
+            raise UserError(f"protocol.shots must be >= 1, got {shots}")
         self.shots, self.fraction, self.splits, self.seed = shots, fraction, splits, seed
 
     def label_sets(self, train: LabelledSet) -> list[LabelSet]:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from msn.errors import UserError
 from msn.evaluation.backbones import Subject
 from msn.evaluation.features import FeatureSettings, LabelledSet, Runtime
 from msn.evaluation.frozen import Logistic
@@ -23,6 +24,7 @@ from msn.evaluation.sets import (
 from msn.schema import refuse_unknown, take
 
 ALL = "all"
+_MOST_SPLITS = 10_000
 
 
 class Plan(NamedTuple):
@@ -157,6 +159,14 @@ def with_unreadable(results: list[Result], *, labelled: int, held_out: int) -> l
 def all_labels(train: LabelledSet) -> LabelSet:
     """The whole training pool as a label set."""
     return LabelSet(ALL, ALL, torch.arange(len(train)))
+
+
+def check_draws(splits: int, seed: int) -> None:
+    """Raise a UserError unless so many seeded draws of labelled images can be made."""
+    if not 1 <= splits <= _MOST_SPLITS:
+        raise UserError(f"protocol.splits must be in [1, {_MOST_SPLITS}], got {splits}")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"protocol.seed must be in [0, 2^32), got {seed}")
 
 
 def build_logistic(settings: Mapping[str, Any]) -> Logistic:

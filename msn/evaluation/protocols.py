@@ -20,7 +20,13 @@ from msn.errors import UserError
 from msn.evaluation.features import LabelledSet
 from msn.evaluation.frozen import check_lambda_choice, knn_results, logistic_results
 from msn.evaluation.official import ONE_PERCENT, are_the_papers, official_sets
-from msn.evaluation.protocol import FeatureProtocol, Plan, all_labels, build_logistic
+from msn.evaluation.protocol import (
+    FeatureProtocol,
+    Plan,
+    all_labels,
+    build_logistic,
+    check_draws,
+)
 from msn.evaluation.rows import Result
 from msn.evaluation.sets import FeatureSet, LabelSet
 from msn.method.distributed import process_index
@@ -76,7 +82,7 @@ class _FewLabels(FeatureProtocol):
         if len(train) < self.knn_neighbours:
             raise UserError(
                 f"protocol.knn_neighbours={self.knn_neighbours}: there are only {len(train)} "
-                "labelled images"
+                "labelled images; null does without kNN"
             )
         return [*sets, all_labels(train)]
 
@@ -118,7 +124,7 @@ class KShot(_FewLabels):
     Args:
         shots: numbers of images a class; None takes as many of 1, 2 and 5 as every class has, and
             no kNN where there are too few images for it.
-        splits: draws of each.
+        splits: draws of each, in [1, 10000].
         seed: of the first draw; the others count on from it.
         lists: files of image names, one set each, instead of draws; None draws.
         write_lists: directory in which the names of every set are kept; None keeps none.
@@ -140,8 +146,7 @@ class KShot(_FewLabels):
         features: dict[str, Any],
     ) -> None:
         super().__init__(logistic, knn_neighbours, features, write_lists)
-        if splits < 1:
-            raise UserError(f"protocol.splits must be >= 1, got {splits}")
+        check_draws(splits, seed)
         if shots is not None and (not shots or min(shots) < 1):
             raise UserError(f"protocol.shots must be a list of numbers >= 1, got {shots}")
         if lists is not None and not lists:
@@ -169,8 +174,9 @@ class KShot(_FewLabels):
 
     def label_sets(self, train: LabelledSet) -> list[LabelSet]:
         """Sets with few labels, and all images where kNN is wanted and possible."""
-        if self.shots is None and self.knn_neighbours is not None:
-            self.knn_neighbours = self.knn_neighbours if len(train) >= self.knn_neighbours else None
+        if self.shots is None and len(train) < (self.knn_neighbours or 0):
+            log.info("no %d-NN: there are %d labelled images", self.knn_neighbours, len(train))
+            self.knn_neighbours = None
         return super().label_sets(train)
 
     def check(self, labels: Tensor, classes: Sequence[str]) -> None:
@@ -184,7 +190,7 @@ class Fraction(_FewLabels):
 
     Args:
         fractions: shares in (0, 1].
-        splits: draws of each share below 1.
+        splits: draws of each share below 1, in [1, 10000].
         seed: of the first draw; the others count on from it.
         write_lists: directory in which the names of every set are kept; None keeps none.
         logistic: settings, see `frozen.Logistic`.
@@ -204,8 +210,7 @@ class Fraction(_FewLabels):
         features: dict[str, Any],
     ) -> None:
         super().__init__(logistic, knn_neighbours, features, write_lists)
-        if splits < 1:
-            raise UserError(f"protocol.splits must be >= 1, got {splits}")
+        check_draws(splits, seed)
         if not fractions or not all(0 < share <= 1 for share in fractions):
             raise UserError(
                 f"protocol.fractions must be a list of shares in (0, 1], got {fractions}"

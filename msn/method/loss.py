@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from msn.errors import UserError
 from msn.method.distributed import all_reduce_logsumexp, all_reduce_mean
 
+_MOST_ITERATIONS = 1000  # of Sinkhorn-Knopp, which has converged long before
+
 
 class LossTerms(NamedTuple):
     """The loss, its terms before weighting, and what monitors read."""
@@ -119,7 +121,7 @@ class MSNLoss(nn.Module):
         me_max_weight: lambda, >= 0.
         entropy_weight: >= 0; the paper's recipe reports the term and weights it 0.
         use_sinkhorn: balance the sharpened targets over prototypes.
-        sinkhorn_iterations: >= 1.
+        sinkhorn_iterations: in [1, 1000].
         prior: probabilities over prototypes that their mean use is drawn to, [K]; None is uniform.
 
     Raises:
@@ -144,8 +146,11 @@ class MSNLoss(nn.Module):
         for name, weight in {"me_max": me_max_weight, "entropy": entropy_weight}.items():
             if not weight >= 0:
                 raise UserError(f"method.{name}_weight must be >= 0, got {weight}")
-        if sinkhorn_iterations < 1:
-            raise UserError(f"method.sinkhorn_iterations must be >= 1, got {sinkhorn_iterations}")
+        if not 1 <= sinkhorn_iterations <= _MOST_ITERATIONS:
+            raise UserError(
+                f"method.sinkhorn_iterations must be in [1, {_MOST_ITERATIONS}], got "
+                f"{sinkhorn_iterations}"
+            )
         self.temperature = temperature
         self.me_max_weight, self.entropy_weight = me_max_weight, entropy_weight
         self.use_sinkhorn, self.sinkhorn_iterations = use_sinkhorn, sinkhorn_iterations

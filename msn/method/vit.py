@@ -23,6 +23,7 @@ from msn.errors import UserError
 from msn.method.block import Block
 
 LAYER_NORM_EPS = 1e-6
+MOST_BLOCKS = 1000  # twenty times the deepest that people train; a mistyped number ends in a line
 
 
 class VisionTransformer(nn.Module):
@@ -247,6 +248,8 @@ def _check_sizes(
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"model.{name} must be a whole number >= 1, got {value!r}")
+    if depth > MOST_BLOCKS:
+        raise UserError(f"model.depth must be at most {MOST_BLOCKS:,} blocks, got {depth:,}")
     if not isinstance(mlp_ratio, int | float) or mlp_ratio <= 0:
         raise UserError(f"model.mlp_ratio must be > 0, got {mlp_ratio!r}")
     if img_size % patch_size:

@@ -116,6 +116,21 @@ class MSNModule(LightningModule):
             )
         num_kept_patches((views.rand_size // patch_size) ** 2, self.patch_drop.patch_drop)
 
+    def check_batch(self, images: int) -> None:
+        """Fail early on a batch over which BatchNorm cannot normalise.
+
+        Args:
+            images: of all processes, whose views of a size make the statistics together.
+
+        Raises:
+            UserError: if there is one image, hence one target view.
+        """
+        if images < 2 and self.network.anchor.head.config["use_batch_norm"]:
+            raise UserError(
+                f"data.global_batch_size={images}: BatchNorm in the projection head needs at least "
+                "2 images; method.head.use_batch_norm=false does without"
+            )
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over anchor and prototypes in one fused kernel."""
         numbers = take("method", self.settings["method"], optim.check_adamw)

@@ -162,6 +162,8 @@ def test_a_short_measurement_stands_in_for_a_stated_rate(command, tmp_path, monk
         (["trainer.max_epochs=many"], "trainer.max_epochs must be a whole number"),
         (["trainer.limit_train_batches=0"], "trainer.limit_train_batches must be > 0"),
         (["data.global_batch_size=x"], "data.global_batch_size must be a whole number >= 1"),
+        (["data.global_batch_size=1"], "data.global_batch_size=1: BatchNorm"),
+        (["model.mlp_ratio=1e30"], "model or method: too large"),
         (["data.views.patch_size=4"], "data.views.patch_size=4: must be model.patch_size=8"),
     ],
 )
