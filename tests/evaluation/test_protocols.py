@@ -287,7 +287,7 @@ def test_the_papers_row_stands_once_and_beside_its_own_protocols_alone(tmp_path,
     [
         ({"shots": []}, "shots must be a list of numbers >= 1"),
         ({"shots": [0]}, "shots must be a list of numbers >= 1"),
-        ({"splits": 0}, "splits must be >= 1"),
+        ({"splits": 0}, "splits must be in \\[1, 10000\\]"),
         ({"knn_neighbours": 0}, "knn_neighbours must be >= 1"),
         ({"lists": []}, "name at least one file"),
         ({"logistic": {**LOGISTIC, "typo": 1}}, "unknown key protocol.logistic.typo"),
