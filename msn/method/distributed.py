@@ -4,6 +4,7 @@ All of them are differentiable with the gradient that is right when the trainer 
 gradients over processes (DDP), i.e. that of the mean of the processes' losses.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,6 +47,11 @@ def all_reduce_logsumexp(x: Tensor) -> Tensor:
     parts = [torch.empty_like(x) for _ in range(num_processes())]
     dist.all_gather(parts, x.detach().contiguous())
     return torch.logsumexp(torch.stack(parts), dim=0)
+
+
+def all_reduce_logmeanexp(x: Tensor) -> Tensor:
+    """log(mean(exp(x))) over processes, element by element, same shape; differentiable."""
+    return _AllReduceLogMeanExp.apply(x) if num_processes() > 1 else x
 
 
 def whole(x: Tensor) -> Tensor:
@@ -105,6 +111,21 @@ class _AllReduceMean(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ARG004
         return _mean(grad)
+
+
+class _AllReduceLogMeanExp(torch.autograd.Function):
+    """Log of the mean of exponentials; each process's share of it weights the mean gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        result = all_reduce_logsumexp(x) - math.log(num_processes())
+        ctx.save_for_backward(x, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        x, result = ctx.saved_tensors
+        return _mean(grad) * (x - result).exp()
 
 
 def _mean(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msn.errors import UserError
-from msn.method.distributed import all_reduce_logsumexp, all_reduce_mean
+from msn.method.distributed import all_reduce_logmeanexp, all_reduce_logsumexp
 
 _MOST_ITERATIONS = 1000  # of Sinkhorn-Knopp, which has converged long before
 
@@ -83,22 +83,37 @@ def sinkhorn(log_probs: Tensor, iterations: int) -> Tensor:
     return balanced
 
 
-def me_max(mean_prediction: Tensor, log_prior: Tensor) -> Tensor:
+def log_mean_prediction(log_probs: Tensor) -> Tensor:
+    """Log of the mean anchor prediction over views, images and processes.
+
+    Probabilities that underflow are never formed, so a prototype that no image comes near keeps its
+    logarithm and its gradient.
+
+    Args:
+        log_probs: of this process's anchors, [V, B, K].
+
+    Returns:
+        Log-probabilities, [K].
+    """
+    views, images, _ = log_probs.shape
+    local = torch.logsumexp(log_probs, dim=(0, 1)) - math.log(views * images)
+    return all_reduce_logmeanexp(local)
+
+
+def me_max(log_mean: Tensor, log_prior: Tensor) -> Tensor:
     """KL(mean prediction || prior) over prototypes, the regulariser that prevents collapse.
 
     With the uniform prior of MSN it is log K - H(mean prediction) (mean entropy maximisation,
     Eq. 1); with a power law it is PMSN's.
 
     Args:
-        mean_prediction: on the simplex, [K].
+        log_mean: log of the mean prediction, finite, [K].
         log_prior: log-probabilities, finite, [K].
 
     Returns:
         Scalar >= 0, zero if and only if the two agree.
     """
-    return (
-        torch.special.xlogy(mean_prediction, mean_prediction) - mean_prediction * log_prior
-    ).sum()
+    return (log_mean.exp() * (log_mean - log_prior)).sum()
 
 
 def power_law_prior(num_prototypes: int, exponent: float) -> Tensor:
@@ -179,14 +194,13 @@ class MSNLoss(nn.Module):
             log_probs = assign(anchor, prototypes, self.temperature)  # [V, B, K]
             # Targets are shared by the views, so views are averaged before the product with them.
             cross_entropy = -(targets * log_probs.mean(dim=0)).sum(dim=-1).mean()
-            probs = log_probs.exp()
-            mean_prediction = all_reduce_mean(probs.mean(dim=(0, 1)))
-            regulariser = me_max(mean_prediction, self._log_prior(prototypes))
+            log_mean = log_mean_prediction(log_probs)
+            regulariser = me_max(log_mean, self._log_prior(prototypes))
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.entropy_weight > 0):
-                entropy = -(probs * log_probs).sum(dim=-1).mean()
+                entropy = -(log_probs.exp() * log_probs).sum(dim=-1).mean()
             loss = cross_entropy + self.me_max_weight * regulariser + self.entropy_weight * entropy
         return LossTerms(
-            loss, cross_entropy, regulariser, entropy, targets, mean_prediction.detach()
+            loss, cross_entropy, regulariser, entropy, targets, log_mean.detach().exp()
         )
 
     @torch.no_grad()

@@ -1,7 +1,8 @@
 """Every schedule as a pure function of the step, so that a resumed run needs no replay.
 
 Steps count from 0. As in the released code learning rate and weight decay advance *before* they are
-used (step 0 uses progress 1), while momentum and sharpening start at progress 0.
+used (step 0 uses progress 1), while momentum and sharpening start at progress 0. A stretched length
+that is not whole is cut down to whole steps for the cosines and kept as it is for the ramps.
 """
 
 import math
@@ -20,7 +21,7 @@ class ScheduleValues(NamedTuple):
     sharpen_temperature: float
 
 
-def linear(step: int, *, start: float, final: float, total_steps: int) -> float:
+def linear(step: int, *, start: float, final: float, total_steps: float) -> float:
     """From `start` at step 0 to `final` at `total_steps`, constant afterwards."""
     return start + (final - start) * min(step, total_steps) / total_steps
 
@@ -96,7 +97,8 @@ class Schedule:
         _check("schedule_stretch", schedule_stretch, schedule_stretch >= 1, ">= 1")
         _check("warmup_epochs", warmup_epochs, warmup_epochs >= 0, ">= 0")
         self.steps_per_epoch = steps_per_epoch
-        self.total_steps = int(schedule_stretch * epochs * steps_per_epoch)
+        self.ramp_steps = schedule_stretch * epochs * steps_per_epoch
+        self.total_steps = int(self.ramp_steps)
         self.warmup_steps = int(warmup_epochs * steps_per_epoch)
         if self.warmup_steps >= epochs * steps_per_epoch and warmup_epochs > 0:
             raise UserError(
@@ -128,10 +130,10 @@ class Schedule:
                 total_steps=total,
             ),
             momentum=linear(
-                step, start=self._momentum[0], final=self._momentum[1], total_steps=total
+                step, start=self._momentum[0], final=self._momentum[1], total_steps=self.ramp_steps
             ),
             sharpen_temperature=linear(
-                step, start=self._sharpen[0], final=self._sharpen[1], total_steps=total
+                step, start=self._sharpen[0], final=self._sharpen[1], total_steps=self.ramp_steps
             ),
         )
 

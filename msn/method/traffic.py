@@ -55,7 +55,8 @@ def step_traffic(
         Collective("gradients", "all-reduce", 1, trained * size),
         Collective("head BatchNorm", "all-reduce", norms, norms * hidden * size),
         Collective("Sinkhorn", "all-gather", sinkhorn, sinkhorn * num_prototypes * size),
-        Collective("me-max", "all-reduce", 2, 2 * num_prototypes * size),
+        Collective("me-max", "all-gather", 1, num_prototypes * size),
+        Collective("me-max gradient", "all-reduce", 1, num_prototypes * size),
         Collective("finite check", "all-reduce", 1, processes * 4),
         Collective("running statistics", "broadcast", 1 if layers else 0, buffers),
     ]

@@ -118,13 +118,35 @@ def several_steps(images, rank=0, world=1, spoil=False, cut=False, chunk_size=No
     return result, dict(counted)
 
 
+def cold_gradients(rank=0, world=1):
+    """Of anchors and prototypes where mean predictions underflow in float32; DDP's means."""
+    generator = torch.Generator().manual_seed(5)
+    anchor, target = (torch.randn(*shape, 3, generator=generator) for shape in ((2, 8), (8,)))
+    prototypes = torch.randn(8, 3, generator=generator).requires_grad_()
+    share = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    objective = MSNLoss(
+        temperature=1e-3,
+        me_max_weight=1.0,
+        entropy_weight=0.0,
+        use_sinkhorn=True,
+        sinkhorn_iterations=3,
+    )
+    terms = objective(anchor[:, share], target[share], prototypes, 0.25)
+    terms.loss.backward()
+    return {
+        "cold me_max": terms.me_max.detach(),
+        "cold log mean": terms.mean_prediction.log(),
+        "cold gradient": distributed.all_reduce_mean(prototypes.grad),
+    }
+
+
 def worker(rank, port, images, mutation, queue):
     """What a process of two finds; without a mutation also with a step that is spoilt."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    if mutation == "mean":  # me-max alone; BatchNorm has its own name for the same function
-        loss.all_reduce_mean = lambda x: x
+    if mutation == "logmeanexp":
+        loss.all_reduce_logmeanexp = lambda x: x
     elif mutation == "logsumexp":
         loss.all_reduce_logsumexp = lambda x: x
     elif mutation == "batch norm":
@@ -134,6 +156,7 @@ def worker(rank, port, images, mutation, queue):
         spoilt, _ = several_steps(images, rank, 2, spoil=True)
         result |= {f"spoilt {name}": spoilt[name] for name in spoilt if "weight" in name}
         result["spoilt skipped"] = spoilt["skipped"]
+        result |= cold_gradients(rank, 2)
         in_parts, _ = several_steps(images, rank, 2, cut=True)
         result |= {f"cut {name}": value for name, value in in_parts.items()}
         for name, cut in {"chunked": False, "cut chunked": True}.items():
@@ -205,6 +228,14 @@ def test_a_step_that_is_not_finite_in_one_process_is_taken_by_none(two, images):
     assert all(value.isfinite().all() for value in spoilt.values())
 
 
+def test_two_processes_equal_one_where_mean_predictions_underflow(two):
+    wanted = cold_gradients()
+    assert (wanted["cold log mean"] == -math.inf).any()  # it does underflow
+    assert wanted["cold gradient"].isfinite().all()
+    for name in wanted:
+        assert_close(two[0][name], wanted[name], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("how", ["cut", "chunked", "cut chunked"])
 def test_a_cut_network_and_chunks_change_nothing(one, two, how):
     """FSDP2: gradients, clipping, optimiser, EMA and running statistics on the parts.
@@ -231,9 +262,9 @@ def test_bytes_that_are_sent_are_those_of_the_formulas(two):
         )
     }
     assert counted.pop("gradients") == formulas["gradients"]
-    assert counted.pop("all_gather") == formulas["Sinkhorn"]
+    assert counted.pop("all_gather") == formulas["Sinkhorn"] + formulas["me-max"]
     assert counted.pop("broadcast") == formulas["running statistics"]
-    rest = ("head BatchNorm", "me-max", "finite check")
+    rest = ("head BatchNorm", "me-max gradient", "finite check")
     assert counted.pop("all_reduce") == sum(formulas[name] for name in rest)
     assert counted == {}
 
@@ -242,7 +273,7 @@ def test_bytes_that_are_sent_are_those_of_the_formulas(two):
 @pytest.mark.parametrize(
     ("mutation", "seen"),
     [
-        ("mean", "me_max"),
+        ("logmeanexp", "me_max"),
         ("logsumexp", "targets"),
         ("batch norm", "buffer anchor.head.bn1.running_var"),
     ],
@@ -256,5 +287,5 @@ def test_a_collective_replaced_by_the_identity_is_seen(images, one, mutation, se
 def test_on_one_process_collectives_are_the_identity():
     x = torch.randn(3)
     assert distributed.num_processes() == 1
-    for collective in ("all_reduce_mean", "all_reduce_sum", "all_reduce_logsumexp"):
-        assert_close(getattr(distributed, collective)(x), x)
+    for kind in ("mean", "sum", "logsumexp", "logmeanexp"):
+        assert_close(getattr(distributed, f"all_reduce_{kind}")(x), x)

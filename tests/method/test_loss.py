@@ -117,10 +117,10 @@ def test_sinkhorn_survives_scores_that_underflow_in_float32():
 
 def test_me_max_is_zero_only_at_the_prior():
     prior = power_law_prior(6, 0.7)
-    assert me_max(prior, prior.log()).item() == pytest.approx(0, abs=1e-15)
+    assert me_max(prior.log(), prior.log()).item() == pytest.approx(0, abs=1e-15)
     uniform = power_law_prior(6, 0.0)
-    assert me_max(uniform, prior.log()) > 1e-3
-    collapsed = torch.eye(6, dtype=torch.float64)[0]
+    assert me_max(uniform.log(), prior.log()) > 1e-3
+    collapsed = torch.tensor([0.0] + [-1000.0] * 5, dtype=torch.float64)
     assert me_max(collapsed, uniform.log()).item() == pytest.approx(math.log(6))
 
 
@@ -162,6 +162,24 @@ def test_loss_stays_finite_where_probabilities_underflow():
     anchor = torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]])
     terms = loss_of(temperature=1e-3)(anchor, anchor[0].flip(0), torch.eye(2), 0.25)
     assert torch.isfinite(terms.loss)
+
+
+@pytest.mark.parametrize(("temperature", "cases"), [(0.01, 360), (0.001, 720)])
+def test_mean_predictions_that_underflow_in_float32_cost_no_gradient(temperature, cases):
+    """Few images near few of the prototypes: others' mean prediction is below 1e-45."""
+
+    def loss(anchor, target, prototypes):
+        return loss_of(temperature=temperature)(anchor, target, prototypes, 0.25).loss
+
+    of_all_cases = torch.func.vmap(torch.func.grad_and_value(loss, argnums=(0, 2)))
+    shapes = ((2, 3, 3), (3, 3), (8, 3))
+    parts = [random(cases, *shape, seed=i).float() for i, shape in enumerate(shapes)]
+    gradients, values = of_all_cases(*parts)
+    exact_gradients, exact_values = of_all_cases(*(part.double() for part in parts))
+    assert_close(values.double(), exact_values, rtol=1e-4, atol=0)
+    for got, wanted in zip(gradients, exact_gradients, strict=True):
+        error = (got.double() - wanted).flatten(1).norm(dim=1)
+        assert (error <= 1e-4 * wanted.flatten(1).norm(dim=1)).all()
 
 
 @pytest.mark.parametrize(

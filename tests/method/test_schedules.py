@@ -56,6 +56,15 @@ def test_momentum_starts_at_progress_zero_and_decay_does_not():
     assert first.weight_decay > 0.04
 
 
+def test_ramps_run_over_the_whole_stretched_length_and_cosines_over_whole_steps():
+    """The released code's, of 9 steps: 11.25 for momentum and sharpening, 11 for the cosines."""
+    schedule = paper(epochs=3, steps_per_epoch=3, warmup_epochs=0, final_sharpen_temperature=0.5)
+    assert schedule.at(8).momentum == pytest.approx(0.996 + 0.004 * 8 / 11.25, abs=1e-12)
+    assert schedule.at(8).sharpen_temperature == pytest.approx(0.25 + 0.25 * 8 / 11.25, abs=1e-12)
+    assert schedule.at(10).lr == pytest.approx(1e-6)
+    assert schedule.at(20).momentum == 1.0
+
+
 def test_building_blocks_hit_both_ends_and_stay():
     for step, expected in [(0, 2.0), (10, 5.0), (99, 5.0)]:
         assert linear(step, start=2.0, final=5.0, total_steps=10) == expected
