@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from msn.data.collate import BadImage, ImageBatch, PixelBuffer
 from msn.data.decode import BadImageError, DecodedImage
+from msn.data.depth import SIXTEEN_BITS, levels_of
 from msn.data.randomness import counter_hash
 from msn.data.sampler import BatchKey
 from msn.data.sources import ArraySource, Source
@@ -56,8 +57,10 @@ class Subset:
         return self.source.name(int(self.positions[i]))
 
     def identity(self, i: int) -> str:
-        """Changes when image i is another image; see `Source.identity`."""
-        return self.source.identity(int(self.positions[i]))
+        """Changes when image i has other pixels; see `Source.identity`."""
+        file = self.source.identity(int(self.positions[i]))
+        depth = self.source.depth
+        return file if levels_of(depth) == SIXTEEN_BITS else f"{file} depth {depth}"
 
 
 class TrainingSet(Dataset[ImageBatch]):

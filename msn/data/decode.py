@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
+import stat
+import threading
 import warnings
-from collections.abc import Callable
-from io import BytesIO
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torchvision.io  # registers the JPEG decoder among torch's operators
 from PIL import ExifTags, Image
+from torch.utils.data import get_worker_info
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-# Images too, of kinds that are passed over: that shall not go unseen.
-UNREAD_SUFFIXES = (".gif", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".psd")
+from msn.data.depth import SIXTEEN_BITS, Deep, Levels, find_deep, is_gray, to_eight_bits
+from msn.data.kinds import BadImageError, open_image
 
+log = logging.getLogger(__name__)
+
+
+MOST_BYTES = 1 << 30  # of a file: Pillow's greatest image takes as much at 16 bits a channel
 # Pillow warns above 89 megapixels and refuses above 179; only what it refuses is a bomb here.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -31,10 +38,6 @@ _ORIENTATIONS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
     8: lambda a: a.transpose(1, 0, 2)[::-1],
 }
-
-
-class BadImageError(Exception):
-    """An image that cannot be read; the message is the reason, without the path."""
 
 
 class DecodedImage(NamedTuple):
@@ -58,54 +61,170 @@ def full_size(height: int, width: int) -> int:
     return 1
 
 
-def decode(data: bytes, allowed_reduction: Callable[[int, int], int]) -> DecodedImage:
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a regular file: pipes, sockets and devices, which may never end, are not opened.
+
+    Raises:
+        BadImageError: it is no regular file, larger than 1 GiB or than the memory, or cannot be
+            read.
+    """
+    try:
+        with open(path, "rb", opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise BadImageError("not a regular file")
+            if status.st_size > MOST_BYTES:
+                raise BadImageError(f"{status.st_size} bytes: files above 1 GiB are not read")
+            return file.read()
+    except OSError as error:
+        raise BadImageError(error.strerror or type(error).__name__) from error
+    except MemoryError:
+        raise BadImageError("does not fit into memory") from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open without waiting for whoever may write into a pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def decode(
+    data: bytes,
+    allowed_reduction: Callable[[int, int], int],
+    levels: Levels = SIXTEEN_BITS,
+) -> DecodedImage:
     """Decode an image file into upright RGB, scaled down while decoding where that is allowed.
 
     Gray, palette, CMYK, 16-bit and alpha images become 8-bit RGB (alpha is dropped, as Pillow's
-    `convert("RGB")` does); EXIF rotation is applied.
+    `convert("RGB")` does); EXIF rotation is applied, and of an animation the first picture is
+    taken. Beside `data` this takes at most three times the bytes of the full image as 8-bit RGB,
+    five times where colours have 16 bits.
 
     Args:
         data: the bytes of the file.
         allowed_reduction: from upright height and width in px to the greatest whole number by which
             both may be divided.
+        levels: the values that become black and white in images of more than 8 bits.
 
     Returns:
         The pixels with their full size.
 
     Raises:
-        BadImageError: the bytes are empty, truncated, not an image, or a decompression bomb.
+        BadImageError: the bytes are empty, truncated, not an image, a decompression bomb, or more
+            than fits into memory.
     """
     if not data:
         raise BadImageError("empty file")
-    plain = _plain_jpeg_size(data)
-    if plain is not None and allowed_reduction(*plain) <= 1:
-        pixels = _by_torchvision("decode_jpeg", data)
-        if pixels is not None:
-            return DecodedImage(pixels, *plain, 1)
+    with _saying_why():
+        plain = _plain_jpeg_size(data)
+        if plain is not None and allowed_reduction(*plain) <= 1:
+            pixels = _by_torchvision("decode_jpeg", data)
+            if pixels is not None:
+                return DecodedImage(pixels, *plain, 1)
+        with _counted_warnings():
+            return _by_pillow(data, allowed_reduction, levels)
+
+
+def upright_rgb(image: Image.Image, levels: Levels = SIXTEEN_BITS) -> Image.Image:
+    """An opened image of any mode as upright RGB of 8 bits; it is not changed.
+
+    Raises:
+        BadImageError: it cannot be read, or has floating-point pixels.
+    """
+    with _saying_why():
+        image.load()  # a TIFF turns while it loads
+        orientation = _orientation(image) if image.info else 1
+        if orientation == 1 and image.mode == "RGB":
+            return image
+        pixels = _in_strips(image, Deep() if is_gray(image) else None, 1, levels)
+        return Image.fromarray(np.ascontiguousarray(_turned(pixels, orientation)))
+
+
+def extremes(data: bytes) -> tuple[int, int] | None:
+    """Least and greatest value of an image of more than 8 bits; None for all others.
+
+    Raises:
+        BadImageError: it cannot be read.
+    """
+    with _saying_why(), _counted_warnings():
+        image = open_image(data)
+        deep = find_deep(image, lambda: open_image(data))
+        if deep is None:
+            return None
+        image.load()
+        parts = [deep.part(box).values(image.crop(box)) for box in _strips(image.size, 1)]
+        return min(int(part.min()) for part in parts), max(int(part.max()) for part in parts)
+
+
+@contextmanager
+def _saying_why() -> Iterator[None]:
+    """Whatever goes wrong with an image becomes a BadImageError with the reason."""
     try:
-        image = Image.open(BytesIO(data), formats=FORMATS)
-        orientation = _orientation(image)
-        width, height = image.size
-        if orientation >= 5:
-            width, height = height, width
-        reduction = _attainable(image, max(1, allowed_reduction(height, width)))
-        pixels = _load(image, data, reduction)
-    except Image.UnidentifiedImageError:
-        raise BadImageError(f"not an image of a kind we read ({', '.join(FORMATS)})") from None
+        yield
+    except BadImageError:
+        raise
+    except MemoryError:
+        raise BadImageError("does not fit into memory") from None
     except Exception as error:  # noqa: BLE001 - decoders raise anything on damaged files
         raise BadImageError(f"{type(error).__name__}: {error}") from error
-    del image  # Pillow holds four bytes a pixel, which turning need not come on top of
-    if orientation > 1:
-        pixels = np.ascontiguousarray(_ORIENTATIONS[orientation](pixels))
-    return DecodedImage(pixels, height, width, reduction)
+
+
+_warned = 0
+_one_at_a_time = threading.Lock()  # Python's record of warnings is one for all threads
+
+
+@contextmanager
+def _counted_warnings() -> Iterator[None]:
+    """Count images that Pillow warns of and reads: a folder of them would print a line each."""
+    global _warned
+    with _kept_warnings() as said:
+        yield
+    if not said:
+        return
+    _warned += 1
+    worker = get_worker_info()
+    if math.log10(_warned).is_integer() and (worker is None or worker.id == 0):
+        log.info("Pillow warned of %d images and read them; now: %s", _warned, said[0].message)
+
+
+@contextmanager
+def _kept_warnings() -> Iterator[list[warnings.WarningMessage]]:
+    with _one_at_a_time, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield said
+
+
+def _by_pillow(
+    data: bytes, allowed_reduction: Callable[[int, int], int], levels: Levels
+) -> DecodedImage:
+    image = open_image(data)
+    # First: asking a PNG for its orientation loads it.
+    deep = find_deep(image, None if levels == SIXTEEN_BITS else lambda: open_image(data))
+    orientation = _orientation(image)
+    width, height = image.size
+    if orientation >= 5:
+        width, height = height, width
+    reduction = _attainable(image, max(1, allowed_reduction(height, width)))
+    pixels = _load(image, data, deep, reduction, levels)
+    del image, deep  # Pillow holds four bytes a pixel, which turning need not come on top of
+    return DecodedImage(_turned(pixels, orientation), height, width, reduction)
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation that is still to be applied, 1 to 8."""
+    """EXIF orientation that is still to be applied, 1 to 8; a damaged block says nothing."""
     if image.format == "TIFF" or (image.format == "JPEG" and "exif" not in image.info):
         return 1  # Pillow turns TIFF while loading; asking a JPEG without EXIF costs time
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # noqa: BLE001 - it raises anything on damaged blocks
+        return 1
     return orientation if orientation in _ORIENTATIONS else 1
+
+
+def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    if orientation == 1:
+        return pixels
+    return np.ascontiguousarray(_ORIENTATIONS[orientation](pixels))
 
 
 def _draft_scale(reduction: int) -> int:
@@ -150,7 +269,8 @@ def _says_upright(block: bytes) -> bool:
     """Whether an EXIF block says that nothing is to be turned; where it is silent, others may."""
     exif = Image.Exif()
     try:
-        exif.load(block)
+        with _kept_warnings():  # Pillow looks again, and then they count
+            exif.load(block)
         return exif.get(ExifTags.Base.Orientation) == 1
     except Exception:  # noqa: BLE001 - it raises anything on damaged blocks
         return False
@@ -173,7 +293,9 @@ def _by_torchvision(operator: str, data: bytes) -> np.ndarray | None:
     return pixels
 
 
-def _load(image: Image.Image, data: bytes, reduction: int) -> np.ndarray:
+def _load(
+    image: Image.Image, data: bytes, deep: Deep | None, reduction: int, levels: Levels
+) -> np.ndarray:
     """Decode to uint8 [ceil(H / reduction), ceil(W / reduction), 3]."""
     remaining = reduction
     if image.format == "WEBP":  # Pillow decodes it as an animation, at 19 bytes a pixel
@@ -187,25 +309,36 @@ def _load(image: Image.Image, data: bytes, reduction: int) -> np.ndarray:
         image.draft(None, (width // scale, height // scale))
         remaining = reduction // scale
     image.load()
+    return _in_strips(image, deep, remaining, levels)
+
+
+def _in_strips(image: Image.Image, deep: Deep | None, reduction: int, levels: Levels) -> np.ndarray:
+    """Convert a loaded image to RGB and reduce it, uint8 [h, w, 3]."""
     width, height = image.size
     if width * height <= _STRIP_PIXELS:
-        return np.asarray(_to_rgb(image, remaining))
-    rows = max(1, _STRIP_PIXELS // (width * remaining)) * remaining
-    pixels = np.empty((-(-height // remaining), -(-width // remaining), 3), np.uint8)
-    for top in range(0, height, rows):
-        strip = image.crop((0, top, width, min(top + rows, height)))
-        converted = np.asarray(_to_rgb(strip, remaining))
-        pixels[top // remaining :][: len(converted)] = converted
+        return np.asarray(_to_rgb(image, deep, reduction, levels))
+    pixels = np.empty((-(-height // reduction), -(-width // reduction), 3), np.uint8)
+    for box in _strips(image.size, reduction):
+        part = None if deep is None else deep.part(box)
+        converted = np.asarray(_to_rgb(image.crop(box), part, reduction, levels))
+        pixels[box[1] // reduction :][: len(converted)] = converted
     return pixels
 
 
-def _to_rgb(image: Image.Image, reduction: int) -> Image.Image:
-    if image.mode in ("I;16", "I;16L", "I;16B", "I"):
+def _strips(size: tuple[int, int], reduction: int) -> Iterator[tuple[int, int, int, int]]:
+    """Boxes as wide as the image, some rows each, a multiple of the reduction."""
+    width, height = size
+    rows = max(1, _STRIP_PIXELS // (width * reduction)) * reduction
+    for top in range(0, height, rows):
+        yield 0, top, width, min(top + rows, height)
+
+
+def _to_rgb(image: Image.Image, deep: Deep | None, reduction: int, levels: Levels) -> Image.Image:
+    if deep is not None:
         # Pillow's own conversion clips 16-bit values at 255 instead of scaling them.
-        gray = np.clip(np.asarray(image).astype(np.int32) >> 8, 0, 255).astype(np.uint8)
-        image = Image.fromarray(gray)
+        image = Image.fromarray(to_eight_bits(deep.values(image), levels))
     elif image.mode == "F":
-        raise ValueError("floating-point pixels have no agreed range; store 8 or 16 bits")
+        raise BadImageError("floating-point pixels have no agreed range; store 8 or 16 bits")
     if image.mode != "RGB":
         image = image.convert("RGB")
     return image if reduction == 1 else image.reduce(reduction)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from msn.data.decode import SUFFIXES, UNREAD_SUFFIXES
+from msn.data.kinds import SUFFIXES, UNREAD_SUFFIXES
 from msn.data.progress import progress_bar
 from msn.data.tables import SETTLED_NS, StringTable, cache_file, load_arrays, store_arrays
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from msn.data.decode import SUFFIXES
+from msn.data.kinds import SUFFIXES
 from msn.errors import UserError
 
 log = logging.getLogger(__name__)

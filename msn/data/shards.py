@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 
 import numpy as np
 
-from msn.data.decode import BadImageError, DecodedImage, decode
+from msn.data.decode import MOST_BYTES, BadImageError
 from msn.data.shard_index import Members, find_shards, index_shards, stamp
 from msn.data.sources import Source
 from msn.data.tar_members import NO_CLASS
@@ -64,10 +63,12 @@ class ShardSource(Source):
         path = self.shards[int(self.members.shard[i])]
         return f"{os.path.realpath(path)} {stamp(path)} {int(self.members.offset[i])}"
 
-    def decode(self, i: int, allowed_reduction: Callable[[int, int], int]) -> DecodedImage:
-        """Read the bytes of image i out of its shard and decode them."""
+    def read(self, i: int) -> bytes:
+        """The bytes of image i out of its shard."""
         shard = int(self.members.shard[i])
         size = int(self.members.size[i])
+        if size > MOST_BYTES:
+            raise BadImageError(f"{size} bytes: files above 1 GiB are not read")
         try:
             data = os.pread(self._descriptor(shard), size, int(self.members.offset[i]))
         except OSError as error:
@@ -75,7 +76,7 @@ class ShardSource(Source):
             raise BadImageError(f"{os.path.basename(self.shards[shard])}: {reason}") from error
         if len(data) < size:
             raise BadImageError(f"{os.path.basename(self.shards[shard])} ends before it")
-        return decode(data, allowed_reduction)
+        return data
 
     def _descriptor(self, shard: int) -> int:
         """A file descriptor of a shard, opened by this process."""

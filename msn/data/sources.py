@@ -7,6 +7,7 @@ image or says why it cannot; what happens then is decided elsewhere.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -14,11 +15,26 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image
 
-from msn.data.decode import BadImageError, DecodedImage, decode, full_size
+from msn.data.decode import (
+    BadImageError,
+    DecodedImage,
+    decode,
+    extremes,
+    full_size,
+    read_file,
+)
+from msn.data.depth import AUTO, Depth, depth_for, levels_of
 from msn.data.index import scan_folder
+from msn.data.kinds import FORMATS
 from msn.data.list_index import index_list
 from msn.data.tables import StringTable
 from msn.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_LOOKED_AT = 64  # images whose values decide on a depth
+_NAMES_LOOKED_AT = 4096  # among which these are chosen
+_DEEP_SUFFIXES = (".png", ".tif", ".tiff")
 
 
 class Source(ABC):
@@ -28,11 +44,13 @@ class Source(ABC):
         where: what a message calls it, for instance the folder.
         labels: class numbers, int64 [n], or None.
         classes: names of the classes, empty without labels.
+        depth: which values are black and white in images of more than 8 bits, None for 16 bits.
     """
 
     where: str
     labels: np.ndarray | None
     classes: list[str]
+    depth: Depth | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -46,12 +64,20 @@ class Source(ABC):
         return f"{os.path.realpath(self.where)}/{self.name(i)}"
 
     @abstractmethod
+    def read(self, i: int) -> bytes:
+        """The bytes of the file of image i.
+
+        Raises:
+            BadImageError: they cannot be read.
+        """
+
     def decode(self, i: int, allowed_reduction: Callable[[int, int], int]) -> DecodedImage:
         """Decode image i.
 
         Raises:
             BadImageError: it cannot be read.
         """
+        return decode(self.read(i), allowed_reduction, levels_of(self.depth))
 
     def rgb(self, i: int) -> Image.Image:
         """Image i at its full size."""
@@ -94,14 +120,9 @@ class FileSource(Source):
             return f"{os.path.realpath(path)} missing"
         return f"{os.path.realpath(path)} {status.st_size} {status.st_mtime_ns}"
 
-    def decode(self, i: int, allowed_reduction: Callable[[int, int], int]) -> DecodedImage:
-        """Read and decode file i."""
-        try:
-            with open(os.path.join(self.root, self.paths[i]), "rb") as file:
-                data = file.read()
-        except OSError as error:
-            raise BadImageError(error.strerror or type(error).__name__) from error
-        return decode(data, allowed_reduction)
+    def read(self, i: int) -> bytes:
+        """The bytes of file i."""
+        return read_file(os.path.join(self.root, self.paths[i]))
 
 
 class ArraySource(Source):
@@ -122,13 +143,51 @@ class ArraySource(Source):
 
     def identity(self, i: int) -> str:
         """Name and pixels."""
-        pixels = np.ascontiguousarray(self.pixels[i])
-        return f"{self.name(i)} {hashlib.sha256(pixels.tobytes()).hexdigest()}"
+        return f"{self.name(i)} {hashlib.sha256(self.read(i)).hexdigest()}"
+
+    def read(self, i: int) -> bytes:
+        """The pixels of image i, which are in no file."""
+        return np.ascontiguousarray(self.pixels[i]).tobytes()
 
     def decode(self, i: int, allowed_reduction: Callable[[int, int], int]) -> DecodedImage:
         """Look image i up; nothing is left to decode."""
         pixels = self.pixels[i]
         return DecodedImage(pixels, pixels.shape[0], pixels.shape[1], 1)
+
+
+def find_depth(source: Source, depth: str | Depth) -> Depth | None:
+    """The depth of a set: what was set, or with `auto` what a sample of the images needs.
+
+    Unsigned values give the least number of bits, 8 at least, that holds the largest; where there
+    are negative ones, the least and the largest are black and white. The answer is said once.
+
+    Returns:
+        None where `auto` finds no image of more than 8 bits.
+    """
+    if not isinstance(depth, str):
+        return depth
+    assert depth == AUTO
+    names = np.linspace(0, len(source) - 1, min(_NAMES_LOOKED_AT, len(source))).astype(np.int64)
+    deep = [i for i in names.tolist() if source.name(i).lower().endswith(_DEEP_SUFFIXES)]
+    chosen = np.linspace(0, len(deep) - 1, min(_LOOKED_AT, len(deep))).astype(np.int64)
+    found = []
+    for i in chosen.tolist():
+        try:
+            found.append(extremes(source.read(deep[i])))
+        except BadImageError:  # it is told where it is used
+            continue
+    ranges = [pair for pair in found if pair is not None]
+    if not ranges:
+        return None
+    low, high = min(pair[0] for pair in ranges), max(pair[1] for pair in ranges)
+    needed = depth_for((low, high))
+    log.info(
+        "%s: %d of %d images looked at have more than 8 bits, with values from %d to %d: "
+        "data.depth=%s, so that %d is white",
+        *(source.where, len(ranges), len(found), low, high),
+        *(str(needed).replace(" ", ""), levels_of(needed)[1]),
+    )
+    return needed
 
 
 def folder_source(root: str, *, key: str, use_labels: bool) -> FileSource:
@@ -152,7 +211,7 @@ def folder_source(root: str, *, key: str, use_labels: bool) -> FileSource:
         raise UserError(f"{key}={root}: cannot be read ({error.strerror})") from error
     if not len(paths):
         empty = not any(os.scandir(root))
-        what = "is an empty folder" if empty else "holds no image (JPEG, PNG, WebP, BMP or TIFF)"
+        what = "is an empty folder" if empty else f"holds no image ({', '.join(FORMATS)})"
         raise UserError(f"{key}={root}: {what}")
     labels, classes = labels_from_folders(paths) if use_labels else (None, [])
     return FileSource(where=root, root=root, paths=paths, labels=labels, classes=classes)

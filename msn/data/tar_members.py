@@ -6,7 +6,7 @@ import os
 import tarfile
 from typing import NamedTuple
 
-from msn.data.decode import SUFFIXES
+from msn.data.kinds import SUFFIXES
 from msn.errors import UserError
 
 NO_CLASS = -1

@@ -39,10 +39,10 @@ def age(root):
 
 def test_images_of_kinds_that_are_not_read_are_counted(tmp_path, caplog):
     root = fill(tmp_path / "in")
-    for name in ("a/x.gif", "b/y.GIF", "b/c/z.heic", "b/notes.txt", ".w.gif"):
+    for name in ("a/x.jxl", "b/y.JXL", "b/c/z.psd", "b/notes.txt", ".w.jxl"):
         (root / name).write_bytes(b"")
     age(root)
-    said = f"{root}: passed over images of kinds that are not read: 2 .gif, 1 .heic"
+    said = f"{root}: passed over images of kinds that are not read: 2 .jxl, 1 .psd"
     for _ in range(2):  # the second time it is in the cache
         scan(root)
     assert warnings_in(caplog) == [said, said]

@@ -1,0 +1,180 @@
+"""Images of more than 8 bits a channel: which values of a set are black and which are white.
+
+Files of 16 and 32 bits often hold fewer: 12 from microscopes and cameras, CT values from -1,024 on.
+So one range is fixed for a whole set, kept in the run and its weights, and used again wherever
+images are read for that network.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageFile
+
+from msn.errors import UserError
+
+AUTO = "auto"
+Depth = int | list[int]  # bits from 0 on, or the values that are black and white
+Levels = tuple[int, int]  # the values that are black and white
+SIXTEEN_BITS: Levels = (0, 65_535)
+_BITS = (8, 32)
+# Pillow keeps the upper bytes of 16-bit colours; how it is made to give the lower ones, and which
+# of the channels that it then gives they are.
+_COLOURS = ("RGB", "RGBX", "RGBA")
+_LOWER = {
+    **{f"{mode};16B": (f"{mode};16L", (0, 1, 2)) for mode in _COLOURS},
+    **{f"{mode};16L": (f"{mode};16B", (0, 1, 2)) for mode in _COLOURS},
+    # In the machine's order: the other one.
+    **{f"{m};16N": (f"{m};16{'BL'[sys.byteorder == 'big']}", (0, 1, 2)) for m in _COLOURS},
+    "LA;16B": ("RGBA", (1, 1, 1)),
+}
+_UNSIGNED = ("I;32N", "I;32B")  # Pillow's whole numbers are signed
+RECORDED = "data_depth"  # where weights say what they were trained with
+
+
+def check_depth(depth: Any) -> str | Depth:
+    """What stands at `data.depth`.
+
+    Raises:
+        UserError: it is neither `auto`, nor 8 to 32 bits, nor two ascending whole numbers.
+    """
+    if depth == AUTO:
+        return AUTO
+    if _is_whole(depth) and _BITS[0] <= depth <= _BITS[1]:
+        return int(depth)
+    if isinstance(depth, Sequence) and len(depth) == 2 and all(map(_is_whole, depth)):
+        low, high = depth
+        if -(2**31) <= low < high < 2**32:
+            return [low, high]
+    raise UserError(
+        f"data.depth={depth}: must be auto, a number of bits from {_BITS[0]} to {_BITS[1]}, or the "
+        "values that are black and white, as in [-1024,3071]"
+    )
+
+
+def levels_of(depth: Depth | None) -> Levels:
+    """The values that are black and white; None, where nothing is known, is 16 bits."""
+    if depth is None:
+        return SIXTEEN_BITS
+    return (0, 2**depth - 1) if isinstance(depth, int) else (depth[0], depth[1])
+
+
+class Deep(NamedTuple):
+    """What is needed beside a decoded image for its values of more than 8 bits.
+
+    Attributes:
+        lower: the lower bytes of 16-bit colours.
+        channels: where in `lower` they are.
+        unsigned: whether negative numbers are large ones.
+    """
+
+    lower: Image.Image | None = None
+    channels: tuple[int, ...] = ()
+    unsigned: bool = False
+
+    def part(self, box: tuple[int, int, int, int]) -> Deep:
+        """The same for a part of the image: left, top, right, bottom in px."""
+        return self if self.lower is None else self._replace(lower=self.lower.crop(box))
+
+    def values(self, image: Image.Image) -> np.ndarray:
+        """The values of the decoded image, [h, w] or uint16 [h, w, 3]."""
+        pixels = np.asarray(image)
+        if self.lower is None:
+            return pixels.view(np.uint32) if self.unsigned else pixels
+        upper = pixels[..., :3].astype(np.uint16) << 8
+        return upper | np.asarray(self.lower)[..., self.channels]
+
+
+def is_gray(image: Image.Image) -> bool:
+    """Whether Pillow keeps the image as whole numbers of more than 8 bits."""
+    return image.mode == "I" or image.mode.startswith("I;16")
+
+
+def find_deep(image: Image.Image, again: Callable[[], Image.Image] | None) -> Deep | None:
+    """Whether an image that is opened and not yet decoded has more than 8 bits, and what of these.
+
+    Args:
+        image: as it was opened.
+        again: opens it once more, for the lower bytes of colours; None leaves them out, so that
+            colours are no deep ones.
+
+    Returns:
+        None for an image of 8 bits.
+    """
+    raw_mode = _raw_mode(image)
+    if is_gray(image):
+        return Deep(unsigned=raw_mode in _UNSIGNED)
+    if raw_mode not in _LOWER or again is None:
+        return None
+    wanted, channels = _LOWER[raw_mode]
+    lower = again()
+    assert isinstance(lower, ImageFile.ImageFile)
+    lower.tile = [ImageFile._Tile(*tile[:3], _with(wanted, tile[3])) for tile in lower.tile]
+    lower.load()
+    return Deep(lower, channels)
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """How Pillow calls the pixels as they are in the file, empty where it does not say."""
+    tiles = getattr(image, "tile", None)
+    if not tiles:
+        return ""
+    arguments = tiles[0][3]
+    return str(arguments[0] if isinstance(arguments, tuple) else arguments)
+
+
+def _with(raw_mode: str, arguments: Any) -> Any:
+    return (raw_mode, *arguments[1:]) if isinstance(arguments, tuple) else raw_mode
+
+
+def to_eight_bits(values: np.ndarray, levels: Levels) -> np.ndarray:
+    """Whole numbers of any type to uint8: black and below to 0, white and above to 255."""
+    low, high = levels
+    if levels == SIXTEEN_BITS and values.dtype == np.uint16:
+        return (values >> 8).astype(np.uint8)
+    wide = np.clip(values.astype(np.int64), low, high) - low
+    return (wide * 256 // (high - low + 1)).astype(np.uint8)
+
+
+def trained_depth(setting: str | Depth, abouts: Sequence[Mapping[str, Any]]) -> str | Depth:
+    """The depth to evaluate with: what was set, else that of the trainings, else still `auto`.
+
+    Args:
+        setting: `data.depth` of the evaluation.
+        abouts: what the weights say of themselves.
+
+    Raises:
+        UserError: the networks were trained with different ones.
+    """
+    if setting != AUTO:
+        return setting
+    known = {str(depth): depth for depth in map(recorded_depth, abouts) if depth is not None}
+    if len(known) > 1:
+        raise UserError(
+            f"the backbones were trained with data.depth={' and '.join(sorted(known))}: "
+            "choose one with data.depth="
+        )
+    return next(iter(known.values()), AUTO)
+
+
+def recorded_depth(about: Mapping[str, Any]) -> Depth | None:
+    """The depth that weights were trained with, None where there is nothing to know.
+
+    Runs of versions that did not record it took 16 bits.
+    """
+    depth = about.get(RECORDED, 16 if "method" in about else None)
+    checked = None if depth is None else check_depth(depth)
+    return None if isinstance(checked, str) else checked
+
+
+def depth_for(values: tuple[int, int]) -> Depth:
+    """What the least and the largest value of a set need: bits, or with negative values both."""
+    low, high = values
+    return max(_BITS[0], high.bit_length()) if low >= 0 else [low, max(high, low + 1)]
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
