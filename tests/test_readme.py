@@ -72,3 +72,12 @@ def test_every_experiment_is_named():
 def test_files_that_are_named_exist():
     for path in re.findall(r"`((?:tests|msn|docs|benchmarks|configs)/[\w./]+)`", README):
         assert (ROOT / path).exists(), path
+
+
+def test_every_deviation_has_its_reason_its_effect_and_a_test():
+    table = README.split("### Deviations")[1].split("\n\n")[1].splitlines()
+    rows = [line.strip("|").split("|") for line in table[2:]]
+    assert len(rows) >= 15
+    for row in rows:
+        assert len(row) == 4, row
+        assert re.search(r"`tests/", row[3]), row

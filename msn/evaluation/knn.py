@@ -24,7 +24,8 @@ def knn_predictions(
         labels: their classes, [n].
         queries: features to classify, [m, D].
         neighbours: numbers k of neighbours, each in [1, n].
-        temperature: weights votes by exp(cosine / temperature); None counts them equally.
+        temperature: weights votes by exp(cosine / temperature); None counts them equally, and
+            between classes with as many votes the larger sum of cosines wins.
         num_classes: C.
 
     Returns:

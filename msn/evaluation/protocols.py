@@ -129,7 +129,7 @@ class KShot(_FewLabels):
         lists: files of image names, one set each, instead of draws; None draws.
         write_lists: directory in which the names of every set are kept; None keeps none.
         logistic: settings, see `frozen.Logistic`.
-        knn_neighbours: of a kNN (cosine, majority) on all labels; None leaves it out.
+        knn_neighbours: of a kNN (cosine, majority, see `knn`) on all labels; None leaves it out.
         features: settings, see `FeatureSettings`.
     """
 

@@ -4,7 +4,10 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from msn.commands.entry import compose
 from msn.evaluation.augment import seeded
+from msn.evaluation.features import Runtime
+from msn.evaluation.finetune import FineTuning
 from msn.evaluation.lowshot import evaluate
 from tests.evaluation.test_protocols import finetune
 from tests.evaluation.toys import ToyImages, toy_backbone
@@ -32,6 +35,24 @@ def test_draws_on_a_gpu_are_seeded_too_and_its_generator_is_left_as_it_was():
             found.append(torch.rand(4, device=device))
     assert torch.equal(*found)
     assert torch.equal(torch.cuda.get_rng_state(device), before)
+
+
+def test_what_stands_in_readme_s_table_of_deviations_is_so():
+    """The last norm learns a layer below the head; class token; bicubic crops; nothing erased."""
+    recipe = finetune(layer_decay=0.65, weight_decay=0.05).recipe
+    subject = toy_backbone()
+    tuning = FineTuning(
+        subject, ToyImages(2), recipe, features=finetune().features, seed=0,
+        runtime=Runtime((CPU,), 0, shared=False),
+    )  # fmt: skip
+    names = {id(parameter): name for name, parameter in tuning.model.named_parameters()}
+    rates = {names[id(p)]: g["lr_scale"] for g in tuning._groups() for p in g["params"]}
+    assert rates["head.weight"] == 1.0
+    assert rates["norm.weight"] == rates["blocks.1.mlp.fc2.weight"] == pytest.approx(0.65)
+    assert tuning.model.global_pool == "token"
+    assert "bicubic" in str(recipe.transform(subject))
+    assert "bilinear" in str(subject.transform)
+    assert compose("eval_lowshot", ["protocol=finetune"]).protocol.recipe.random_erasing == 0
 
 
 def _share(rank: int, directory: str) -> None:

@@ -26,3 +26,18 @@ def test_separated_classes_are_told_apart():
         train.features, train.labels, test.features, neighbours=[5], temperature=None, num_classes=3
     )
     assert torch.equal(predicted, test.labels)
+
+
+def test_between_as_many_votes_the_larger_sum_of_cosines_wins():
+    """Of three classes with two neighbours each the last has the closest pair, not the closest."""
+    cosines = torch.tensor([0.90, 0.50, 0.80, 0.55, 0.75, 0.70])
+    references = torch.stack([cosines, (1 - cosines.square()).sqrt()], dim=1)
+    (predicted,) = knn_predictions(
+        references,
+        torch.tensor([0, 0, 1, 1, 2, 2]),
+        torch.tensor([[1.0, 0.0]]),
+        neighbours=[6],
+        temperature=None,
+        num_classes=3,
+    )
+    assert predicted.item() == 2

@@ -5,11 +5,12 @@ import torch
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
+from msn.commands.entry import compose
 from msn.data.views import Views
 from msn.errors import UserError
 from msn.method.replay import _compare_final, build, load_golden, load_network, step_views
 from msn.training.module import MSNModule
-from msn.training.trainer import build_trainer
+from msn.training.trainer import build_trainer, resolve_precision
 from tests.conftest import GOLDEN, SMALL_HEAD, SMALL_MODEL
 
 
@@ -152,3 +153,11 @@ def test_a_resumed_run_keeps_the_licence_of_its_first_weights():
     assert resumed.checkpoint_info["licence"] == "CC BY-NC 4.0"
     resumed.on_load_checkpoint({"msn": {}})  # of weights drawn anew
     assert resumed.checkpoint_info["licence"] == "CC BY-NC 4.0"
+
+
+@pytest.mark.parametrize(("cuda", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_precision_is_bf16_on_cuda_and_float32_elsewhere_by_default(monkeypatch, cuda, precision):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    setting = compose("train", []).trainer.precision
+    assert resolve_precision(setting, "auto") == precision
+    assert resolve_precision(setting, "cpu") == "32-true"
