@@ -1,5 +1,6 @@
 """The one way into every command: compose, run, and end a mistake in one line and exit code 2."""
 
+import io
 import logging
 import os
 import re
@@ -51,6 +52,8 @@ def run_command(config_name: str, job: Job, arguments: list[str]) -> None:
         job: gets the composed configuration.
         arguments: overrides, key=value, and flags.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.encoding.lower() == "utf-8":
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("msn").setLevel(logging.INFO)
     try:

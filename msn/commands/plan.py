@@ -251,8 +251,8 @@ def _free_memory(device: torch.device) -> float:
 
 def _table(title: str) -> Table:
     table = Table(title=title, show_header=False)
-    table.add_column("what")
-    table.add_column("how much", justify="right")
+    table.add_column("what", overflow="fold")
+    table.add_column("how much", justify="right", no_wrap=True)
     return table
 
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from msn.commands.entry import to_plain
+from msn.commands.entry import one_line, to_plain
 from msn.commands.eval_lowshot import choose_device
 from msn.errors import UserError
 from msn.files import write_bytes
@@ -15,6 +17,8 @@ from msn.reporting.record import CONFIG_FILE, RunRecord, read_record
 from msn.reporting.report import build_report
 
 REPORT_FILE = "report.html"
+# Of a pretraining run's configuration.
+_GROUPS = ("data", "method", "model", "module", "run", "trainer")
 
 
 def run(config: DictConfig) -> None:
@@ -46,19 +50,25 @@ def write_report(records: list[RunRecord], out: Path, *, images: int, device: to
     Raises:
         OSError: if it cannot be written.
     """
-    write_bytes(out, build_report(records, images=images, device=device).encode())
+    page = build_report(records, images=images, device=device)
+    # Names of files need not be UTF-8; the page is.
+    write_bytes(out, page.encode(errors="replace"))
 
 
 def open_run(path: Path, name: str) -> RunRecord:
     """Read a run directory.
 
     Raises:
-        UserError: if it holds no pretraining run.
+        UserError: if it holds no pretraining run, or a damaged one.
     """
     if not (path / CONFIG_FILE).is_file():
         raise UserError(f"runs={path}: holds no {CONFIG_FILE}, so it is not a run directory")
-    settings: Any = OmegaConf.to_container(OmegaConf.load(path / CONFIG_FILE), resolve=True)
-    if not {"method", "trainer", "module"} <= set(settings):
+    try:
+        settings: Any = OmegaConf.to_container(OmegaConf.load(path / CONFIG_FILE), resolve=True)
+    except (YAMLError, ValueError, RecursionError, OmegaConfBaseException) as error:
+        raise UserError(f"{path / CONFIG_FILE}: cannot be read ({one_line(error)})") from None
+    groups = settings if isinstance(settings, dict) else {}
+    if not all(isinstance(groups.get(name), dict) for name in _GROUPS):
         raise UserError(f"runs={path}: is not a pretraining run (python train.py)")
     return read_record(path, settings, name)
 

@@ -52,11 +52,10 @@ def worst_of_each_kind(differences: Iterable[Difference]) -> list[Difference]:
 def _table(differences: Iterable[Difference]) -> Table:
     table = Table(title="Difference to the reference, float64")
     table.add_column("figure", overflow="fold")
-    table.add_column("largest |difference|", justify="right")
-    table.add_column("share of its tolerance", justify="right")
-    table.add_column("")
+    table.add_column("largest |difference|", justify="right", overflow="fold", min_width=8)
+    table.add_column("share of its tolerance", justify="right", overflow="fold", min_width=8)
     for difference in differences:
         mark = "[green]ok[/green]" if difference.ok else "[red]OUT[/red]"
-        row = (difference.name, f"{difference.max_abs:.2e}", f"{difference.excess:.2e}", mark)
-        table.add_row(*row)
+        name = f"{mark} {difference.name}"
+        table.add_row(name, f"{difference.max_abs:.2e}", f"{difference.excess:.2e}")
     return table

@@ -8,6 +8,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from msn.evaluation.rows import printable
+
 # Told apart by colour-blind readers as well (Okabe and Ito), and by their markers in print.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -40,7 +42,7 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], file: BinaryIO, suffix: str) -
                 [point["labelled_images"] for point in points],
                 [100 * point["top1_mean"] for point in points],
                 yerr=[100 * point["top1_std"] for point in points],
-                label=backbone if classifier == "logistic" else f"{backbone} ({classifier})",
+                label=_label(backbone, classifier),
                 color=baseline or _COLOURS[trained % len(_COLOURS)],
                 marker=_MARKERS[trained % len(_MARKERS)] if baseline is None else ".",
                 linestyle="-" if baseline is None else "--",
@@ -61,6 +63,11 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], list[Mapp
     for points in lines.values():
         points.sort(key=lambda point: point["labelled_images"])
     return lines
+
+
+def _label(backbone: str, classifier: str) -> str:
+    name = printable(backbone).replace("$", r"\$")  # between two of them matplotlib reads formulas
+    return name if classifier == "logistic" else f"{name} ({classifier})"
 
 
 def _label_axes(axes: Any, points: Sequence[Mapping[str, Any]]) -> None:

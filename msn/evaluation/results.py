@@ -13,10 +13,11 @@ from rich.console import Console
 
 from msn.evaluation.curves import draw_curve
 from msn.evaluation.rows import Head, Result
-from msn.evaluation.table import csv_table, markdown_table, table_of
+from msn.evaluation.table import csv_table, list_of, markdown_table, table_of
 from msn.files import write_bytes
 from msn.weights.files import save_tensors
 
+_ANY_WIDTH = 100_000
 _FILE_WIDTH = 200  # characters of a line where the output is no terminal
 _DISTRIBUTION = "msn-pretraining"
 _ABOUT_HEAD = ("backbone", "weights", "image_size", "classifier", "labels", "lambda")
@@ -24,11 +25,17 @@ _VERSIONS = ("torch", "torchvision", "timm", "numpy")
 
 
 def print_table(results: Sequence[Result], title: str) -> None:
-    """Print the table to standard output, on one line a row wherever that goes."""
-    rows = [result.row for result in results]
-    # A table cut at 80 columns because the output goes to a file helps nobody.
-    wide = None if Console().is_terminal else _FILE_WIDTH
-    Console(width=wide).print(table_of(rows, title))
+    """Print the table to standard output; no figure is cut, however narrow a terminal is."""
+    rows, console = [result.row for result in results], Console()
+    table = table_of(rows, title)
+    needed = Console(width=_ANY_WIDTH).measure(table).maximum
+    if not console.is_terminal:
+        # A table cut at 80 columns because the output goes to a file helps nobody.
+        Console(width=max(_FILE_WIDTH, needed)).print(table)
+    elif console.width < needed:
+        console.print(list_of(rows, title), markup=False, highlight=False)
+    else:
+        console.print(table)
 
 
 def write_results(path: Path, results: Sequence[Result], config: Mapping[str, Any]) -> None:
@@ -50,8 +57,8 @@ def write_results(path: Path, results: Sequence[Result], config: Mapping[str, An
         rows.append({**result.row, "head": head})
         if result.head is not None and head is not None:
             save_head(path.parent / head, result.head, result.row)
-    write_bytes(path.with_suffix(".csv"), csv_table(rows).encode())
-    write_bytes(path.with_suffix(".md"), markdown_table(rows).encode())
+    write_bytes(path.with_suffix(".csv"), csv_table(rows).encode(errors="replace"))
+    write_bytes(path.with_suffix(".md"), markdown_table(rows).encode(errors="replace"))
     for suffix in ("png", "svg"):
         picture = io.BytesIO()
         if draw_curve(rows, picture, suffix):

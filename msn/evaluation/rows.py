@@ -102,6 +102,11 @@ def bootstrap_interval(correct: Tensor) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def printable(name: str) -> str:
+    """A name for tables and pictures: what cannot be printed becomes a question mark."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
+
+
 def table_key(row: Row) -> tuple[str, str, str]:
     """What tells a row from the others of its backbone: classifier, labels, variant."""
     return row["classifier"], row["labels"], str(row.get("variant", ""))

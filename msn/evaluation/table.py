@@ -2,12 +2,15 @@
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
-from msn.evaluation.rows import Row
+from msn.evaluation.rows import Row, printable
 
 _CSV = (
     "backbone",
@@ -42,8 +45,19 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
     for heading in _headings(rows).values():
         table.add_column("\n".join(heading), justify="right", no_wrap=True)
     for name, cells, last in _lines(rows):
-        table.add_row(name, *("\n".join(cell) for cell in cells), end_section=last)
+        table.add_row(Text(name), *("\n".join(cell) for cell in cells), end_section=last)
     return table
+
+
+def list_of(rows: Sequence[Row], title: str) -> str:
+    """The same for a terminal that is too narrow for the table: a line a figure."""
+    headings, lines = list(_headings(rows).values()), [title]
+    for name, cells, _ in _lines(rows):
+        lines += ["", name]
+        for heading, cell in zip(headings, cells, strict=True):
+            if any(cell):
+                lines += [" ".join(heading), *(f"  {line}" for line in cell)]
+    return "\n".join([*lines, "", note(rows)])
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
@@ -51,12 +65,22 @@ def markdown_table(rows: Sequence[Row]) -> str:
     names = ["backbone", *(" ".join(heading) for heading in _headings(rows).values())]
     lines = ["| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
     for name, cells, _ in _lines(rows):
-        lines.append("| " + " | ".join([name, *(" ".join(cell) for cell in cells)]) + " |")
+        lines.append(
+            "| " + " | ".join([_in_markdown(name), *(" ".join(cell) for cell in cells)]) + " |"
+        )
     return "\n".join([*lines, "", note(rows), ""])
 
 
+def _in_markdown(name: str) -> str:
+    """A name that stays one cell and text: no column, tag or link of its own."""
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", escape(name, quote=False))
+
+
 def csv_table(rows: Sequence[Row]) -> str:
-    """One line a row of lowshot.json with every plain number, accuracies as fractions."""
+    """One line a row of lowshot.json with every plain number, accuracies as fractions.
+
+    Text that a spreadsheet would take for a formula begins with an apostrophe.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, _CSV, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -70,8 +94,13 @@ def csv_table(rows: Sequence[Row]) -> str:
             **{f"paper_{key}": paper.get(key) for key in ("model", "top1", "std")},
             **{f"cross_validated_{key}": other.get(key) for key in ("top1_mean", "top1_std")},
         }
-        writer.writerow(flat)
+        writer.writerow({key: _no_formula(value) for key, value in flat.items()})
     return text.getvalue()
+
+
+def _no_formula(value: Any) -> Any:
+    starts = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if starts else value
 
 
 def note(rows: Sequence[Row]) -> str:
@@ -132,10 +161,11 @@ def _lines(rows: Sequence[Row]) -> list[tuple[str, list[list[str]], bool]]:
     shown: set[str] = set()  # the paper's figures stand below the first backbone of their kind
     for backbone in dict.fromkeys(row["backbone"] for row in rows):
         own = {_key(row): row for row in rows if row["backbone"] == backbone}
-        several = [(backbone, [_measured(own.get(column)) for column in columns])]
+        name = printable(backbone)
+        several = [(name, [_measured(own.get(column)) for column in columns])]
         if any("cross_validated" in row for row in own.values()):
             chosen = [_spread(own.get(column), "cross_validated") for column in columns]
-            several.append((f"{backbone}, cv", chosen))
+            several.append((f"{name}, cv", chosen))
         models = {row["paper"]["model"] for row in own.values() if row.get("paper")}
         for model in sorted(models - shown):
             several.append((f"paper, {model}", [_published(own.get(column)) for column in columns]))

@@ -42,12 +42,11 @@ def accuracy_chart(records: Sequence[RunRecord]) -> Chart | None:
     """Top-1 over labelled images, a line a backbone; None where no line has two points."""
     traces: list[dict[str, Any]] = []
     for record in records:
-        lines: dict[str, list[Row]] = {}
+        lines: dict[tuple[str, str], list[Row]] = {}
         for row in [] if record.lowshot is None else record.lowshot["rows"]:
             if row["classifier"] in ("logistic", "finetune") and not row.get("variant"):
-                lines.setdefault(f"{row['backbone']}|{row['classifier']}", []).append(row)
-        for key, points in lines.items():
-            backbone, classifier = key.split("|")
+                lines.setdefault((row["backbone"], row["classifier"]), []).append(row)
+        for (backbone, classifier), points in lines.items():
             prefix = f"{record.name}: " if len(records) > 1 else ""
             suffix = "" if classifier == "logistic" else f" ({_NAMES[classifier]})"
             colour = _BASELINES.get(backbone) or COLOURS[len(traces) % len(COLOURS)]

@@ -12,6 +12,8 @@ from msn.reporting.pictures import Gallery, Picture
 
 # Strips wider than this (px) scroll on a phone; the others shrink to fit.
 _LONG = 560
+# What stands in a trace of names that are not ours.
+_NAMED = ("name", "text")
 
 
 def page(title: str, sections: Iterable[tuple[str, str, str]]) -> str:
@@ -103,14 +105,26 @@ def _picture(picture: Picture) -> str:
 
 
 def _chart(chart: Chart) -> str:
-    # "</" would end the script in the middle of a name.
-    data = json.dumps(chart.figure, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
+    traces = [
+        {name: _as_text(value) if name in _NAMED else value for name, value in trace.items()}
+        for trace in chart.figure["data"]
+    ]
+    figure = {**chart.figure, "data": traces}
+    # A "<" could end the script, or begin a comment in it, in the middle of a name.
+    data = json.dumps(figure, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return (
         f'<figure class="chart"><h3>{escape(chart.title)}</h3>'
         f'<div class="plot" role="img" aria-label="{escape(chart.alt)}"></div>'
         f'<script type="application/json">{data}</script>'
         f"<figcaption>{escape(chart.help)}</figcaption></figure>"
     )
+
+
+def _as_text(value: str | list[str]) -> str | list[str]:
+    """Names as they are: plotly reads tags and entities in them."""
+    if isinstance(value, list):
+        return [escape(name, quote=False) for name in value]
+    return escape(value, quote=False)
 
 
 def _asset(name: str) -> str:

@@ -1,9 +1,11 @@
 """What a run directory says of its run: the figures from which a report is made."""
 
 import csv
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,31 +66,45 @@ def read_record(path: Path, settings: Mapping[str, Any], name: str) -> RunRecord
         name=name,
         path=path,
         settings=settings,
-        config_text=(path / CONFIG_FILE).read_text(),
+        config_text=(path / CONFIG_FILE).read_text(encoding="utf-8", errors="replace"),
         status=_read_json(path / "run.json") or {},
-        metrics=[_numbers(row) for row in _read_csv(path / "metrics.csv")],
-        verdicts=_read_csv(path / "verdicts.csv"),
+        metrics=[row for row in map(_numbers, _read_csv(path / "metrics.csv")) if "step" in row],
+        verdicts=[row for row in _read_csv(path / "verdicts.csv") if _is_verdict(row)],
         lowshot=_read_json(path / "lowshot.json"),
     )
 
 
 def _numbers(row: Mapping[str, str]) -> dict[str, float]:
-    """The filled fields that are finite numbers."""
-    found = {name: float(value) for name, value in row.items() if value}
+    """The fields that are finite numbers."""
+    found = {}
+    for name, text in row.items():
+        with suppress(TypeError, ValueError):  # empty, or damaged
+            found[name] = float(text)
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
+def _is_verdict(row: Mapping[str, str]) -> bool:
+    return all(row.get(name) for name in ("verdict", "line")) and (row.get("epoch") or "").isdigit()
+
+
 def _read_csv(path: Path) -> list[dict[str, str]]:
+    """Rows of a table; a stopped machine may leave zeros at its end, which are passed over."""
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")
+    try:
+        return list(csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise UserError(f"{path}: cannot be read as CSV ({error})") from error
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: must hold a JSON object")
+    return found

@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from PIL import Image
 
 from msn.errors import UserError
 from msn.evaluation.lowshot import evaluate
-from msn.evaluation.results import write_results
+from msn.evaluation.results import print_table, write_results
 from msn.evaluation.rows import bootstrap_interval, make_row
 from msn.evaluation.table import markdown_table
 from msn.weights.classifier import read_classifier
@@ -68,6 +69,41 @@ def test_kept_heads_classify_as_the_table_says(tmp_path, results):
     correct = (rows @ head.weight.T).argmax(dim=1) == test.labels
     assert float(correct.double().mean()) == pytest.approx(row["top1"][0], abs=1e-9)
     assert list(head.classes) == test.classes
+
+
+NAME = "=a|<b>[x](y)*\n\udce9$q"
+
+
+@pytest.fixture
+def named(results):
+    """The same results of a backbone with a name that is a formula, a tag and no UTF-8."""
+    return [result._replace(row={**result.row, "backbone": NAME}) for result in results[:3]]
+
+
+def test_names_stay_cells_and_text_in_every_file(tmp_path, named):
+    write_results(tmp_path / "lowshot.json", named, {})
+    with (tmp_path / "lowshot.csv").open(encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert lines[0]["backbone"] == "'=a|<b>[x](y)*\n?$q"
+    assert lines[0]["labels"] == "1"
+    assert float(lines[0]["top1_mean"]) == named[0].row["top1_mean"]
+    row = (tmp_path / "lowshot.md").read_text(encoding="utf-8").splitlines()[2]
+    assert row.startswith(r"| =a\|&lt;b&gt;\[x\](y)\*??$q | ")
+    assert (tmp_path / "lowshot.svg").exists()
+
+
+@pytest.mark.parametrize("width", [30, 60, 200])
+def test_no_figure_is_cut_on_a_narrow_terminal(named, monkeypatch, capsys, width):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(width))
+    print_table(named, "labels from 30 images, 25 held out")
+    shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    assert "=a|<b>[x](y)*??$q" in shown
+    for row in (result.row for result in named):
+        low, high = row["interval"]
+        assert f"{100 * row['top1_mean']:.1f}" in shown
+        assert f"[{100 * low:.1f}, {100 * high:.1f}]" in shown
+    assert all(len(line.rstrip()) <= width for line in shown.splitlines())
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path, results):

@@ -1,15 +1,19 @@
 """The page says all of a run, needs nothing but itself, and stands still in a browser."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
+from html import escape, unescape
 from html.parser import HTMLParser
 
 import pytest
 import torch
+from PIL import Image
 
-from msn.commands.report import open_run
+from msn.commands.report import open_run, write_report
+from msn.errors import UserError
 from msn.reporting.curves import MOST_POINTS, PANELS, thin
 from msn.reporting.report import build_report
 from tests.reporting.runs import EPOCHS, make_run
@@ -108,6 +112,65 @@ def test_where_images_are_gone_the_rest_is_told_all_the_same(tmp_path):
     assert "Agreement of views" in text
 
 
+HOSTILE = ("<!--<script>", "<b>x<br>&amp;", "a|b $x$")
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """A run on classes and files whose names are markup, or no UTF-8."""
+    directory = tmp_path_factory.mktemp("hostile")
+    for c, name in enumerate(HOSTILE):
+        (directory / "images" / name).mkdir(parents=True)
+        for i in range(4):
+            image = Image.new("RGB", (40, 36), (80 * c, 10 * i, 255 - 80 * c))
+            image.save(os.fsencode(directory / "images" / name) + b"/caf\xe9 <i>%d.png" % i)
+    run = make_run(directory / "run", "data=folder", f"data.root={directory / 'images'}")
+    table = json.loads((run / "lowshot.json").read_text())
+    for row in table["rows"]:
+        row["backbone"] = row["backbone"].replace("msn", HOSTILE[2] + HOSTILE[0])
+    (run / "lowshot.json").write_text(json.dumps(table))
+    return run
+
+
+def test_names_that_are_markup_or_no_text_stay_names(hostile, tmp_path):
+    out = tmp_path / "report.html"
+    write_report([open_run(hostile, HOSTILE[0])], out, images=12, device=CPU)
+    html = out.read_text(encoding="utf-8")
+    charts = re.findall(r'<script type="application/json">(.*?)</script>', html)
+    assert len(charts) == len(PANELS) + 2
+    assert not any("<" in chart for chart in charts)
+    traces = [trace for chart in charts for trace in json.loads(chart)["data"]]
+    assert {escape(name, quote=False) for name in HOSTILE} <= {trace["name"] for trace in traces}
+    assert all("<" not in text for trace in traces for text in trace.get("text", []))
+    own = html.partition("<body>")[2].partition("<noscript>")[0]
+    assert not re.search(r"<!--|<(b|i|br)>x", own)
+    assert f"caf? &lt;i&gt;0.png ({escape(HOSTILE[0])})" in own
+
+
+def test_damaged_files_of_a_run_are_passed_over_or_named_in_a_line(tmp_path):
+    run = make_run(tmp_path / "run")
+    metrics, verdicts = run / "metrics.csv", run / "verdicts.csv"
+    whole = open_run(run, "run")
+    metrics.write_bytes(metrics.read_bytes() + b"\0" * 9 + b"\n17,x\xff\n")
+    verdicts.write_bytes(verdicts.read_bytes() + b"\0\0\n180,9\n")
+    record = open_run(run, "run")
+    assert (record.series("train/loss"), record.verdicts) == (
+        whole.series("train/loss"),
+        whole.verdicts,
+    )
+    build_report([record], images=0, device=CPU)
+    for name, content in (("run.json", "{"), ("run.json", "[" * 10**5), ("lowshot.json", "[]")):
+        before = (run / name).read_text()
+        (run / name).write_text(content)
+        with pytest.raises(UserError, match=name):
+            open_run(run, "run")
+        (run / name).write_text(before)
+    for content in (b"\xff\xfe: [", b"a: [", b"[]", b"data: 1\nmethod: 2"):
+        (run / "config.yaml").write_bytes(content)
+        with pytest.raises(UserError, match=r"config.yaml|not a pretraining run"):
+            open_run(run, "run")
+
+
 def test_long_curves_are_averaged_in_bins():
     x, y = thin(range(1, 30_001), [float(i % 20) for i in range(30_000)])
     assert len(x) == MOST_POINTS
@@ -132,6 +195,7 @@ addEventListener("load", () => setTimeout(() => {
   found.wide = [...document.querySelectorAll(".plot")].filter((box) =>
     box.querySelector(".main-svg").getBoundingClientRect().right
       > box.parentElement.getBoundingClientRect().right + 1).length;
+  found.legends = [...document.querySelectorAll(".legendtext")].map((text) => text.textContent);
   found.ground = getComputedStyle(document.body).backgroundColor;
   found.ink = getComputedStyle(document.querySelector(".plot .xtick text")).fill;
   found.buttons = [...document.querySelectorAll(".modebar-btn")].map((b) => b.dataset.title
@@ -142,15 +206,39 @@ addEventListener("load", () => setTimeout(() => {
 </script>"""
 
 
+_OFFLINE = (
+    *("--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync"),
+)
+
+
 def look(path, *flags):
     """What a browser finds in the page."""
     command = [
-        *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=6000"),
+        *(
+            BROWSER,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            *_OFFLINE,
+            "--virtual-time-budget=6000",
+        ),
         *(*flags, "--dump-dom", path.as_uri()),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     found = re.search(r'<p id="found">(.*?)</p>', done.stdout)
-    return json.loads(found[1])
+    return json.loads(unescape(found[1]))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_a_browser_shows_names_that_are_markup_as_they_are(hostile, tmp_path):
+    path = tmp_path / "report.html"
+    write_report([open_run(hostile, HOSTILE[0])], path, images=12, device=CPU)
+    path.write_text(path.read_text().replace("<head>", f"<head>{_WATCH}", 1))
+    found = look(path, "--window-size=1280,900")
+    assert (found["errors"], found["charts"]) == ([], str(len(PANELS) + 2))
+    assert {*HOSTILE, HOSTILE[2] + HOSTILE[0]} <= set(found["legends"])
 
 
 @pytest.mark.slow
