@@ -192,6 +192,8 @@ def one_line(error: BaseException) -> str:
         where = f"{error.filename!s}: " if error.filename else ""
         return f"{where}{error.strerror}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, UserError) and lines and "in DataLoader worker process" in lines[0]:
+        return lines[-1].partition(": ")[2]  # the worker's own line ends its traceback
     return lines[0] if lines else type(error).__name__
 
 

@@ -197,12 +197,11 @@ def _labelled_sets(data: dict[str, Any]) -> tuple[LabelledImages, LabelledImages
     pools = build_pools(**take("data", data, build_pools))
     if pools.labelled is None or pools.held_out is None:
         where = data["root"] or data["source"]
-        raise UserError(
-            f"{Path(str(where))} has no labels: low-shot evaluation needs class folders"
-        )
+        raise UserError(f"{where} has no labels, which low-shot evaluation needs: {pools.why}")
+    strict = data["strict"]
     return (
-        LabelledImages(pools.labelled, "training"),
-        LabelledImages(pools.held_out, "held-out"),
+        LabelledImages(pools.labelled, "training", strict=strict),
+        LabelledImages(pools.held_out, "held-out", strict=strict),
     )
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from msn.commands.entry import to_plain
+from msn.data.folder_labels import UNLABELLED
 from msn.data.layout import find_parts
+from msn.data.pools import refuse_shared
 from msn.data.shard_writer import write_shards
 from msn.data.sources import FileSource, folder_source, list_source
 from msn.errors import UserError
@@ -29,6 +31,8 @@ def run(config: DictConfig) -> None:
         for part in find_parts(root, None)
         if part is not None
     }
+    if len(parts) > 1:
+        refuse_shared(*parts.values())
     for folder, source in parts.items():
         shards, images = write_shards(source, folder, images_per_shard=count)
         labels = f"{len(source.classes)} classes" if source.labels is not None else "no labels"
@@ -46,4 +50,7 @@ def _refuse_used(out: Path) -> None:
 def _source(root: str, use_labels: bool) -> FileSource:
     if Path(root).is_file():
         return list_source(root, key="root", root=None, use_labels=use_labels)
-    return folder_source(root, key="root", use_labels=use_labels)
+    source = folder_source(root, key="root", use_labels=use_labels)
+    if source.labels is not None and (source.labels == UNLABELLED).any():
+        raise UserError(f"root={root}: some images have labels; use_labels=false packs all without")
+    return source

@@ -47,7 +47,7 @@ def finish(
         save_backbone(directory.path / BACKBONE_FILE, trunk.state_dict(), _meta(module))
     labelled = data.labelled_sets()
     if labelled is None and first:
-        print("no labels: no low-shot table")
+        print(f"no labels: no low-shot table ({data.pools.why})")
     if labelled is not None:
         backbone = evaluated(module, protocol)
         wanted = check_baselines(settings["baselines"], protocol)

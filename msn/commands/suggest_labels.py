@@ -2,6 +2,7 @@
 
 import csv
 import io
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from msn.data.datamodule import resolve_workers
 from msn.data.dataset import REPLACED, LabelledImages, Subset
 from msn.data.decode import BadImageError
 from msn.data.pools import build_pools
+from msn.data.sources import FileSource
 from msn.data.subsets import write_names
 from msn.errors import UserError
 from msn.evaluation.backbones import FrozenBackbone, open_backbone
@@ -35,6 +37,7 @@ from msn.weights import Weights, read_weights
 from msn.weights.checkpoints import newest_checkpoint
 
 NAMES_FILE, TABLE_FILE, SHEET_FILE = "suggested.txt", "suggested.csv", "contact_sheet.png"
+COPIES = "images"
 _SHEET_IMAGES = 200
 _TRIES = 20
 
@@ -73,8 +76,14 @@ def run(config: DictConfig) -> None:
     chooser = _Chooser(settings, subject, weights, pools.train)
     choice = chooser.choose(budget)
     _write(out, pools.train, choice)
-    print(f"{budget} of {len(pools.train)} images to label: {out / NAMES_FILE}")
+    print(f"{budget} of {len(pools.train)} images to label: {out / TABLE_FILE}")
     print(f"contact sheet: {out / SHEET_FILE}")
+    next_step = [
+        f"checkpoint={settings['checkpoint']}",
+        "data=list",
+        f"data.root={out / TABLE_FILE}",
+    ]
+    print(f"fill in its column label, then: python eval_lowshot.py {shlex.join(next_step)}")
     if settings["compare_seeds"] and pools.labelled is not None and pools.held_out is not None:
         if pools.labelled is not pools.train and len(pools.labelled) != len(pools.train):
             return
@@ -222,24 +231,48 @@ def _open(pool: Subset, i: int) -> Image.Image | None:
 
 
 def _write(out: Path, pool: Subset, choice: Choice) -> None:
+    """The table, which `data=list` reads from any directory, the pool's names, and the sheet."""
     positions = choice.positions.tolist()
-    names = [pool.name(i) for i in positions]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "label", "group", "images_in_group"])
-    for name, group, size in zip(names, choice.groups.tolist(), choice.sizes.tolist(), strict=True):
-        writer.writerow([name, "", group, size])
     shown = positions[:_SHEET_IMAGES]
     images = [_open(pool, i) for i in shown]
     sheet = contact_sheet(
         [image for image in images if image is not None], [str(i + 1) for i in range(len(shown))]
     )
-    picture = io.BytesIO()
-    sheet.save(picture, format="png")
     with placed_at(out) as directory:
-        write_bytes(directory / SHEET_FILE, picture.getvalue())
+        write_bytes(directory / SHEET_FILE, _png(sheet))
+        paths = [_path(pool, i, number, directory) for number, i in enumerate(positions, 1)]
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["path", "label", "group", "images_in_group"])
+        groups, sizes = choice.groups.tolist(), choice.sizes.tolist()
+        writer.writerows(zip(paths, [""] * len(paths), groups, sizes, strict=True))
         write_bytes(directory / TABLE_FILE, text.getvalue().encode("utf-8", "surrogateescape"))
-        write_names(directory / NAMES_FILE, names)
+        write_names(directory / NAMES_FILE, [pool.name(i) for i in positions])
+
+
+def _path(pool: Subset, i: int, number: int, directory: Path) -> str:
+    """What the table names: the file itself, or a copy of an image that lies in no file of its own.
+
+    Args:
+        pool: all images.
+        i: position of the image in the pool.
+        number: of the image in the table, from 1.
+        directory: of the table, where a copy goes; its path is relative to that.
+    """
+    if isinstance(pool.source, FileSource):
+        return pool.source.path(int(pool.positions[i]))
+    image = _open(pool, i)
+    assert image is not None  # `_Chooser.choose` takes readable ones
+    copy = Path(COPIES, f"{number:04d}.png")
+    (directory / COPIES).mkdir(exist_ok=True)
+    write_bytes(directory / copy, _png(image))
+    return str(copy)
+
+
+def _png(image: Image.Image) -> bytes:
+    data = io.BytesIO()
+    image.save(data, format="png")
+    return data.getvalue()
 
 
 def _print_comparison(

@@ -25,13 +25,25 @@ log = logging.getLogger(__name__)
 COLUMNS = ("path", "reason", "image")  # the last is the number in the training set
 _HEADER = (",".join(COLUMNS) + "\n").encode()
 
+# What may be unreadable unless somebody sets a share.
+_ALLOWED, _ALLOWED_SHARE = 10, 0.001
+
+
+def strict_message(name: str, reason: object) -> str:
+    """What ends a run with `data.strict=true`."""
+    return (
+        f"data.strict=true: {name} cannot be read ({reason}); "
+        "data.strict=false replaces such images"
+    )
+
 
 class BadImageLedger:
     """Every unreadable image of a run, once.
 
     Args:
         num_images: number of indexed files, of which `max_fraction` is a share.
-        max_fraction: share of them that may be unreadable, in [0, 1].
+        max_fraction: share of them that may be unreadable, in [0, 1]; None allows ten images (of
+            fewer than 20 a half), or 0.1 % where that is more.
         strict: whether the first unreadable image ends the run.
 
     Attributes:
@@ -42,9 +54,9 @@ class BadImageLedger:
         UserError: `max_fraction` is outside [0, 1].
     """
 
-    def __init__(self, *, num_images: int, max_fraction: float, strict: bool) -> None:
-        if not 0 <= max_fraction <= 1:
-            raise UserError(f"data.max_bad_fraction={max_fraction}: must lie in [0, 1]")
+    def __init__(self, *, num_images: int, max_fraction: float | None, strict: bool) -> None:
+        if max_fraction is not None and not 0 <= max_fraction <= 1:
+            raise UserError(f"data.max_bad_fraction={max_fraction}: must lie in [0, 1], or be null")
         self.num_images, self.max_fraction, self.strict = num_images, max_fraction, strict
         self.known: dict[int, BadImage] = {}
         self.file: Path | None = None
@@ -87,16 +99,21 @@ class BadImageLedger:
             return
         first = next(iter(self.known.values()))
         if self.strict:
-            raise UserError(
-                f"data.strict=true: {first.path} cannot be read ({first.reason}); "
-                "data.strict=false replaces such images"
-            )
-        if count > self.max_fraction * self.num_images:
+            raise UserError(strict_message(first.path, first.reason))
+        if count > self._allowed():
+            share = "null" if self.max_fraction is None else f"{self.max_fraction:g}"
             listed = f", see {self.file}" if self.file is not None else ""
             raise UserError(
-                f"data.max_bad_fraction={self.max_fraction:g}: {count} of {self.num_images} images "
-                f"cannot be read{listed}; for instance {first.path} ({first.reason})"
+                f"data.max_bad_fraction={share}: {count} of {self.num_images} images "
+                f"cannot be read, {int(self._allowed())} may{listed}; for instance {first.path} "
+                f"({first.reason})"
             )
+
+    def _allowed(self) -> float:
+        """How many images may be unreadable."""
+        if self.max_fraction is not None:
+            return self.max_fraction * self.num_images
+        return max(_ALLOWED_SHARE * self.num_images, min(_ALLOWED, self.num_images // 2))
 
     def forget(self, readable: Callable[[BadImage], bool]) -> None:
         """Strike images off the file that an earlier start could not read and this one can.

@@ -55,8 +55,9 @@ class MSNDataModule(LightningDataModule):
             one for each core that this process may use otherwise.
         prefetch_batches: batches that each worker prepares ahead, in [1, 1000].
         seed: of order and views.
-        max_bad_fraction: share of the indexed files that may be unreadable.
-        strict: whether one unreadable image ends the run.
+        max_bad_fraction: share of the indexed files that may be unreadable; None allows ten
+            images, or 0.1 % where that is more.
+        strict: whether one unreadable image ends the run, be it trained on or held out.
         backend: `batched`, `reference` or `auto`, which takes `batched`.
         views: settings of the views, see `ViewSettings`.
 
@@ -83,7 +84,7 @@ class MSNDataModule(LightningDataModule):
         num_workers: int | None,
         prefetch_batches: int,
         seed: int,
-        max_bad_fraction: float,
+        max_bad_fraction: float | None,
         strict: bool,
         backend: str,
         views: Mapping[str, Any],
@@ -107,6 +108,8 @@ class MSNDataModule(LightningDataModule):
             download=download,
             image_size=image_size,
         )
+        if self.pools.held_out is None and use_labels:
+            log.info("no labels, so no low-shot table in the end: %s", self.pools.why)
         self.global_batch_size, self.seed = global_batch_size, seed
         self.num_workers = resolve_workers(num_workers, in_memory=self._in_memory)
         self.prefetch_batches = prefetch_batches
@@ -133,8 +136,8 @@ class MSNDataModule(LightningDataModule):
             return None
         if self._labelled is None:  # the same ones each time: they know what has been said
             self._labelled = (
-                LabelledImages(self.pools.labelled, "training"),
-                LabelledImages(self.pools.held_out, "held-out"),
+                LabelledImages(self.pools.labelled, "training", strict=self.ledger.strict),
+                LabelledImages(self.pools.held_out, "held-out", strict=self.ledger.strict),
             )
         return self._labelled
 

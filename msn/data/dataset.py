@@ -11,9 +11,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from msn.data.bad_images import strict_message
 from msn.data.collate import BadImage, ImageBatch, PixelBuffer
 from msn.data.decode import BadImageError, DecodedImage
 from msn.data.depth import SIXTEEN_BITS, levels_of
+from msn.data.folder_labels import UNLABELLED
 from msn.data.randomness import counter_hash
 from msn.data.sampler import BatchKey
 from msn.data.sources import ArraySource, Source
@@ -48,9 +50,11 @@ class Subset:
 
     @property
     def labels(self) -> np.ndarray | None:
-        """Class numbers, int64 [n], or None."""
+        """Class numbers, int64 [n], or None where an image has none."""
         labels = self.source.labels
-        return None if labels is None else labels[self.positions]
+        if labels is None or (labels[self.positions] == UNLABELLED).any():
+            return None
+        return labels[self.positions]
 
     def name(self, i: int) -> str:
         """Name of image i."""
@@ -190,6 +194,7 @@ class LabelledImages(Dataset[Image.Image]):
     Args:
         images: images of a source with labels.
         what: how messages call them.
+        strict: whether one that cannot be read is an error instead.
 
     Attributes:
         labels: class numbers, LongTensor [n].
@@ -197,11 +202,11 @@ class LabelledImages(Dataset[Image.Image]):
         classes: names of the classes.
     """
 
-    def __init__(self, images: Subset, what: str) -> None:
+    def __init__(self, images: Subset, what: str, *, strict: bool = False) -> None:
         labels = images.labels
         if labels is None:
             raise UserError(f"{images.source.where}: has no labels")
-        self.images, self.what = images, what
+        self.images, self.what, self.strict = images, what, strict
         self.labels = torch.from_numpy(labels)
         self.classes = images.source.classes
         # Shared with workers, of which there are new ones for every reading.
@@ -224,7 +229,7 @@ class LabelledImages(Dataset[Image.Image]):
         """Image i, or what stands in for it.
 
         Raises:
-            UserError: neither it nor twenty others of its class can be read.
+            UserError: neither it nor twenty others of its class can be read, or `strict`.
         """
         try:
             return self._rgb(i)
@@ -248,6 +253,8 @@ class LabelledImages(Dataset[Image.Image]):
         return self.images.source.rgb(int(self.images.positions[i]))
 
     def _report(self, i: int, error: BadImageError) -> None:
+        if self.strict:
+            raise UserError(strict_message(self.name(i), error))
         if not self._reported[i]:
             self._reported[i] = True
             log.warning("replaced an unreadable %s image: %s (%s)", self.what, self.name(i), error)

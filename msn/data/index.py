@@ -2,39 +2,60 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from typing import NamedTuple
+from dataclasses import field
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from msn.data.kinds import SUFFIXES, UNREAD_SUFFIXES
 from msn.data.progress import progress_bar
+from msn.data.real_paths import follow
 from msn.data.tables import SETTLED_NS, StringTable, cache_file, load_arrays, store_arrays
 
 log = logging.getLogger(__name__)
 
 _THREADS = 16
 _CACHE_FROM = 10_000  # images; smaller folders are read again faster than a cache is worth
+# Files and folders that operating systems, network drives and notebooks put beside images.
+_SYSTEM = frozenset(
+    {
+        *("@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "@tmp"),
+        *("$RECYCLE.BIN", "$Recycle.Bin", "RECYCLER", "System Volume Information"),
+        *("Thumbs", "Thumbs.db", "thumbs.db", "ehthumbs.db", "Desktop.ini", "desktop.ini"),
+        *("__MACOSX", ".ipynb_checkpoints", "lost+found"),
+    }
+)
 
 
-def scan_folder(root: str, cache_from: int = _CACHE_FROM) -> StringTable:
+class FoundImages(NamedTuple):
+    """Sorted relative paths, and whether links to files or folders lead to some of them."""
+
+    paths: StringTable
+    linked: bool
+
+
+def scan_folder(root: str, cache_from: int = _CACHE_FROM) -> FoundImages:
     """Find every image file below a folder, in the order of their relative paths.
 
-    Hidden files and folders are passed over, links to folders are followed. The result for a large
-    folder is kept in the user's cache and used again while no folder in it has changed.
+    Hidden files and folders and those that systems make for themselves are passed over. Links are
+    followed; of several names of one file, or one folder, one counts: the one without a link, else
+    the first. The result for a large folder is kept in the user's cache and used again while no
+    folder in it has changed.
 
     Args:
         root: an existing folder.
         cache_from: number of images from which on the result is kept.
 
     Returns:
-        Paths relative to `root` with `/` between their parts, sorted. Folders below the root that
-        cannot be listed are passed over with a warning.
+        Paths relative to `root` with `/` between their parts. What lies below the root and cannot
+        be listed, or is no regular file, is passed over with a warning.
 
     Raises:
         OSError: the root cannot be listed.
@@ -44,132 +65,258 @@ def scan_folder(root: str, cache_from: int = _CACHE_FROM) -> StringTable:
     if cached is not None:
         return cached
     started = time.time_ns()
-    paths, folders, closed, unread = _walk(root)
-    if closed:
-        more = f" and {len(closed) - 1} more" if len(closed) > 1 else ""
-        log.warning("%s: passed over what cannot be listed: %s%s", root, closed[0], more)
-    _say_unread(root, unread)
-    table = StringTable.from_strings(sorted(paths))
-    if len(table) >= cache_from:
-        settled = all(stamp < started - SETTLED_NS for stamp in folders.values())
-        if settled and not closed:  # else they would stay away when they can be listed again
-            _store_cached(root, table, folders, unread)
-        log.info("found %d images below %s in %.1f s", len(table), root, _since(started))
-    return table
+    tree = _walk(root)
+    repeated = tree.repeated + _repeated_files(root, tree)
+    paths = sorted(tree.paths)
+    if repeated:
+        gone = set(repeated)
+        paths = [path for path in paths if path not in gone]
+    notes = _notes(tree, sorted(repeated))
+    _say(root, notes)
+    found = FoundImages(StringTable.from_strings(paths), tree.linked)
+    if len(found.paths) >= cache_from:
+        settled = all(stamp < started - SETTLED_NS for stamp in tree.folders.values())
+        if settled and not tree.closed:  # else they stay away when they can be listed again
+            _store_cached(root, found, tree.folders, notes)
+        log.info("found %d images below %s in %.1f s", len(paths), root, _since(started))
+    return found
 
 
-def _say_unread(root: str, unread: Mapping[str, int]) -> None:
-    if unread:
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
-        log.warning("%s: passed over images of kinds that are not read: %s", root, kinds)
+def system_name(name: str) -> str | None:
+    """What a message calls a system's own or a hidden file or folder; None for all others."""
+    if name in _SYSTEM:
+        return name
+    if name.startswith("._"):  # beside every file that a Mac puts on a foreign disk or into a zip
+        return "._*"
+    return "hidden" if name.startswith(".") else None
+
+
+class _Note(NamedTuple):
+    """What each start says of a folder, also where its index is in the cache."""
+
+    level: int
+    text: str
+
+
+def _notes(tree: _Tree, repeated: list[str]) -> list[_Note]:
+    notes = []
+    for what, names in (("cannot be listed", tree.closed), ("is no regular file", tree.special)):
+        if names:
+            notes.append(
+                _Note(logging.WARNING, f"passed over what {what}: {_some(sorted(names), 1)}")
+            )
+    if tree.unread:
+        kinds = _counts(tree.unread)
+        notes.append(
+            _Note(logging.WARNING, f"passed over images of kinds that are not read: {kinds}")
+        )
+    if repeated:
+        what = f"{len(repeated)} linked names of files or folders that are there by another"
+        text = f"{what} name, which counts once: {_some(repeated, 3)}"
+        notes.append(_Note(logging.WARNING, text))
+    if tree.system:
+        text = f"passed over system and hidden files and folders: {_counts(tree.system)}"
+        notes.append(_Note(logging.INFO, text))
+    return notes
+
+
+def _say(root: str, notes: Sequence[Sequence[Any]]) -> None:
+    for level, text in notes:
+        log.log(level, "%s: %s", root, text)
+
+
+def _some(names: Sequence[str], count: int) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+def _counts(counter: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counter.items()))
 
 
 def _since(started: int) -> float:
     return (time.time_ns() - started) / 1e9
 
 
-class _Tree(NamedTuple):
-    """Relative image paths, folders with change times in ns, what cannot be listed and why, and
-    how many images there are of each kind that is not read.
-    """
+@dataclasses.dataclass
+class _Tree:
+    """What lies below a root. Paths are relative, real ones absolute."""
 
-    paths: list[str]
-    folders: dict[str, int]
-    closed: list[str]
-    unread: Counter[str]
+    paths: list[str] = field(default_factory=list)
+    folders: dict[str, int] = field(default_factory=dict)  # with times of their last change in ns
+    real: set[str] = field(default_factory=set)  # real paths of all folders
+    links: dict[str, str] = field(default_factory=dict)  # to folders not yet listed: real paths
+    linked_files: list[str] = field(default_factory=list)  # those of the paths that are links
+    repeated: list[str] = field(default_factory=list)  # folders that are there by another name
+    closed: list[str] = field(default_factory=list)  # what cannot be listed, and why
+    special: list[str] = field(default_factory=list)  # pipes, sockets, devices
+    unread: Counter[str] = field(default_factory=Counter)  # images of kinds that are not read
+    system: Counter[str] = field(default_factory=Counter)  # what `system_name` names
+    linked: bool = False
 
 
 def _walk(root: str) -> _Tree:
-    """Read the tree with many threads."""
-    paths: list[str] = []
-    folders: dict[str, int] = {}
-    closed: list[str] = []
-    unread: Counter[str] = Counter()
+    """Read the tree with many threads: first what lies in it, then, round by round, its links."""
+    tree = _Tree()
     with progress_bar("looking for images") as advance, ThreadPoolExecutor(_THREADS) as pool:
-        pending = {pool.submit(_list_folder, root, "", frozenset())}
-        while pending:
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            for future in done:
-                found = future.result()
-                folders[found.folder] = found.stamp
-                paths += found.files
-                closed += found.closed
-                unread += found.unread
-                pending |= {pool.submit(_list_folder, root, f, found.above) for f in found.inner}
-            advance(f"looking for images: {len(paths)} in {len(folders)} folders")
-    return _Tree(paths, folders, sorted(closed), unread)
+        begin = {"": root}
+        while begin:
+            tree.real |= set(begin.values())
+            pending = {pool.submit(_list_folder, *folder) for folder in begin.items()}
+            while pending:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for future in done:
+                    inner = _take(tree, future.result())
+                    pending |= {pool.submit(_list_folder, *folder) for folder in inner.items()}
+                advance(f"looking for images: {len(tree.paths)} in {len(tree.folders)} folders")
+            begin = _next_links(tree)
+    return tree
 
 
-class _Listing(NamedTuple):
-    """One folder: its change time in ns, images, folders in it, those above, see also `_Tree`."""
+def _take(tree: _Tree, found: _Listing) -> dict[str, str]:
+    """Add a listing to the tree; returns the folders in it that are not listed yet."""
+    tree.folders[found.folder] = found.stamp
+    tree.paths += found.files
+    tree.linked_files += found.linked_files
+    tree.closed += found.closed
+    tree.special += found.special
+    tree.unread += found.unread
+    tree.system += found.system
+    tree.links |= found.links
+    new = {path: real for path, real in found.inner.items() if real not in tree.real}
+    tree.repeated += found.inner.keys() - new.keys()
+    tree.real |= set(new.values())
+    return new
+
+
+def _next_links(tree: _Tree) -> dict[str, str]:
+    """The links to follow next: one to each folder, and none into what another leads to.
+
+    So which name counts does not depend on which thread was first, and a loop ends.
+    """
+    first: dict[str, str] = {}
+    for path, real in sorted(tree.links.items()):
+        if real in tree.real or first.setdefault(real, path) != path:
+            tree.repeated.append(path)
+    later = {real for real in first if any(above in first for above in _above(real))}
+    tree.links = {path: real for real, path in first.items() if real in later}
+    tree.linked = tree.linked or bool(first)
+    return {path: real for real, path in first.items() if real not in later}
+
+
+def _above(folder: str) -> Iterator[str]:
+    while (parent := os.path.dirname(folder)) != folder:
+        yield parent
+        folder = parent
+
+
+def _repeated_files(root: str, tree: _Tree) -> list[str]:
+    """Links to files that are there under another name, which is no link, or a link before."""
+    seen: set[str] = set()
+    folders: dict[str, str] = {}
+    repeated = []
+    for path in sorted(tree.linked_files):
+        real = follow(os.path.join(root, path), folders)
+        folder, name = os.path.split(real)
+        found = folder in tree.real and system_name(name) is None and _is_image(name)
+        if real in seen or (found and os.path.isfile(real)):
+            repeated.append(path)
+        seen.add(real)
+    tree.linked = tree.linked or len(repeated) < len(tree.linked_files)
+    return repeated
+
+
+@dataclasses.dataclass
+class _Listing:
+    """One folder: its time of last change in ns and what is in it, as in `_Tree`."""
 
     folder: str
-    stamp: int
-    files: list[str]
-    inner: list[str]
-    above: frozenset[tuple[int, int]]
-    closed: list[str]
-    unread: Counter[str]
+    stamp: int = 0
+    files: list[str] = field(default_factory=list)
+    inner: dict[str, str] = field(default_factory=dict)  # folders: real paths
+    links: dict[str, str] = field(default_factory=dict)
+    linked_files: list[str] = field(default_factory=list)
+    closed: list[str] = field(default_factory=list)
+    special: list[str] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)
+    system: Counter[str] = field(default_factory=Counter)
 
 
-def _list_folder(root: str, folder: str, above: frozenset[tuple[int, int]]) -> _Listing:
+def _list_folder(folder: str, real: str) -> _Listing:
     """List one folder; one below the root that cannot be listed is closed and empty."""
+    found = _Listing(folder)
     try:
-        return _read_folder(root, folder, above)
+        found.stamp = os.stat(real).st_mtime_ns
+        with os.scandir(real) as entries:
+            for entry in entries:
+                _sort_in(entry, found)
     except OSError as error:
         if not folder:
             raise
-        return _Listing(folder, 0, [], [], above, [_closed(folder, error)], Counter())
+        return _Listing(folder, closed=[_closed(folder, error)])
+    return found
 
 
 def _closed(folder: str, error: OSError) -> str:
     return f"{folder} ({error.strerror or type(error).__name__})"
 
 
-def _read_folder(root: str, folder: str, above: frozenset[tuple[int, int]]) -> _Listing:
-    absolute = os.path.join(root, folder)
-    status = os.stat(absolute)
-    identity = (status.st_dev, status.st_ino)
-    found = _Listing(folder, status.st_mtime_ns, [], [], above | {identity}, [], Counter())
-    if identity in above:  # a link back up the tree would otherwise never end
-        return found
-    prefix = f"{folder}/" if folder else ""
-    with os.scandir(absolute) as entries:
-        for entry in entries:
-            name = entry.name
-            if name.startswith(".") or name == "__MACOSX":
-                continue
-            try:
-                is_folder = entry.is_dir()
-            except OSError as error:  # a link to itself, or to behind a folder that is closed
-                is_folder = False
-                if not name.lower().endswith(SUFFIXES):
-                    found.closed.append(_closed(prefix + name, error))
-                    continue
-            if is_folder:
-                found.inner.append(prefix + name)
-            elif name.lower().endswith(SUFFIXES):
-                found.files.append(prefix + name)
-            elif name.lower().endswith(UNREAD_SUFFIXES):
-                found.unread[os.path.splitext(name)[1].lower()] += 1
-    return found
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES)
+
+
+def _sort_in(entry: os.DirEntry[str], found: _Listing) -> None:
+    """Put an entry of a folder where it belongs, without a look at what is no link."""
+    path = f"{found.folder}/{entry.name}" if found.folder else entry.name
+    is_image = _is_image(entry.name)
+    try:
+        is_folder = entry.is_dir()
+    except OSError as error:  # a link to itself, or to behind a folder that is closed
+        is_folder = False
+        if not is_image and system_name(entry.name) is None:
+            found.closed.append(_closed(path, error))
+            return
+    if (system := system_name(entry.name)) is not None:
+        if system != "hidden" or is_folder or is_image:  # .DS_Store and the like are no loss
+            found.system[system] += 1
+    elif is_folder and entry.is_symlink():
+        found.links[path] = os.path.realpath(entry.path)
+    elif is_folder:
+        found.inner[path] = entry.path
+    elif is_image and _is_special(entry):
+        found.special.append(path)
+    elif is_image:
+        found.files.append(path)
+        if entry.is_symlink():
+            found.linked_files.append(path)
+    elif entry.name.lower().endswith(UNREAD_SUFFIXES):
+        found.unread[os.path.splitext(entry.name)[1].lower()] += 1
+
+
+def _is_special(entry: os.DirEntry[str]) -> bool:
+    """A pipe, socket or device, whose reading may never end; a broken link is a missing file."""
+    try:
+        return not entry.is_file() and os.path.exists(entry.path)
+    except OSError:
+        return False
 
 
 def _store_cached(
-    root: str, table: StringTable, folders: dict[str, int], unread: Mapping[str, int]
+    root: str, found: FoundImages, folders: dict[str, int], notes: Sequence[_Note]
 ) -> None:
     names = StringTable.from_strings(folders)
     arrays = {
-        "data": table.data,
-        "offsets": table.offsets,
+        "data": found.paths.data,
+        "offsets": found.paths.offsets,
         "folder_data": names.data,
         "folder_offsets": names.offsets,
         "folder_stamps": np.fromiter(folders.values(), np.int64),
     }
-    store_arrays(cache_file(root), {"root": root, "unread": dict(unread)}, arrays)
+    header = {"root": root, "linked": found.linked, "notes": notes}
+    store_arrays(cache_file(root), header, arrays)
 
 
-def _load_cached(root: str) -> StringTable | None:
+def _load_cached(root: str) -> FoundImages | None:
     """The stored table, unless a folder was added, removed or changed since.
 
     Adding, removing or renaming a file changes its folder's time, so only folders are looked at.
@@ -177,7 +324,7 @@ def _load_cached(root: str) -> StringTable | None:
     loaded = load_arrays(cache_file(root))
     if loaded is None or loaded[0]["root"] != root:
         return None
-    arrays = loaded[1]
+    header, arrays = loaded
     folders = StringTable(arrays["folder_data"], arrays["folder_offsets"])
     try:
         for folder, stamp in zip(folders, arrays["folder_stamps"], strict=True):
@@ -185,5 +332,5 @@ def _load_cached(root: str) -> StringTable | None:
                 return None
     except OSError:
         return None
-    _say_unread(root, loaded[0]["unread"])
-    return StringTable(arrays["data"], arrays["offsets"])
+    _say(root, header["notes"])
+    return FoundImages(StringTable(arrays["data"], arrays["offsets"]), header["linked"])

@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from msn.data.folder_labels import UNLABELLED
 from msn.data.lists import ListedImage, read_list
 from msn.data.progress import progress_bar
+from msn.data.real_paths import RealPaths
 from msn.data.tables import SETTLED_NS, StringTable, cache_file, load_arrays, store_arrays
 from msn.errors import UserError
 
@@ -20,15 +22,15 @@ log = logging.getLogger(__name__)
 
 _CACHE_FROM = 10_000  # images; smaller lists are read again faster than a cache is worth
 _SHOW_EVERY = 10_000  # rows
-_UNLABELLED = -1
 
 
 class ListIndex(NamedTuple):
-    """Paths as they are written, classes int64 [n] or None, and the classes' names."""
+    """Paths as they are written, classes int64 [n] or None, their names, why there are none."""
 
     paths: StringTable
     labels: np.ndarray | None
     classes: list[str]
+    why: str
 
 
 def index_list(
@@ -36,7 +38,8 @@ def index_list(
 ) -> ListIndex:
     """Read a list, or what an earlier reading kept of it.
 
-    A path that is there twice counts once, or the same image could be trained on and held out.
+    A file that is there twice, by whatever links, counts once, or it could be trained on and held
+    out.
 
     Args:
         file: the list, see `read_list`.
@@ -56,13 +59,13 @@ def index_list(
     where = f"{key}={file}"
     if cached is not None and cached[0]["stamps"] == stamps:
         _say_repeated(where, cached[0]["repeated"])
-        return _from_arrays(cached[1])
+        return _from_arrays(cached[1], cached[0]["why"])
     rows = _Rows(where, base, use_labels)
     index = rows.read(read_list(file, key=key))
     _say_repeated(where, rows.repeated)
     # A list changed this shortly before may be changed again unseen.
     if len(index.paths) >= cache_from and stamps[1] < started - SETTLED_NS:
-        header = {"stamps": stamps, "repeated": rows.repeated}
+        header = {"stamps": stamps, "repeated": rows.repeated, "why": index.why}
         store_arrays(kept, header, _to_arrays(index))
     return index
 
@@ -92,10 +95,10 @@ def _to_arrays(index: ListIndex) -> dict[str, np.ndarray]:
     }
 
 
-def _from_arrays(arrays: dict[str, np.ndarray]) -> ListIndex:
+def _from_arrays(arrays: dict[str, np.ndarray], why: str) -> ListIndex:
     classes = list(StringTable(arrays["class_data"], arrays["class_offsets"]))
     labels = arrays["labels"] if classes else None
-    return ListIndex(StringTable(arrays["data"], arrays["offsets"]), labels, classes)
+    return ListIndex(StringTable(arrays["data"], arrays["offsets"]), labels, classes, why)
 
 
 class _Rows:
@@ -115,6 +118,7 @@ class _Rows:
         self._text, self._ends = bytearray(), array("q", [0])
         self._lines, self._hashes, self._labels = array("q"), array("q"), array("q")
         self._numbers: dict[str, int] = {}
+        self._real = RealPaths()
         self.repeated = 0
 
     def read(self, rows: Iterator[ListedImage]) -> ListIndex:
@@ -143,13 +147,11 @@ class _Rows:
         if row.label and self._use_labels:
             self._labels.append(self._numbers.setdefault(row.label, len(self._numbers)))
         else:
-            self._labels.append(_UNLABELLED)
+            self._labels.append(UNLABELLED)
 
     def _plain(self, path: str) -> str:
-        """The same text for all ways to write the path of a file; links are not looked at."""
-        if not path.startswith("/") and "./" not in path and "//" not in path:
-            return path  # as almost all of a million are: the rest takes longer than reading them
-        return os.path.normpath(os.path.join(self._base, path)).removeprefix(self._base + "/")
+        """The same text for all ways to write the path of a file."""
+        return self._real.of(os.path.join(self._base, path))
 
     def _repeated(self) -> list[int]:
         """Rows whose image an earlier row has; UserError if that one has another label."""
@@ -175,13 +177,27 @@ class _Rows:
 
     def _with_classes(self, paths: StringTable, labels: np.ndarray) -> ListIndex:
         """Number the classes in the order of their names."""
-        without = labels == _UNLABELLED
+        without = labels == UNLABELLED
         if self._numbers and without.any():
             path = paths[int(np.argmax(without))]
-            raise UserError(f"{self._where}: {path} has no label, others have one")
+            raise UserError(
+                f"{self._where}: {path} has no label, others have one ({int(without.sum())} of "
+                f"{len(labels)} rows have none): fill them in, leave the rows out, or set "
+                "data.use_labels=false"
+            )
         if len(self._numbers) < 2:
-            return ListIndex(paths, None, [])
+            return ListIndex(paths, None, [], self._why())
         classes = sorted(self._numbers)
         number = np.empty(len(classes), np.int64)
         number[[self._numbers[name] for name in classes]] = np.arange(len(classes))
-        return ListIndex(paths, number[labels], classes)
+        return ListIndex(paths, number[labels], classes, "")
+
+    def _why(self) -> str:
+        if not self._use_labels:
+            return "data.use_labels=false"
+        if self._numbers:
+            return f"all rows have the label {next(iter(self._numbers))}, and two are needed"
+        return (
+            "no row has a label: it stands in the column that the header calls label or class, in "
+            "a list without a header in the second"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,8 +12,10 @@ import numpy as np
 from msn.data.bundled import digits_source, torchvision_source
 from msn.data.dataset import Subset
 from msn.data.decode import BadImageError, full_size
+from msn.data.folder_labels import UNLABELLED
 from msn.data.layout import find_parts
-from msn.data.shards import shard_source
+from msn.data.real_paths import first_shared
+from msn.data.shards import ShardSource, shard_source
 from msn.data.sources import FileSource, Source, check_folder, folder_source, list_source
 from msn.data.splits import hold_out_per_class, split_digits
 from msn.errors import UserError
@@ -22,15 +25,24 @@ log = logging.getLogger(__name__)
 TORCHVISION = ("cifar10", "cifar100", "stl10")
 SOURCES = ("digits", "folder", "imagenet", *TORCHVISION, "list", "shards")
 _LARGEST_DIGIT = 512  # px of 8; all 1,797 are held in memory
+_UNUSED = "data.use_labels=false"
 _PROBED = 16  # images that are decoded until one of them can be read
+_LIST_PATHS = (
+    "a list names files with their endings and with / between folders, no URLs; "
+    "relative paths start at"
+)
 
 
 class Pools(NamedTuple):
-    """Which images are what; `labelled` and `held_out` are None where there are no labels."""
+    """Which images are what; `labelled` and `held_out` are None where there are no labels.
+
+    `why` says then which rule decided so, and what to do.
+    """
 
     train: Subset
     labelled: Subset | None
     held_out: Subset | None
+    why: str = ""
 
 
 def build_pools(
@@ -72,11 +84,13 @@ def build_pools(
     train = _read(source, train_root, key="data.root", use_labels=use_labels)
     if found_val is not None:
         held_out = _read(source, found_val, key="data.val_root", use_labels=use_labels)
-        if source == "list":
-            _refuse_shared(train, held_out)
+        refuse_shared(train, held_out)
         if val_root is not None or held_out.labels is not None:
             return _with_held_out(train, held_out)
-        log.info("%s has no labels: a share of the training images is held out", found_val)
+        log.info(
+            "%s: a share of the training images is held out instead, as it has no labels: %s",
+            *(found_val, held_out.why),
+        )
     return _hold_out(train, hold_out, split_seed)
 
 
@@ -118,7 +132,7 @@ def _digits(image_size: int, split_seed: int, use_labels: bool) -> Pools:
     digits = digits_source(image_size)
     kept, out = split_digits(len(digits), split_seed)
     if not use_labels:
-        return Pools(Subset(digits, kept), None, None)
+        return Pools(Subset(digits, kept), None, None, _UNUSED)
     return Pools(Subset(digits, kept), Subset(digits, kept), Subset(digits, out))
 
 
@@ -128,7 +142,7 @@ def _torchvision(name: str, root: str, download: bool, use_labels: bool) -> Pool
     if name == "stl10":
         train = torchvision_source(name, root, split="unlabeled", download=download)
     if not use_labels:
-        return Pools(Subset(train), None, None)
+        return Pools(Subset(train), None, None, _UNUSED)
     held_out = torchvision_source(name, root, split="test", download=download)
     return Pools(Subset(train), Subset(labelled), Subset(held_out))
 
@@ -154,38 +168,59 @@ def _refuse_unreadable(images: Source, what: str) -> None:
             return
         except BadImageError as error:
             reasons.append(f"{images.name(int(i))} ({error})")
+    if isinstance(images, FileSource) and not os.path.isdir(images.where):
+        reasons[0] += f"; {_LIST_PATHS} {os.path.abspath(images.root)}"
     raise UserError(f"{what}: no image can be read; for instance {reasons[0]}")
 
 
-def _refuse_shared(train: Source, held_out: Source) -> None:
-    """Two lists must not name the same file."""
-    assert isinstance(train, FileSource)
-    assert isinstance(held_out, FileSource)
-    trained = set(map(train.path, range(len(train))))
-    for i in range(len(held_out)):
-        if held_out.path(i) in trained:
-            raise UserError(
-                f"data.val_root={held_out.where}: {held_out.name(i)} is in data.root={train.where} "
-                "too; held-out images must not be trained on"
-            )
+def refuse_shared(train: Source, held_out: Source) -> None:
+    """Held-out images must not be trained on, by whatever links or lists their files are named.
+
+    Raises:
+        UserError: a file, or a shard, is in both.
+    """
+    if isinstance(train, FileSource) and isinstance(held_out, FileSource):
+        if not train.linked and not held_out.linked:
+            return  # neither lies in the other's folder, see `find_parts`
+        names: tuple[Sequence[str], Sequence[str]] = (held_out.paths, train.paths)
+        shared = first_shared(*(map(s.path, range(len(s))) for s in (held_out, train)))
+    else:
+        assert isinstance(train, ShardSource)
+        assert isinstance(held_out, ShardSource)
+        names = (held_out.shards, train.shards)
+        shared = first_shared(*(map(os.path.abspath, shards) for shards in names))
+    if shared is not None:
+        ours, theirs = (names[k][i] for k, i in enumerate(shared))
+        alias = "" if ours == theirs else f", as {theirs}"
+        raise UserError(
+            f"data.val_root={held_out.where}: {ours} is in data.root={train.where} too{alias}; "
+            "held-out images must not be trained on"
+        )
 
 
 def _hold_out(train: Source, share: float, split_seed: int) -> Pools:
     if train.labels is None:
-        return Pools(Subset(train), None, None)
-    kept, out = hold_out_per_class(train.labels, share, split_seed)
+        return Pools(Subset(train), None, None, train.why)
+    known = np.flatnonzero(train.labels != UNLABELLED)
+    kept, out = hold_out_per_class(train.labels[known], share, split_seed)
     if not len(out):
-        log.info("%s: no folder or label has two images, so they are no classes", train.where)
-        return Pools(Subset(train), None, None)
-    return Pools(Subset(train, kept), Subset(train, kept), Subset(train, out))
+        why = (
+            f"each of the {len(train.classes)} classes has a single image, and low-shot evaluation "
+            "needs one to learn from and one to test on: add images, or set data.val_root=DIR"
+        )
+        return Pools(Subset(train), None, None, why)
+    trained = np.setdiff1d(np.arange(len(train)), known[out])
+    return Pools(Subset(train, trained), Subset(train, known[kept]), Subset(train, known[out]))
 
 
 def _with_held_out(train: Source, held_out: Source) -> Pools:
     """Pair two sources whose classes must mean the same."""
-    if train.labels is None or held_out.labels is None:
-        if train.labels is not None:
-            log.info("%s has no labels, so there is nothing to evaluate", held_out.where)
-        return Pools(Subset(train), None, None)
+    for part, other in ((train, held_out), (held_out, train)):
+        if part.labels is None:
+            beside = "" if other.labels is None else f" (but {other.where} has labels)"
+            return Pools(Subset(train), None, None, f"{part.where}: {part.why}{beside}")
+    assert train.labels is not None
+    assert held_out.labels is not None
     unknown = sorted(set(held_out.classes) - set(train.classes))
     if unknown:
         raise UserError(
@@ -193,6 +228,11 @@ def _with_held_out(train: Source, held_out: Source) -> Pools:
             f"({', '.join(train.classes[:5])}{', ...' if len(train.classes) > 5 else ''})"
         )
     number = {name: i for i, name in enumerate(train.classes)}
-    renumber = np.array([number[name] for name in held_out.classes])
+    renumber = np.array([number[name] for name in held_out.classes] + [UNLABELLED])
     held_out.labels, held_out.classes = renumber[held_out.labels], train.classes
-    return Pools(Subset(train), Subset(train), Subset(held_out))
+    return Pools(Subset(train), _labelled(train), _labelled(held_out))
+
+
+def _labelled(source: Source) -> Subset:
+    assert source.labels is not None
+    return Subset(source, np.flatnonzero(source.labels != UNLABELLED))

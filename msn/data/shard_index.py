@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from msn.data.folder_labels import labels_from_folders
 from msn.data.progress import progress_bar
-from msn.data.sources import labels_from_folders
 from msn.data.tables import SETTLED_NS, StringTable, cache_file, load_arrays, store_arrays
 from msn.data.tar_members import NO_CLASS, ShardContents, read_shard
 from msn.errors import UserError

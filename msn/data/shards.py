@@ -36,6 +36,11 @@ class ShardSource(Source):
         classes: names of the classes.
     """
 
+    why = (
+        "data.use_labels=false, or not every image has a .cls number and their first folders are "
+        "no classes, of which two are needed"
+    )
+
     def __init__(
         self,
         *,

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
@@ -24,6 +24,7 @@ from msn.data.decode import (
     read_file,
 )
 from msn.data.depth import AUTO, Depth, depth_for, levels_of
+from msn.data.folder_labels import FolderLabels, read_folder_labels
 from msn.data.index import scan_folder
 from msn.data.kinds import FORMATS
 from msn.data.list_index import index_list
@@ -42,15 +43,17 @@ class Source(ABC):
 
     Attributes:
         where: what a message calls it, for instance the folder.
-        labels: class numbers, int64 [n], or None.
+        labels: class numbers, int64 [n], -1 for an image without a label; or None.
         classes: names of the classes, empty without labels.
         depth: which values are black and white in images of more than 8 bits, None for 16 bits.
+        why: why there are no labels, and what to do.
     """
 
     where: str
     labels: np.ndarray | None
     classes: list[str]
     depth: Depth | None = None
+    why = ""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -85,7 +88,10 @@ class Source(ABC):
 
 
 class FileSource(Source):
-    """Image files, by paths relative to a root."""
+    """Image files, by paths relative to a root.
+
+    `linked` says whether some of the paths may lead through links.
+    """
 
     def __init__(
         self,
@@ -95,9 +101,11 @@ class FileSource(Source):
         paths: StringTable,
         labels: np.ndarray | None,
         classes: list[str],
+        why: str = "",
+        linked: bool = True,
     ) -> None:
         self.where, self.root, self.paths = where, root, paths
-        self.labels, self.classes = labels, classes
+        self.labels, self.classes, self.why, self.linked = labels, classes, why, linked
 
     def __len__(self) -> int:
         """Number of files."""
@@ -108,8 +116,8 @@ class FileSource(Source):
         return self.paths[i]
 
     def path(self, i: int) -> str:
-        """Where file i is."""
-        return os.path.normpath(os.path.join(self.root, self.paths[i]))
+        """Where file i is, from any directory."""
+        return os.path.join(os.path.abspath(self.root), self.paths[i])
 
     def identity(self, i: int) -> str:
         """Where file i is, its size and the time of its last change."""
@@ -191,10 +199,7 @@ def find_depth(source: Source, depth: str | Depth) -> Depth | None:
 
 
 def folder_source(root: str, *, key: str, use_labels: bool) -> FileSource:
-    """Index a folder of images, nested or flat.
-
-    Images get labels when each lies in a subfolder and there are at least two of these: the first
-    part of the relative path is the class.
+    """Index a folder of images, nested or flat, with the labels that its folders give.
 
     Args:
         root: the folder.
@@ -202,19 +207,22 @@ def folder_source(root: str, *, key: str, use_labels: bool) -> FileSource:
         use_labels: False leaves the images without labels whatever their folders are called.
 
     Raises:
-        UserError: the folder is missing, not a folder, unreadable, or holds no image.
+        UserError: the folder is missing, not a folder, unreadable, holds no image, or folders that
+            are neither classes nor parts.
     """
     check_folder(root, key=key)
     try:
-        paths = scan_folder(root)
+        paths, linked = scan_folder(root)
     except OSError as error:
         raise UserError(f"{key}={root}: cannot be read ({error.strerror})") from error
     if not len(paths):
         empty = not any(os.scandir(root))
         what = "is an empty folder" if empty else f"holds no image ({', '.join(FORMATS)})"
         raise UserError(f"{key}={root}: {what}")
-    labels, classes = labels_from_folders(paths) if use_labels else (None, [])
-    return FileSource(where=root, root=root, paths=paths, labels=labels, classes=classes)
+    found = FolderLabels(None, [], "data.use_labels=false")
+    if use_labels:
+        found = read_folder_labels(paths, where=f"{key}={root}")
+    return FileSource(where=root, root=root, paths=paths, linked=linked, **found._asdict())
 
 
 def check_folder(root: str, *, key: str) -> None:
@@ -223,37 +231,6 @@ def check_folder(root: str, *, key: str) -> None:
         raise UserError(f"{key}={root}: there is no such folder")
     if not os.path.isdir(root):
         raise UserError(f"{key}={root}: is a file, must be a folder")
-
-
-def labels_from_folders(paths: Sequence[str]) -> tuple[np.ndarray | None, list[str]]:
-    """Read labels off sorted relative paths: the first folder of each is its class.
-
-    Returns:
-        Labels int64 [n] and class names; None and [] if one lies outside any folder, or all in one.
-    """
-    classes: dict[str, int] = {}
-    labels = np.empty(len(paths), np.int64)
-    begin = 0
-    while begin < len(paths):
-        folder, slash, _ = paths[begin].partition("/")
-        if not slash:
-            return None, []
-        end = _end_of_run(paths, begin, folder + slash)
-        labels[begin:end] = classes.setdefault(folder, len(classes))
-        begin = end
-    return (labels, list(classes)) if len(classes) > 1 else (None, [])
-
-
-def _end_of_run(paths: Sequence[str], begin: int, prefix: str) -> int:
-    """One past the last of the paths from `begin` on that start alike; they are sorted."""
-    step = 1
-    while begin + step < len(paths) and paths[begin + step].startswith(prefix):
-        step *= 2
-    low, high = begin + step // 2, min(begin + step, len(paths))  # low starts so, high does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if paths[middle].startswith(prefix) else (low, middle)
-    return high
 
 
 def list_source(file: str, *, key: str, root: str | None, use_labels: bool) -> FileSource:
@@ -270,5 +247,5 @@ def list_source(file: str, *, key: str, root: str | None, use_labels: bool) -> F
             for one image.
     """
     base = root if root is not None else os.path.dirname(os.path.abspath(file))
-    paths, labels, classes = index_list(file, key=key, base=base, use_labels=use_labels)
-    return FileSource(where=file, root=base, paths=paths, labels=labels, classes=classes)
+    index = index_list(file, key=key, base=base, use_labels=use_labels)
+    return FileSource(where=file, root=base, **index._asdict())

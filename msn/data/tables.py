@@ -21,7 +21,7 @@ from msn.files import write_atomically
 log = logging.getLogger(__name__)
 
 # Also raised when suffixes or the rules of lists and shards change: a table holds what they find.
-_FORMAT = 3
+_FORMAT = 4
 SETTLED_NS = 2_000_000_000  # a directory or list changed this shortly before may change unseen
 
 

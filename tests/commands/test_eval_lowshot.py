@@ -142,7 +142,11 @@ def test_nan_features_and_single_classes_are_one_line(command, tmp_path, images,
             f"checkpoint={tmp_path / 'nan.safetensors'}",
             f"data.root={images}",
         ),
-        ("no labels", f"checkpoint={run}", f"data.root={images / 'class0'}"),
+        (
+            "class0 has no labels, which low-shot evaluation needs: all images lie in the folder",
+            f"checkpoint={run}",
+            f"data.root={images / 'class0'}",
+        ),
         ("class", f"checkpoint={run}", f"data.root={images}", "protocol.shots=[50]"),
         ("30", f"checkpoint={run}", f"data.root={images}", "protocol.features.image_size=30"),
     ):

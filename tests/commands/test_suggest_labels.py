@@ -3,6 +3,7 @@
 import csv
 import errno
 import os
+import shlex
 
 import pytest
 from PIL import Image
@@ -21,6 +22,11 @@ def export(tmp_path_factory):
     return path
 
 
+def read_table(out):
+    with (out / "suggested.csv").open(newline="", errors="surrogateescape") as file:
+        return list(csv.DictReader(file))
+
+
 def test_medoids_of_any_backbone_with_the_comparison(command, tmp_path, images, export):
     Image.new("RGB", (40, 36)).save(tmp_path / "images" / "class0" / "cut.png")
     cut = tmp_path / "images" / "class0" / "cut.png"
@@ -33,8 +39,8 @@ def test_medoids_of_any_backbone_with_the_comparison(command, tmp_path, images, 
     names = (tmp_path / "out" / "suggested.txt").read_text().split()
     assert len(set(names)) == 6
     assert not any("cut" in name for name in names)
-    with (tmp_path / "out" / "suggested.csv").open() as file:
-        assert [row["path"] for row in csv.DictReader(file)] == names
+    rows = read_table(tmp_path / "out")
+    assert [row["path"] for row in rows] == [str(images / name) for name in names]
     assert Image.open(tmp_path / "out" / "contact_sheet.png").size[0] > 100
 
 
@@ -52,6 +58,50 @@ def test_prototypes_of_a_run_on_any_folder_with_one_look_at_the_images(
     assert found == ["contact_sheet.png", "suggested.csv", "suggested.txt"]
     assert len((tmp_path / "suggested_labels" / "suggested.txt").read_text().split()) == 5
     assert len(list((tmp_path / "cache" / "features").iterdir())) == 1
+
+
+def label_and_evaluate(command, printed, out, labels, monkeypatch, away):
+    """Fill in the column, then do what the command said last, from another directory."""
+    rows = read_table(out)
+    with (out / "suggested.csv").open("w", newline="", errors="surrogateescape") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows({**row, "label": labels(row)} for row in rows)
+    said = printed.splitlines()[-1].partition("python eval_lowshot.py ")[2]
+    monkeypatch.chdir(away)
+    tail = ["protocol.shots=[1]", "protocol.splits=1", "protocol.logistic.lambd_grid=null"]
+    tail += ["baselines=[]", "protocol.knn_neighbours=null", "data.num_workers=0"]
+    return command("eval_lowshot", *shlex.split(said), *tail, f"run.dir={away / 'run'}")
+
+
+@pytest.mark.parametrize("pool", ["folder", "list", "shards"])
+def test_suggest_label_evaluate(pool, command, tmp_path, images, export, monkeypatch):
+    odd = os.fsdecode(os.path.join(os.fsencode(images), b"caf\xe9, two"))
+    (images / "class1").rename(odd)
+    monkeypatch.chdir(images.parent)
+    if pool == "list":
+        names = sorted(os.path.relpath(path, "images") for path in images.rglob("*.png"))
+        text = "".join(f'"{name}"\n' for name in names)
+        (images / "all.csv").write_text(text, errors="surrogateescape")
+    elif pool == "shards":
+        assert command("make_shards", "root=images", "out=shards")[0] == 0
+    root = {"folder": "images", "list": "images/all.csv", "shards": "shards"}[pool]
+    arguments = [f"checkpoint={export}", "budget=16", "choose=medoids", "compare_seeds=0"]
+    arguments += [f"data={pool}", "data.use_labels=false", "data.num_workers=0", "out=out"]
+    code, printed, err = command("suggest_labels", f"data.root={root}", *arguments)
+    assert code == 0, err
+    out = tmp_path / "out"
+    away = tmp_path / "away"
+    away.mkdir()
+    code, _, err = label_and_evaluate(command, printed, out, lambda row: "", monkeypatch, away)
+    assert (code, "no row has a label" in err) == (2, True)
+    number = {row["path"]: i for i, row in enumerate(read_table(out))}
+    code, shown, err = label_and_evaluate(
+        command, printed, out, lambda row: f"kind {number[row['path']] % 2}", monkeypatch, away
+    )
+    assert code == 0, err
+    assert "labels from 12 images, 4 held out" in " ".join(shown.split())
+    assert "unreadable" not in err
 
 
 def test_the_image_size_counts_and_a_failed_writing_leaves_nothing(

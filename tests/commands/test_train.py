@@ -74,8 +74,10 @@ def test_any_folder_trains_labelled_or_not(command, tmp_path, images):
     flat.mkdir()
     for i, file in enumerate(images.rglob("*.png")):
         file.rename(flat / f"{i}.png")
-    code, out, _ = command("train", *base, f"data.root={flat}", f"run.dir={tmp_path / 'b'}")
-    assert (code, "no labels" in out) == (0, True)
+    code, out, err = command("train", *base, f"data.root={flat}", f"run.dir={tmp_path / 'b'}")
+    why = "all images lie in the folder itself: put those of each class into a folder of its own"
+    assert (code, f"no labels: no low-shot table ({why}" in out) == (0, True)
+    assert f"no labels, so no low-shot table in the end: {why}" in err
     assert not (tmp_path / "b" / "lowshot.json").exists()
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
+from msn.commands.entry import one_line
 from msn.data import dataset
 from msn.data.bad_images import BadImageLedger
 from msn.data.collate import BadImage
@@ -117,6 +118,37 @@ def test_the_allowed_share_itself_does_not(damaged):
     assert len(module.ledger.known) == 2
 
 
+@pytest.mark.parametrize(
+    ("images", "allowed"), [(301, 10), (10_000, 10), (50_000, 50), (14, 7), (1, 0)]
+)
+def test_ten_images_or_a_thousandth_may_be_bad_unless_a_share_is_set(images, allowed):
+    book = BadImageLedger(num_images=images, max_fraction=None, strict=False)
+    book.add(BadImage(i, f"{i}.jpg", "x") for i in range(allowed))
+    book.check()
+    book.add([BadImage(images, "last.jpg", "x")])
+    message = (
+        f"max_bad_fraction=null: {allowed + 1} of {images} images cannot be read, {allowed} may"
+    )
+    with pytest.raises(UserError, match=message):
+        book.check()
+    book = BadImageLedger(num_images=images, max_fraction=0.0, strict=False)
+    book.add([BadImage(0, "0.jpg", "x")])
+    with pytest.raises(UserError, match="max_bad_fraction=0: 1 of"):
+        book.check()
+
+
+def test_the_shipped_default_lets_ten_of_many_be_bad(tmp_path):
+    root = make_folder(tmp_path / "in", classes=2, images=12)
+    for number in range(10):
+        DAMAGE["empty"](root / "class_0" / f"{number}.jpg")
+    module = make_datamodule(root, global_batch_size=4)
+    train_epoch(module)
+    assert len(module.ledger.known) == 10
+    DAMAGE["empty"](root / "class_0" / "11.jpg")
+    with pytest.raises(UserError, match="max_bad_fraction=null: 11 of 24 images"):
+        train_epoch(module)
+
+
 def test_strict_ends_at_the_first(damaged):
     with pytest.raises(UserError, match=r"data.strict=true: class_0/0.jpg cannot be read \(empty"):
         train_epoch(damaged("empty", max_bad_fraction=1.0, strict=True))
@@ -217,6 +249,42 @@ def test_one_damaged_image_of_a_small_class_does_not_end_an_evaluation(tmp_path,
     assert held_out[0].info[REPLACED]
     assert REPLACED not in held_out[1].info
     assert held_out.name(0) in caplog.text
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_strict_ends_an_evaluation_too(tmp_path, number):
+    root = make_folder(tmp_path / "in", classes=2, images=4)
+    images = make_datamodule(root, use_labels=True, strict=True).labelled_sets()[number]
+    images[0]
+    (root / images.name(0)).write_bytes(b"")
+    with pytest.raises(
+        UserError, match=rf"data.strict=true: {images.name(0)} cannot be read \(emp"
+    ):
+        images[0]
+    # From a worker the line comes with its traceback around it.
+    loader = DataLoader(images, batch_size=None, num_workers=1, collate_fn=size_of)
+    with pytest.raises(UserError) as caught:
+        list(loader)
+    assert one_line(caught.value).startswith(f"data.strict=true: {images.name(0)} cannot be read")
+
+
+def test_names_of_any_bytes_pass_through_the_file_of_bad_images(tmp_path):
+    root = make_folder(tmp_path / "in", classes=2, images=12)
+    odd = os.fsdecode(os.path.join(os.fsencode(root), b"class_0/caf\xe9,\n.jpg"))
+    os.rename(root / "class_0" / "3.jpg", odd)
+    module = make_datamodule(root)
+    module.run_dir = tmp_path
+    os.truncate(odd, 0)
+    train_epoch(module)
+    (row,) = read_rows(tmp_path / "bad_images.csv")
+    assert os.path.join(root, row["path"]) == odd
+    again = make_datamodule(root)
+    again.run_dir = tmp_path
+    again.prepare_data()
+    assert len(read_rows(tmp_path / "bad_images.csv")) == 1
+    photo(0).save(odd, "JPEG")
+    again.prepare_data()
+    assert read_rows(tmp_path / "bad_images.csv") == []
 
 
 def test_a_labelled_image_is_logged_once_however_often_workers_read_it(tmp_path, monkeypatch):

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from msn.data import index
+from msn.data.folder_labels import labels_from_folders
 from msn.data.index import scan_folder
-from msn.data.sources import folder_source, labels_from_folders
+from msn.data.sources import folder_source
 from msn.data.tables import StringTable
 from msn.errors import UserError
 from tests.data.logs import warnings_in
@@ -19,7 +20,7 @@ from tests.data.photos import photo
 
 
 def scan(root):
-    return list(scan_folder(str(root), cache_from=1))
+    return list(scan_folder(str(root), cache_from=1).paths)
 
 
 def fill(root):
@@ -139,6 +140,91 @@ def test_a_link_to_itself_ends_no_scan(tmp_path, caplog):
     assert line.endswith(")")  # and no more
 
 
+SYSTEM = ("@eaDir", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "Thumbs", "#recycle")
+
+
+def test_files_and_folders_of_systems_are_no_images_and_counted(tmp_path, caplog):
+    root = fill(tmp_path / "in")
+    names = [f"{folder}/x.jpg" for folder in (*SYSTEM, ".ipynb_checkpoints", "a/@eaDir", ".git")]
+    for name in (*names, "a/._1.jpg", "b/._2.jpg", "a/Thumbs.db", "a/desktop.ini", ".DS_Store"):
+        (root / name).parent.mkdir(exist_ok=True)
+        photo(1).save(root / name, "JPEG")
+    age(root)
+    for _ in range(2):  # the second time it is in the cache
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            assert scan(root) == ["4.webp", "a/1.jpg", "a/2.jpg", "b/c/3.png"]
+        (line,) = [m for m in caplog.messages if "system" in m]
+        assert line == (
+            f"{root}: passed over system and hidden files and folders: 1 #recycle, 1 $RECYCLE.BIN, "
+            "2 ._*, 1 .ipynb_checkpoints, 2 @eaDir, 1 System Volume Information, 1 Thumbs, "
+            "1 Thumbs.db, 1 __MACOSX, 1 desktop.ini, 1 hidden"
+        )
+
+
+LINKS = {  # links by their names: where they lead, and the names that count
+    "to a folder before it": ({"A": "b"}, []),
+    "to a folder behind it": ({"latest": "a"}, []),
+    "to an inner folder": ({"0": "b/c"}, []),
+    "to a file": ({"a/0.jpg": "2.jpg", "b/3.jpg": "../4.webp"}, []),
+    "one after another": ({"a/0.jpg": "8.jpg", "a/8.jpg": "../9.jpg", "9.jpg": "a/1.jpg"}, []),
+    "up and round": ({"b/up": "..", "b/c/loop": "../..", "b/c/a": "../../a"}, []),
+    "two to one folder outside": ({"y": "../out", "x": "../out"}, ["x/5.jpg", "x/in/6.jpg"]),
+    "into another's folder": ({"x": "../out/in", "y": "../out"}, ["y/5.jpg", "y/in/6.jpg"]),
+    "two to one file outside": (
+        {"a/y.jpg": "../../out/5.jpg", "x.jpg": "../out/5.jpg"},
+        ["a/y.jpg"],
+    ),
+    "to a folder and a file in it": (
+        {"a/y.jpg": "../../out/5.jpg", "z": "../out"},
+        ["z/5.jpg", "z/in/6.jpg"],
+    ),
+    "to a folder that leads back": ({"z": "../back"}, ["z/7.jpg"]),
+    "to a hidden folder": ({"z": ".w", "zz": ".w"}, ["z/0.jpg"]),
+}
+
+
+@pytest.mark.parametrize("links", LINKS)
+def test_two_names_of_one_file_count_once_and_are_said(links, tmp_path, caplog):
+    root = fill(tmp_path / "in")
+    for name in ("out/5.jpg", "out/in/6.jpg", "back/7.jpg", "in/.w/0.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        photo(1).save(tmp_path / name)
+    (tmp_path / "back" / "to").symlink_to(root / "a")
+    made, counted = LINKS[links]
+    for name, target in made.items():
+        (root / name).symlink_to(target)
+    age(root)
+    expected = sorted(["4.webp", "a/1.jpg", "a/2.jpg", "b/c/3.png", *counted])
+    for _ in range(2):
+        caplog.clear()
+        assert scan(root) == expected
+        (line,) = warnings_in(caplog)
+        assert "which counts once: " in line
+    assert scan_folder(str(root)).linked == bool(counted)
+
+
+def test_pipes_and_sockets_are_no_images_and_a_broken_link_is_a_missing_one(tmp_path, caplog):
+    root = fill(tmp_path / "in")
+    os.mkfifo(root / "pipe.jpg")
+    (root / "a" / "zero.jpg").symlink_to("/dev/zero")
+    (root / "a" / "gone.jpg").symlink_to("nowhere")
+    assert scan(root) == ["4.webp", "a/1.jpg", "a/2.jpg", "a/gone.jpg", "b/c/3.png"]
+    (line,) = warnings_in(caplog)
+    assert line == f"{root}: passed over what is no regular file: a/zero.jpg and 1 more"
+
+
+def test_no_file_is_looked_at_where_there_is_no_link(tmp_path, monkeypatch):
+    root = fill(tmp_path / "in")
+    looked: list[str] = []
+    whole = os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **how: looked.append(path) or whole(path, **how))
+    monkeypatch.setattr(os, "readlink", lambda path: looked.append(path))
+    tree = index._walk(os.path.realpath(root))
+    assert len(tree.paths) == 4
+    assert sorted(looked) == sorted(map(str, (root, root / "a", root / "b", root / "b/c")))
+
+
 @pytest.mark.parametrize("damage", [b"", b"words", bytes(200)])
 def test_a_damaged_index_is_made_anew(tmp_path, index_cache, damage):
     root = fill(tmp_path / "in")
@@ -187,7 +273,8 @@ def test_a_million_paths_load_quickly_and_small(tmp_path, index_cache):
     age(root)
     stamps = {folder: os.stat(root / folder).st_mtime_ns for folder in folders}
     names = (f"class_{c:04d}/image_{i:08d}.JPEG" for c in range(1000) for i in range(1000))
-    index._store_cached(os.path.realpath(root), StringTable.from_strings(names), stamps, {})
+    found = index.FoundImages(StringTable.from_strings(names), linked=False)
+    index._store_cached(os.path.realpath(root), found, stamps, [])
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     run = [sys.executable, "-c", MILLION, str(root)]
     out = subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout

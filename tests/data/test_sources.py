@@ -10,6 +10,7 @@ from msn.data.sources import folder_source, list_source
 from msn.errors import UserError
 from tests.data.logs import warnings_in
 from tests.data.photos import make_folder, photo
+from tests.data.test_pools import pools
 
 
 def open_folder(root, use_labels=True):
@@ -104,13 +105,22 @@ HEADERS = {
     "IMAGE\na.jpg\nb.jpg\n": [],
     "a.jpg,image\nb.jpg,label\n": ["image", "label"],
     "a.jpg,cat,7\nb.jpg,dog,8\n": ["cat", "dog"],
+    "image_id,label\na.jpg,cat\nb.jpg,dog\n": ["cat", "dog"],
+    "path;label\na.jpg;cat\nb.jpg;dog\n": ["cat", "dog"],
+    "a.jpg;cat\nb.jpg;dog\n": ["cat", "dog"],
+    "label\tFile_Name\ncat\ta.jpg\ndog\tb.jpg\n": ["cat", "dog"],
+    "a.jpg\tcat\nb.jpg\tdog\n": ["cat", "dog"],
+    'path,label\n"a.jpg","cat, big"\n"b.jpg",dog\n': ["cat, big", "dog"],
+    "path,label\na.jpg,cat\npath,label\nb.jpg,dog\n": ["cat", "dog"],  # two files put together
 }
 
 
 @pytest.mark.parametrize("text", HEADERS)
-def test_columns_are_taken_by_the_names_in_a_header(text, tmp_path):
-    (tmp_path / "a.csv").write_text(text)
-    source = open_list(tmp_path / "a.csv")
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".txt"])
+def test_columns_are_taken_by_the_names_in_a_header(text, ending, tmp_path):
+    file = tmp_path / f"a{ending}"
+    file.write_text(text)
+    source = open_list(file)
     assert names(source) == ["a.jpg", "b.jpg"]
     assert source.classes == HEADERS[text]
     assert (source.labels is None) == (not HEADERS[text])
@@ -121,13 +131,72 @@ def test_a_text_list_may_have_a_header_too(tmp_path):
     assert names(open_list(tmp_path / "a.txt")) == ["a, b.jpg"]
 
 
+def test_an_image_that_is_there_decides_between_separators_and_what_has_no_ending(tmp_path):
+    for name in ("a;b.jpg", "c,d.jpg", "number7"):
+        photo(1).save(tmp_path / name, "JPEG")
+    for file, text, expected in (
+        ("1.csv", "a;b.jpg,cat\n", ["a;b.jpg"]),
+        ("2.csv", "c,d.jpg;cat\n", ["c,d.jpg"]),
+        ("3.csv", "number7,cat\nnumber8,dog\n", ["number7", "number8"]),
+        ("4.txt", "c,d.jpg\n", ["c,d.jpg"]),
+        ("5.txt", "number7,cat\n", ["number7"]),
+        ("6.txt", '"a;b.jpg"\n', ["a;b.jpg"]),
+    ):
+        (tmp_path / file).write_text(text)
+        assert names(open_list(tmp_path / file)) == expected
+
+
+def test_a_name_of_any_bytes_and_a_column_of_any_bytes_pass_through_a_list(tmp_path):
+    make_folder(tmp_path / "in", classes=1, images=2)
+    (tmp_path / "in").rename(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"caf\xe9")))
+    (tmp_path / "a.csv").write_bytes(
+        b"path,label\ncaf\xe9/class_0/0.jpg,\xe9\ncaf\xe9/class_0/1.jpg,e\n"
+    )
+    source = open_list(tmp_path / "a.csv")
+    assert source.decode(0, full_size).pixels.shape == (48, 64, 3)
+    assert sorted(map(os.fsencode, source.classes)) == [b"e", b"\xe9"]
+
+
+UNREADABLE_LISTS = {  # rows: what is said
+    "C:\\data\\x.jpg\nC:\\data\\y.jpg\n": r"C:\\data\\x.jpg \(No such file .*with / between",
+    "https://there.org/x.jpg\n": r"no image can be read; .*no URLs",
+    "image_id,label\n000c14,2\n000c15,1\n": r"no image can be read; .*with their endings",
+    "x.jpg,cat\n": r"relative paths start at TMP",
+}
+
+
+@pytest.mark.parametrize("text", UNREADABLE_LISTS)
+def test_a_list_of_what_is_not_there_says_what_paths_must_be(text, tmp_path):
+    (tmp_path / "a.csv").write_text(text)
+    message = UNREADABLE_LISTS[text].replace("TMP", str(tmp_path))
+    with pytest.raises(UserError, match=message):
+        pools(tmp_path / "a.csv", source="list")
+
+
+@pytest.mark.parametrize("rows", [40, 1080])
+@pytest.mark.parametrize("separator", [",", ";", "\t", " "])
+@pytest.mark.parametrize("ending", [".csv", ".txt"])
+def test_a_header_that_is_not_known_is_never_an_image(rows, separator, ending, tmp_path):
+    lines = ["number", *(f"{i}.jpg" for i in range(rows))]
+    labels = ["kind", *(f"{i % 3}" for i in range(rows))]
+    text = "\n".join(f"{a}{separator}{b}" for a, b in zip(lines, labels, strict=True))
+    (tmp_path / f"a{ending}").write_text(text)
+    with pytest.raises(UserError, match="is no image and no header that .*seen: 'number") as caught:
+        open_list(tmp_path / f"a{ending}")
+    assert "separators tried: comma, semicolon, tab" in str(caught.value)
+
+
 DAMAGED_LISTS = {
     "a.jpg\nb.jpg\n".encode("utf-16"): r"line 1 is not text in UTF-8",
     b"a.jpg\nb\0.jpg\n": r"line 2 is not text in UTF-8",
     b'a.jpg,cat\n"b.jpg,dog\nc.jpg,dog\n': r"the row that begins in line 2 is no CSV",
     b'a.jpg,cat\n"b.jpg\n' + b"c.jpg,dog\n" * 20_000: r"the row that begins in line 2 is no CSV",
     b"a.jpg,cat\n,dog\n": r"line 2 has no path",
-    b"img,label\na.jpg,cat\n": r"the header names no column of paths; must be one of path,",
+    b"photo,label\na.jpg,cat\n": (
+        r"the first row is no image and no header that names the column of paths; columns seen: "
+        r"'photo', 'label'; separators tried: comma, semicolon, tab; the header must name one of"
+    ),
+    b"7,a.jpg,cat\n": r"the first row is no image \(column 2 may be\) and no header",
 }
 
 
