@@ -2,7 +2,10 @@
 
 import sys
 from importlib import import_module
+from io import TextIOWrapper
 from typing import TYPE_CHECKING
+
+from msn import __version__
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -23,6 +26,8 @@ COMMANDS = {
     "replay": "take a step that was not finite again, from its dump",
 }
 
+INTERRUPTED = 130  # exit code after Ctrl-C, 128 + SIGINT as shells have it
+
 
 def main() -> None:
     """Run the command that the first argument names."""
@@ -31,6 +36,8 @@ def main() -> None:
         from msn.commands.help import usage
 
         print(usage(COMMANDS))
+    elif name == "--version":
+        print(f"msn {__version__}")
     elif name in COMMANDS:
         run_named(name, sys.argv[2:])
     else:
@@ -40,14 +47,24 @@ def main() -> None:
 
 
 def run_named(name: str, arguments: list[str]) -> None:
-    """Run a command by its name with Hydra overrides and flags."""
+    """Run a command by its name with Hydra overrides and flags; Ctrl-C ends it with code 130."""
+    if "--version" in arguments:  # Hydra would print its own
+        print(f"msn {__version__}")
+        return
     from msn.commands.entry import run_command
+
+    if isinstance(sys.stdout, TextIOWrapper):  # a file's name may not be text; stderr can already
+        sys.stdout.reconfigure(errors="backslashreplace")
 
     def job(config: "DictConfig") -> None:
         # Imported after composition: a mistyped key is told at once, without loading torch.
         import_module(f"msn.commands.{name}").run(config)
 
-    run_command(name, job, arguments)
+    try:
+        run_command(name, job, arguments)
+    except KeyboardInterrupt as error:  # Ctrl-C; a command may have said what is left of its work
+        print(str(error) or "interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

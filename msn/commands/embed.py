@@ -3,7 +3,9 @@
 Work is kept in pieces beside `out` until it is whole, so that a stopped job goes on where it was.
 """
 
+import csv
 import hashlib
+import io
 import json
 import logging
 import os
@@ -26,7 +28,7 @@ from msn.errors import UserError
 from msn.evaluation.cache import digest_of, images_key, weights_key
 from msn.evaluation.features import check_feature, forward_feature
 from msn.evaluation.progress import Progress
-from msn.files import writing_to
+from msn.files import write_bytes, writing_to
 from msn.weights import Backbone, load_backbone
 from msn.weights.files import open_weights, save_tensors
 
@@ -36,6 +38,8 @@ log = logging.getLogger(__name__)
 PIECE = 1024
 # A safetensors header holds 100 MB; the ids stand in it.
 MAX_ID_BYTES = 90_000_000
+SUFFIX = ".safetensors"
+SHOWN = 10
 
 
 def run(config: DictConfig) -> None:
@@ -58,16 +62,23 @@ def run(config: DictConfig) -> None:
     if sum(len(json.dumps(name)) + 4 for name in names) > MAX_ID_BYTES:
         raise UserError(f"data.root={root}: too many images for one file; embed its folders apart")
     pieces = out.parent / f".{out.name}.{_digest(backbone, source, settings['feature'])}.part"
-    _embed(backbone, _Images(source, backbone), settings, pieces)
-    missing = _join(pieces, names, out, _header(backbone, settings))
+    try:
+        _embed(backbone, _Images(source, backbone), settings, pieces)
+        missing = _join(pieces, names, out, _header(backbone, settings))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted: what is done stays in {pieces}; the same command goes on from it"
+        ) from None
     shutil.rmtree(pieces, ignore_errors=True)
-    for name in missing[:10]:
-        print(f"left out, cannot be read: {name}")
+    for name, reason in missing[:SHOWN]:
+        print(f"left out, cannot be read: {name} ({reason})")
+    if missing:
+        print(f"all that were left out: {_unreadable(out)}")
     print(f"{len(names) - len(missing)} images embedded, {len(missing)} left out: {out}")
 
 
-class _Images(Dataset[tuple[Tensor, bool]]):
-    """Transformed images; an unreadable one is zeros and False."""
+class _Images(Dataset[tuple[Tensor, str]]):
+    """Transformed images and an empty text; an unreadable one is zeros and why."""
 
     def __init__(self, source: Source, backbone: Backbone) -> None:
         self.source, self.transform, self.size = source, backbone.transform, backbone.img_size
@@ -75,11 +86,11 @@ class _Images(Dataset[tuple[Tensor, bool]]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, bool]:
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
         try:
-            return self.transform(self.source.rgb(index)), True
-        except BadImageError:
-            return torch.zeros(3, self.size, self.size), False
+            return self.transform(self.source.rgb(index)), ""
+        except BadImageError as error:
+            return torch.zeros(3, self.size, self.size), str(error) or "unreadable"
 
 
 def _check(settings: dict[str, Any], out: Path) -> None:
@@ -88,6 +99,8 @@ def _check(settings: dict[str, Any], out: Path) -> None:
         raise UserError(f"batch_size must be a whole number >= 1, got {batch_size!r}")
     if out.is_dir():
         raise UserError(f"out={out} is a directory; it must be a file such as features.safetensors")
+    if out.suffix != SUFFIX:
+        raise UserError(f"out={out}: features are written as safetensors; the name must end so")
     if out.exists() and settings["overwrite"] is not True:
         raise UserError(f"out={out} exists; overwrite=true replaces it")
 
@@ -106,19 +119,19 @@ def _embed(backbone: Backbone, images: _Images, settings: dict[str, Any], pieces
         print(f"resuming: {len(images) - total} of {len(images)} images are done")
     with Progress("embedding", total, show=True) as progress:
         for indices in left:
-            rows, readable = [], []
+            rows, reasons = [], []
             size = settings["batch_size"]
-            for batch, is_readable in DataLoader(
-                images, size, sampler=indices, num_workers=workers
-            ):
+            for batch, unread in DataLoader(images, size, sampler=indices, num_workers=workers):
                 features = forward_feature(
                     backbone, batch.to(device, backbone.cls_token.dtype), settings["feature"]
                 )
                 rows.append(features.float().cpu())
-                readable.append(is_readable)
+                reasons += unread
                 progress.advance(len(batch))
-            tensors = {"features": torch.cat(rows), "readable": torch.cat(readable)}
-            save_tensors(_piece(pieces, indices[0]), tensors, _digests(tensors))
+            readable = torch.tensor([not reason for reason in reasons])
+            tensors = {"features": torch.cat(rows), "readable": readable}
+            metadata = {**_digests(tensors), "reasons": json.dumps(reasons)}
+            save_tensors(_piece(pieces, indices[0]), tensors, metadata)
 
 
 def _is_whole(piece: Path, indices: range) -> bool:
@@ -128,8 +141,9 @@ def _is_whole(piece: Path, indices: range) -> bool:
     try:
         tensors, metadata = open_weights(piece)
         said = {name: metadata.get(name) for name in tensors}
-        whole = said == _digests(tensors) and len(tensors["readable"]) == len(indices)
-    except (UserError, KeyError):
+        count = len(json.loads(metadata["reasons"]))
+        whole = said == _digests(tensors) and count == len(tensors["readable"]) == len(indices)
+    except (UserError, KeyError, ValueError):
         whole = False
     if not whole:
         log.warning("%s is damaged and made again", piece)
@@ -140,18 +154,38 @@ def _digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: digest_of(tensor) for name, tensor in tensors.items()}
 
 
-def _join(pieces: Path, names: list[str], out: Path, header: dict[str, Any]) -> list[str]:
-    """Write `out` from the pieces and return the names of the images that could not be read."""
-    parts = [open_weights(_piece(pieces, start))[0] for start in range(0, len(names), PIECE)]
-    readable = torch.cat([part["readable"] for part in parts])
-    if not bool(readable.any()):
-        raise UserError(f"none of {len(names)} images can be read, for instance {names[0]}")
-    features = torch.cat([part["features"] for part in parts])[readable]
-    flags = readable.tolist()
-    ids = [name for name, is_readable in zip(names, flags, strict=True) if is_readable]
+def _join(
+    pieces: Path, names: list[str], out: Path, header: dict[str, Any]
+) -> list[tuple[str, str]]:
+    """Write `out` from the pieces, and beside it what could not be read.
+
+    Returns:
+        Names and reasons of the images that could not be read.
+    """
+    parts = [open_weights(_piece(pieces, start)) for start in range(0, len(names), PIECE)]
+    reasons = [reason for _, metadata in parts for reason in json.loads(metadata["reasons"])]
+    ids = [name for name, reason in zip(names, reasons, strict=True) if not reason]
+    missing = [row for row in zip(names, reasons, strict=True) if row[1]]
+    if not ids:
+        name, reason = missing[0]
+        raise UserError(f"none of {len(names)} images can be read, for instance {name} ({reason})")
+    readable = torch.cat([tensors["readable"] for tensors, _ in parts])
+    features = torch.cat([tensors["features"] for tensors, _ in parts])[readable]
+    if missing:
+        table = io.StringIO()
+        csv.writer(table, lineterminator="\n").writerows([("path", "reason"), *missing])
+        write_bytes(_unreadable(out), os.fsencode(table.getvalue()))
+    else:
+        with writing_to(_unreadable(out)):
+            _unreadable(out).unlink(missing_ok=True)  # of the features that `out` replaces
     metadata = {"ids": json.dumps(ids), "msn": json.dumps(header)}
     save_tensors(out, {"features": features}, metadata)
-    return [name for name, is_readable in zip(names, flags, strict=True) if not is_readable]
+    return missing
+
+
+def _unreadable(out: Path) -> Path:
+    """features.safetensors -> features.unreadable.csv: path and reason of what is left out."""
+    return out.with_suffix(".unreadable.csv")
 
 
 def _header(backbone: Backbone, settings: dict[str, Any]) -> dict[str, Any]:

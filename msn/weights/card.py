@@ -1,13 +1,18 @@
 """The model card of an export: what it is, where it comes from, and under which licence."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from msn.weights.classifier import Classifier
 from msn.weights.weights import PUBLISHED_LICENCE
 
-# What the Hub calls the licences that we know.
-_HUB_LICENCES = {PUBLISHED_LICENCE: "cc-by-nc-4.0", "Apache-2.0": "apache-2.0"}
+# Names of licences on the Hub that weights have; all others are "other" with name and link there.
+_HUB_LICENCES = (
+    *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "openrail", "cc0-1.0", "unlicense"),
+    *("cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0"),
+    *("gpl-3.0", "lgpl-3.0", "agpl-3.0", "mpl-2.0"),
+)
 _LIBRARIES = {"timm": "timm", "huggingface": "transformers", "onnx": "onnx"}
 
 _USE = {
@@ -68,10 +73,22 @@ def model_card(
 
 def _front_matter(format: str, licence: str, head: Classifier | None) -> str:
     task = "image-feature-extraction" if head is None else "image-classification"
-    lines = ["---", f"license: {_HUB_LICENCES.get(licence, 'other')}"]
+    lines = ["---", *_licence_lines(licence)]
     if format in _LIBRARIES:
         lines.append(f"library_name: {_LIBRARIES[format]}")
     return "\n".join([*lines, f"pipeline_tag: {task}", "tags:", "- msn", "- vit", "---"])
+
+
+def _licence_lines(licence: str) -> list[str]:
+    """The Hub's entries for a licence; one that it has no name for is explained further down."""
+    slug = "-".join(re.findall(r"[a-z0-9.]+", licence.partition("(")[0].lower()))
+    if slug in _HUB_LICENCES:
+        return [f"license: {slug}"]
+    return [
+        "license: other",
+        f"license_name: {slug or 'unknown'}",
+        "license_link: README.md#licence",
+    ]
 
 
 def _facts(header: Mapping[str, Any]) -> str:
@@ -83,7 +100,7 @@ def _facts(header: Mapping[str, Any]) -> str:
         "data": header.get("data"),
         "method": header.get("method"),
         "epochs": header.get("epoch"),
-        "started from": header.get("init"),
+        "started from": _start(header),
         "config digest": header.get("config_digest"),
         "normalisation": f"mean {header['mean']}, std {header['std']}",
         "licence": header["licence"],
@@ -91,10 +108,16 @@ def _facts(header: Mapping[str, Any]) -> str:
     return _table(("", ""), [(key, _text(value)) for key, value in rows.items()])
 
 
+def _start(header: Mapping[str, Any]) -> Any:
+    """A run from scratch says that it started from none; a file of others says nothing."""
+    scratch = header.get("init", "") is None
+    return "random weights" if scratch else header.get("init")
+
+
 def _licence(header: Mapping[str, Any]) -> str:
     if header["licence"] != PUBLISHED_LICENCE:
-        return ""
-    return (
+        return f"## Licence\n\nOf the weights: {_text(header['licence'])}."
+    return "## Licence\n\n" + (
         "These weights descend from the files published with facebookresearch/msn and stay under "
         "their licence, CC BY-NC 4.0: no commercial use."
     )
@@ -121,7 +144,9 @@ def _percent(row: Mapping[str, Any]) -> str:
     mean, std = row.get("top1_mean"), row.get("top1_std")
     if mean is None:
         return "not stated"
-    return f"{100 * mean:.1f}" + ("" if std is None else f" \u00b1 {100 * std:.1f}")
+    if std is None or row.get("splits") == 1:  # of one split no spread can be told
+        return f"{100 * mean:.1f}"
+    return f"{100 * mean:.1f} \u00b1 {100 * std:.1f}"
 
 
 def _head_note(head: Classifier | None) -> str:

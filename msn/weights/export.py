@@ -58,7 +58,7 @@ def export(
     out = out.resolve()
     _check_free(out, overwrite)
     resized = _at_size(weights, image_size)
-    header = complete_meta({**weights.meta, "model": resized.model})
+    header = _without_paths(complete_meta({**weights.meta, "model": resized.model}))
     content = Export(resized, header, head)
     with placed_at(out) as directory:
         kind.write(content, directory)
@@ -83,7 +83,7 @@ def _format(name: str, head: Classifier | None) -> Format:
     if missing:
         raise UserError(
             f"format={name} needs {', '.join(missing)}, which is not installed: "
-            f"pip install 'msn[{kind.extra}]'"
+            f"pip install 'msn-pretraining[{kind.extra}]'"
         )
     return kind
 
@@ -92,6 +92,21 @@ def _check_same_backbone(weights: Weights, head: Classifier | None) -> None:
     said = None if head is None else head.weights
     if said is not None and said != _digest(weights):
         raise UserError("head: was fitted on features of another backbone, not of this one")
+
+
+def _without_paths(header: dict[str, Any]) -> dict[str, Any]:
+    """What the weights say about themselves, less where things lay on the machine that made them.
+
+    Exports are handed on; of `init` the name is left, of the data what kind it was.
+    """
+    said: dict[str, Any] = {}
+    if isinstance(header.get("data"), dict):
+        said["data"] = {key: value for key, value in header["data"].items() if key != "root"}
+    if isinstance(header.get("init"), str):
+        model, _, file = header["init"].rpartition("@")
+        known = model.startswith("timm/")
+        said["init"] = f"{model}@{Path(file).name}" if known else Path(header["init"]).name
+    return header | said
 
 
 def _about(weights: Weights, rows: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:

@@ -3,6 +3,7 @@
 The names are those of transformers 4, which transformers 5 reads and writes too.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -114,13 +115,16 @@ def preprocessor_config(
 ) -> dict[str, Any]:
     """`preprocessor_config.json`: shortest edge as `short_side` says, then a centre crop.
 
-    BitImageProcessor does both in transformers 4 and 5; ViTImageProcessor squashes.
+    Training scripts crop to `size`, so this must be the model's own. PoolFormerImageProcessor then
+    resizes to size / crop_pct, at every size; ConvNextImageProcessor squashes from 384 px on,
+    ViTImageProcessor always, and BitImageProcessor takes the size before the crop.
     """
     return {
-        "image_processor_type": "BitImageProcessor",
+        "image_processor_type": "PoolFormerImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": short_side(image_size)},
+        "size": {"shortest_edge": image_size},
+        "crop_pct": _crop_pct(image_size),
         "resample": 2,  # bilinear, as the evaluation transform
         "do_center_crop": True,
         "crop_size": {"height": image_size, "width": image_size},
@@ -130,6 +134,13 @@ def preprocessor_config(
         "image_mean": list(mean),
         "image_std": list(std),
     }
+
+
+def _crop_pct(image_size: int) -> float:
+    """What `int(image_size / crop_pct)` makes `short_side(image_size)` of, never one short."""
+    fraction = image_size / short_side(image_size)
+    exact = int(image_size / fraction) == short_side(image_size)
+    return fraction if exact else math.nextafter(fraction, 0)
 
 
 def told_by_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:

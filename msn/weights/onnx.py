@@ -15,7 +15,7 @@ from msn.weights.timm import plain_timm
 from msn.weights.weights import Weights, strip_prefix
 
 INPUT, OUTPUT = "pixel_values", "tokens"
-INSTALL = "pip install 'msn[onnx]'"
+INSTALL = "pip install 'msn-pretraining[onnx]'"
 _PREFIX = "trunk."
 
 
@@ -51,6 +51,9 @@ def write_onnx(path: Path, weights: Weights, header: Mapping[str, Any]) -> None:
     )
     assert program is not None
     proto = program.model_proto
+    for graph in (proto.graph, *proto.functions):
+        for node in graph.node:
+            del node.metadata_props[:]  # torch's stack traces, with paths of this machine
     entry = proto.metadata_props.add()
     entry.key, entry.value = "msn", json.dumps(header)
     write_bytes(path, proto.SerializeToString())

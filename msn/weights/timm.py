@@ -26,7 +26,8 @@ def config(
         "num_classes": 0,
         "num_features": model["embed_dim"],
         "global_pool": "token",
-        "model_args": {**model, "num_classes": 0, "global_pool": "token"},
+        # Without num_classes: transformers gives that itself, and twice is an error.
+        "model_args": {**model, "global_pool": "token"},
         "pretrained_cfg": {
             "tag": "msn",
             "custom_load": False,

@@ -4,6 +4,8 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+import msn
+from msn.__main__ import main
 from msn.commands.command_line import parse_flags, quote_paths
 from msn.commands.entry import compose
 from msn.errors import UserError
@@ -99,3 +101,10 @@ def test_flags_that_are_none_are_refused(arguments, message):
 def test_a_null_byte_is_refused():
     with pytest.raises(UserError, match="run.name: a null byte"):
         compose("train", ["run.name=a\0b"])
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["train", "--version"]])
+def test_the_version_is_that_of_this_package(arguments, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["msn", *arguments])
+    main()
+    assert capsys.readouterr().out == f"msn {msn.__version__}\n"

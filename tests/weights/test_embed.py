@@ -1,4 +1,6 @@
+import csv
 import json
+import os
 import shutil
 
 import pytest
@@ -8,6 +10,7 @@ from PIL import Image
 from safetensors import safe_open
 from sklearn.datasets import load_sample_images
 
+from msn.__main__ import run_named
 from msn.commands import embed
 from msn.errors import UserError
 from msn.weights import load_backbone
@@ -41,6 +44,16 @@ def run(folder, **changes):
         **changes,
     }
     embed.run(OmegaConf.create(settings))
+
+
+def arguments(folder):
+    """The same as a command."""
+    return [
+        f"checkpoint={folder / 'run'}",
+        f"data.root={folder / 'images'}",
+        f"out={folder / 'features.safetensors'}",
+        *("data.num_workers=0", "batch_size=2", "device=cpu"),
+    ]
 
 
 def read(folder):
@@ -149,6 +162,65 @@ def test_unreadable_images_are_left_out_and_named(folder, capsys):
     assert len(features) == len(ids) == COUNT - 1
     assert "a/0.png" not in ids
     assert "left out, cannot be read: a/0.png" in capsys.readouterr().out
+
+
+def test_all_unreadable_images_are_written_down_with_reasons(folder, monkeypatch, capsys):
+    monkeypatch.setattr(embed, "PIECE", 2)
+    monkeypatch.setattr(embed, "SHOWN", 1)
+    for name in ("a/0.png", "b/3.png", "b/5.png"):
+        (folder / "images" / name).write_bytes(b"no image")
+    run(folder)
+    with open(folder / "features.unreadable.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == ["a/0.png", "b/3.png", "b/5.png"]
+    assert all(row["reason"] for row in rows)
+    shown = capsys.readouterr().out
+    assert "features.unreadable.csv" in shown
+    assert "b/3.png" not in shown
+    for name in ("a/0.png", "b/3.png", "b/5.png"):
+        (folder / "images" / name).unlink()
+    run(folder, overwrite=True)
+    assert not (folder / "features.unreadable.csv").exists()
+
+
+def test_names_that_are_no_text_pass_through_every_output(folder, capsys):
+    odd = os.fsdecode(b"caf\xe9.png")
+    shutil.copy(folder / "images" / "a" / "0.png", folder / "images" / odd)
+    broken = os.fsdecode(b"br\xfcche.png")
+    (folder / "images" / broken).write_bytes(b"no image")
+    run_named("embed", arguments(folder))
+    assert odd in read(folder)[1]
+    assert b"br\xfcche.png" in (folder / "features.unreadable.csv").read_bytes()
+    shown = capsys.readouterr().out
+    assert "left out, cannot be read: br\\udcfcche.png" in shown
+    assert f"{COUNT + 1} images embedded, 1 left out" in shown
+
+
+def test_interrupting_says_where_the_pieces_are_and_ends_with_130(folder, monkeypatch, capsys):
+    monkeypatch.setattr(embed, "PIECE", 2)
+    compute, computed = embed.forward_feature, []
+
+    def interrupted(backbone, images, feature):
+        if len(computed) == 2:
+            raise KeyboardInterrupt
+        computed.append(len(images))
+        return compute(backbone, images, feature)
+
+    monkeypatch.setattr(embed, "forward_feature", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        run_named("embed", arguments(folder))
+    assert ended.value.code == 130
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "interrupted" in line]
+    (pieces,) = folder.glob(".*.part")
+    assert line.startswith(f"interrupted: what is done stays in {pieces}")
+    assert len(list(pieces.iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.npz", "a.parquet", "a", "a.safetensors.gz"])
+def test_other_formats_are_refused_before_anything_is_read(folder, name):
+    with pytest.raises(UserError, match="features are written as safetensors"):
+        run(folder, out=str(folder / name), checkpoint="nowhere")
+    assert sorted(path.name for path in folder.iterdir()) == ["images", "run"]
 
 
 def test_a_list_of_paths_keeps_its_order(folder):

@@ -16,7 +16,9 @@ from msn.weights import build_trunk, formats, load_backbone, read_weights
 from msn.weights.classifier import Classifier
 from msn.weights.export import export
 from msn.weights.formats import FORMATS
+from msn.weights.huggingface import preprocessor_config
 from msn.weights.parity import fixed_images
+from msn.weights.preprocessing import short_side
 from msn.weights.weights import trunk_digest
 from tests.weights.conftest import assert_same, make_weights
 
@@ -109,18 +111,63 @@ def test_hugging_face_parity_covers_both_attentions_and_a_second_size(tmp_path):
 
 
 @pytest.mark.slow
-def test_auto_image_processor_prepares_images_as_we_do(tmp_path):
+@pytest.mark.parametrize(("size", "width"), [(32, 427), (96, 517), (224, 512), (448, 512)])
+def test_auto_image_processor_prepares_images_as_we_do(size, width, tmp_path):
     transformers = pytest.importorskip("transformers")
-    run(make_weights("s16"), tmp_path / "out", "huggingface")
-    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    run(make_weights("s16"), tmp_path / "out", "huggingface", image_size=size)
     transform = load_backbone(tmp_path / "out").transform
-    for photo in load_sample_images().images:
-        # 427 x 512 becomes 256 x 306: where the margin is odd, transformers crops one pixel aside.
-        pixels = photo[:, :512]
-        found = processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
-        expected = transform(Image.fromarray(pixels))
-        # Libraries may round resized pixels apart by one step of 1/255, over a std of 0.224.
-        torch.testing.assert_close(found, expected, atol=1.5 / 255 / 0.224, rtol=0)
+    # 427 x 512 becomes 256 x 306: where the margin is odd, transformers crops one pixel aside.
+    photos = [Image.fromarray(photo[:, :width]) for photo in load_sample_images().images]
+    # transformers 5 or 4; by Pillow to the bit, else resized pixels are one step of 255 apart.
+    new = int(transformers.__version__.split(".")[0]) >= 5
+    ways = [{"backend": "pil"}, {"backend": "torchvision"}] if new else [{}, {"use_fast": True}]
+    for way, steps in zip(ways, (0.01, 1.5), strict=True):
+        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out", **way)
+        for photo in photos:
+            found = processor(photo, return_tensors="pt")["pixel_values"][0]
+            torch.testing.assert_close(
+                found, transform(photo), atol=steps / 255 / 0.224, rtol=0, msg=str(way)
+            )
+
+
+def test_hugging_face_scripts_that_crop_to_size_fit_the_model():
+    for size in range(8, 1024):
+        config = preprocessor_config(size, mean=(0.5,) * 3, std=(0.5,) * 3)
+        assert config["size"]["shortest_edge"] == config["crop_size"]["height"] == size
+        # As PoolFormerImageProcessor computes it.
+        assert int(config["size"]["shortest_edge"] / config["crop_pct"]) == short_side(size)
+
+
+def test_auto_model_reads_the_timm_export_and_computes_the_same(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    weights = make_weights("patch7")
+    run(weights, tmp_path / "out", "timm")
+    model = transformers.AutoModel.from_pretrained(tmp_path / "out").eval()
+    images = fixed_images(28)
+    with torch.no_grad():
+        found = model(images).last_hidden_state
+        ours = build_trunk(weights).forward_features(images, norm=True)
+    torch.testing.assert_close(found, ours, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["timm", "huggingface"])
+def test_feature_pipelines_run_on_exports(format, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    run(make_weights("s16"), tmp_path / "out", format)
+    pipeline = transformers.pipeline("image-feature-extraction", model=str(tmp_path / "out"))
+    photo = Image.fromarray(load_sample_images().images[0])
+    assert torch.tensor(pipeline([photo, photo.convert("L")])).shape == (2, 1, 197, 384)
+
+
+@pytest.mark.parametrize(("format", "extra"), [("huggingface", "hf"), ("onnx", "onnx")])
+def test_missing_extras_are_named_as_this_package_is(format, extra, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=rf"pip install 'msn-pretraining\[{extra}\]'"):
+        run(weights, tmp_path / "out", format)
+    (tmp_path / "a.onnx").write_bytes(b"")
+    with pytest.raises(UserError, match=r"pip install 'msn-pretraining\[onnx\]'"):
+        read_weights(tmp_path / "a.onnx")
 
 
 def test_a_failed_comparison_leaves_nothing(weights, tmp_path, monkeypatch):
@@ -221,6 +268,55 @@ def test_card_of_published_weights_forbids_commercial_use(weights, tmp_path):
     assert "no commercial use" in card
 
 
+@pytest.mark.parametrize(
+    ("licence", "lines"),
+    [
+        ("mit", ["license: mit"]),
+        ("CC BY 4.0", ["license: cc-by-4.0"]),
+        ("not stated (its owner decides)", ["license: other", "license_name: not-stated"]),
+        ("My Terms", ["license: other", "license_name: my-terms"]),
+    ],
+)
+def test_the_card_names_and_links_other_licences(licence, lines, weights, tmp_path):
+    weights.meta["licence"] = licence
+    run(weights, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    if len(lines) > 1:
+        lines = [*lines, "license_link: README.md#licence"]
+        assert f"## Licence\n\nOf the weights: {licence}." in card
+    assert card.split("---")[1].strip().splitlines()[: len(lines)] == lines
+
+
+@pytest.mark.parametrize(
+    "format", ["timm", "torch", "official", pytest.param("onnx", marks=pytest.mark.slow)]
+)
+def test_exports_keep_no_path_of_the_machine_that_made_them(format, weights, tmp_path):
+    weights.meta["data"] = {"source": "folder", "root": "/home/ada/private"}
+    weights.meta["init"] = "/home/ada/weights.pth"
+    run(weights, tmp_path / "out", format)
+    for path in (tmp_path / "out").iterdir():
+        assert b"/home/ada" not in path.read_bytes(), path
+        assert b"site-packages" not in path.read_bytes(), path
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| data | source folder |" in card
+    assert "| started from | weights.pth |" in card
+    again = read_weights(tmp_path / "out")
+    assert again.meta["init"] == "weights.pth"
+    again.meta["init"] = "timm/vit_small_patch16_224@/home/ada/vit.pth"
+    run(again, tmp_path / "again")
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "| started from | timm/vit_small_patch16_224@vit.pth |" in card
+
+
+def test_the_card_of_a_run_from_scratch_says_so(weights, tmp_path):
+    weights.meta["init"] = None
+    run(weights, tmp_path / "out")
+    assert "| started from | random weights |" in (tmp_path / "out" / "README.md").read_text()
+    del weights.meta["init"]
+    run(weights, tmp_path / "out", overwrite=True)
+    assert "| started from | not stated |" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_the_card_states_figures_of_exactly_these_weights(weights, tmp_path):
     common = {"classifier": "logistic", "labels": "1", "splits": 3, "top1_std": 0.01}
     named = {"weights": trunk_digest(weights.trunk), "image_size": 16}
@@ -233,7 +329,9 @@ def test_the_card_states_figures_of_exactly_these_weights(weights, tmp_path):
         run(weights, tmp_path / "out", overwrite=True, **more)
         return (tmp_path / "out" / "README.md").read_text()
 
-    assert "50.0" in card(lowshot=rows)
+    assert "50.0 \u00b1 1.0" in card(lowshot=rows)
+    single = [{**row, "splits": 1, "top1_std": 0.0} for row in rows]
+    assert "| 50.0 |" in card(lowshot=single)
     assert "25.0" in card(lowshot=rows)
     assert "Low-shot" not in card(lowshot=rows, image_size=32)
     assert "Low-shot" not in card(lowshot=[{**rows[0], "weights": "an older epoch's"}, rows[1]])
