@@ -2,7 +2,6 @@
 
 import sys
 from importlib import import_module
-from io import TextIOWrapper
 from typing import TYPE_CHECKING
 
 from msn import __version__
@@ -52,9 +51,6 @@ def run_named(name: str, arguments: list[str]) -> None:
         print(f"msn {__version__}")
         return
     from msn.commands.entry import run_command
-
-    if isinstance(sys.stdout, TextIOWrapper):  # a file's name may not be text; stderr can already
-        sys.stdout.reconfigure(errors="backslashreplace")
 
     def job(config: "DictConfig") -> None:
         # Imported after composition: a mistyped key is told at once, without loading torch.
