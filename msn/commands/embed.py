@@ -22,8 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 from msn.commands.entry import to_plain
 from msn.commands.eval_lowshot import choose_device
 from msn.data.datamodule import resolve_workers
+from msn.data.dataset import Subset
 from msn.data.decode import BadImageError
-from msn.data.sources import Source, folder_source, list_source
+from msn.data.depth import RECORDED, check_depth, trained_depth
+from msn.data.sources import Source, find_depth, folder_source, list_source
 from msn.errors import UserError
 from msn.evaluation.cache import digest_of, images_key, weights_key
 from msn.evaluation.features import check_feature, forward_feature
@@ -58,13 +60,15 @@ def run(config: DictConfig) -> None:
         source: Source = list_source(root, key="data.root", root=None, use_labels=False)
     else:
         source = folder_source(root, key="data.root", use_labels=False)
+    depth = trained_depth(check_depth(settings["data"]["depth"]), [backbone.meta])
+    source.depth = find_depth(source, depth)
     names = [source.name(i) for i in range(len(source))]
     if sum(len(json.dumps(name)) + 4 for name in names) > MAX_ID_BYTES:
         raise UserError(f"data.root={root}: too many images for one file; embed its folders apart")
     pieces = out.parent / f".{out.name}.{_digest(backbone, source, settings['feature'])}.part"
     try:
         _embed(backbone, _Images(source, backbone), settings, pieces)
-        missing = _join(pieces, names, out, _header(backbone, settings))
+        missing = _join(pieces, names, out, _header(backbone, source, settings))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"interrupted: what is done stays in {pieces}; the same command goes on from it"
@@ -188,20 +192,21 @@ def _unreadable(out: Path) -> Path:
     return out.with_suffix(".unreadable.csv")
 
 
-def _header(backbone: Backbone, settings: dict[str, Any]) -> dict[str, Any]:
+def _header(backbone: Backbone, source: Source, settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "feature": settings["feature"],
         "checkpoint": str(settings["checkpoint"]),
         "root": str(settings["data"]["root"]),
         "model": backbone.model_config,
         "licence": backbone.meta["licence"],
+        RECORDED: source.depth,
     }
 
 
 def _digest(backbone: Backbone, source: Source, feature: str) -> str:
     """What must be the same for pieces of an earlier job to be taken over."""
     normalisation = [backbone.meta.get(name) for name in ("mean", "std")]
-    images = images_key(source.identity(i) for i in range(len(source)))
+    images = images_key(map(Subset(source).identity, range(len(source))))
     parts = [feature, backbone.model_config, normalisation, images, weights_key(backbone)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 

@@ -15,6 +15,7 @@ from msn.commands.evaluation_log import open_log
 from msn.commands.run_directory import choose_run_directory
 from msn.data.datamodule import resolve_workers
 from msn.data.dataset import LabelledImages
+from msn.data.depth import trained_depth
 from msn.data.pools import build_pools
 from msn.data.sources import ArraySource
 from msn.data.tables import cache_folder
@@ -61,6 +62,8 @@ def run(config: DictConfig) -> None:
         )
         for backbone in opened:
             check_feature(protocol.features.feature, backbone.trunk.depth)
+        abouts = [backbone.about for backbone in opened]
+        settings["data"]["depth"] = trained_depth(settings["data"]["depth"], abouts)
         train, held_out = _labelled_sets(settings["data"])
         protocol.check(train.labels, train.classes)
         in_memory = isinstance(train.images.source, ArraySource)

@@ -20,6 +20,7 @@ from msn.commands.eval_lowshot import cache_directory, choose_device, without_vi
 from msn.data.datamodule import resolve_workers
 from msn.data.dataset import REPLACED, LabelledImages, Subset
 from msn.data.decode import BadImageError
+from msn.data.depth import trained_depth
 from msn.data.pools import build_pools
 from msn.data.sources import FileSource
 from msn.data.subsets import write_names
@@ -72,6 +73,7 @@ def run(config: DictConfig) -> None:
         )
     size = settings["features"]["image_size"]
     subject = open_backbone("msn", settings["checkpoint"], image_size=size, num_heads=num_heads)
+    data["depth"] = trained_depth(data["depth"], [subject.about])
     pools = build_pools(**data)
     chooser = _Chooser(settings, subject, weights, pools.train)
     choice = chooser.choose(budget)

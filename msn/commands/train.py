@@ -25,6 +25,7 @@ from msn.commands.run_directory import (
 )
 from msn.commands.run_loggers import build_loggers
 from msn.data.datamodule import MSNDataModule
+from msn.data.depth import RECORDED
 from msn.errors import UserError
 from msn.evaluation.protocol import Protocol
 from msn.method.distributed import process_index
@@ -111,6 +112,7 @@ def _set_up(
     module.checkpoint_info.update(
         data=_describe_data(settings), init=settings["init"], identity=identity_of(settings)
     )
+    module.checkpoint_info[RECORDED] = data.depth
     data.run_dir, data.force_resume = directory.path, settings["resume"]["force"]
     if directory.resume_from is not None:
         check_same_run(
@@ -122,6 +124,8 @@ def _set_up(
     elif settings["init"] is not None:
         _initialise(module, str(settings["init"]), settings["model"]["num_heads"])
     _attach(config, trainer, directory, preemption)
+    if data.depth is not None:  # what was found is what the run keeps
+        config.data.depth = data.depth
     if trainer.is_global_zero:
         directory.create(config)
         directory.write_status("unfinished", facts=facts(trainer, data, module))

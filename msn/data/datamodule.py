@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from msn.data.bad_images import BadImageLedger
 from msn.data.collate import BadImage, ImageBatch
 from msn.data.dataset import LabelledImages, TrainingSet
 from msn.data.decode import BadImageError, full_size
+from msn.data.depth import Depth
 from msn.data.device_views import make_batched_views
 from msn.data.pools import Pools, build_pools
 from msn.data.reference_views import make_reference_views
@@ -50,6 +51,8 @@ class MSNDataModule(LightningDataModule):
         use_labels: False ignores folder names and label columns.
         download: whether torchvision may fetch cifar10, cifar100 or stl10.
         image_size: side of the upsampled digits in px; None for everything else.
+        depth: of images of more than 8 bits: a number of bits, the values that are black and white,
+            or `auto`, which asks a sample of the training images.
         global_batch_size: images a step over all processes.
         num_workers: worker processes per training process; None takes 0 for images in memory and
             one for each core that this process may use otherwise.
@@ -80,6 +83,7 @@ class MSNDataModule(LightningDataModule):
         use_labels: bool,
         download: bool,
         image_size: int | None,
+        depth: str | int | Sequence[int],
         global_batch_size: int,
         num_workers: int | None,
         prefetch_batches: int,
@@ -107,6 +111,7 @@ class MSNDataModule(LightningDataModule):
             use_labels=use_labels,
             download=download,
             image_size=image_size,
+            depth=depth,
         )
         if self.pools.held_out is None and use_labels:
             log.info("no labels, so no low-shot table in the end: %s", self.pools.why)
@@ -125,6 +130,11 @@ class MSNDataModule(LightningDataModule):
         self.prepare_data_per_node = False
         # Fail on a batch that cannot be cut before anything else is built.
         self.sampler(rank=0, world_size=1)
+
+    @property
+    def depth(self) -> Depth | None:
+        """Of images of more than 8 bits, None where none was found."""
+        return self.pools.train.source.depth
 
     @property
     def _in_memory(self) -> bool:
@@ -252,6 +262,7 @@ class MSNDataModule(LightningDataModule):
             "names": digest.hexdigest()[:16],
             "global_batch_size": self.global_batch_size,
             "seed": self.seed,
+            "depth": 16 if self.depth is None else self.depth,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -271,7 +282,7 @@ class MSNDataModule(LightningDataModule):
             UserError: the checkpoint was trained on other data, and `force_resume` is not set.
         """
         now = self.fingerprint()
-        for key, before in state_dict["fingerprint"].items():
+        for key, before in {"depth": 16, **state_dict["fingerprint"]}.items():
             if now[key] != before and not self.force_resume:
                 raise UserError(
                     f"the checkpoint's data differ in {key}: {before} then, {now[key]} now; "

@@ -136,7 +136,9 @@ def to_eight_bits(values: np.ndarray, levels: Levels) -> np.ndarray:
     if levels == SIXTEEN_BITS and values.dtype == np.uint16:
         return (values >> 8).astype(np.uint8)
     wide = np.clip(values.astype(np.int64), low, high) - low
-    return (wide * 256 // (high - low + 1)).astype(np.uint8)
+    # Every gray level stands for as many values; fewer values end in white too.
+    factor, divisor = (256, high - low + 1) if high - low > 255 else (255, high - low)
+    return (wide * factor // divisor).astype(np.uint8)
 
 
 def trained_depth(setting: str | Depth, abouts: Sequence[Mapping[str, Any]]) -> str | Depth:

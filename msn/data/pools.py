@@ -12,11 +12,20 @@ import numpy as np
 from msn.data.bundled import digits_source, torchvision_source
 from msn.data.dataset import Subset
 from msn.data.decode import BadImageError, full_size
+from msn.data.depth import AUTO, Depth, check_depth
 from msn.data.folder_labels import UNLABELLED
 from msn.data.layout import find_parts
 from msn.data.real_paths import first_shared
 from msn.data.shards import ShardSource, shard_source
-from msn.data.sources import FileSource, Source, check_folder, folder_source, list_source
+from msn.data.sources import (
+    ArraySource,
+    FileSource,
+    Source,
+    check_folder,
+    find_depth,
+    folder_source,
+    list_source,
+)
 from msn.data.splits import hold_out_per_class, split_digits
 from msn.errors import UserError
 
@@ -55,17 +64,57 @@ def build_pools(
     use_labels: bool,
     download: bool,
     image_size: int | None,
+    depth: str | int | Sequence[int] = 16,
 ) -> Pools:
     """Find the images and decide which ones train.
 
     `train` and `val` below the root are used where there are both (see `find_parts`); else
     `val_root`; else, where there are labels, a seeded share of every class is held out. The
-    arguments are those of `MSNDataModule`.
+    arguments are those of `MSNDataModule`; runs that name no depth were trained with 16 bits.
 
     Raises:
         UserError: a setting is wrong or not read by this source, held-out images would be trained
             on, or there are no images that can be read.
     """
+    wanted = check_depth(depth)
+    pools = _find_pools(
+        source=source,
+        root=root,
+        val_root=val_root,
+        hold_out=hold_out,
+        split_seed=split_seed,
+        use_labels=use_labels,
+        download=download,
+        image_size=image_size,
+    )
+    _fix_depth(pools, wanted)
+    return pools
+
+
+def _fix_depth(pools: Pools, wanted: str | Depth) -> None:
+    """What trains decides on the depth of all images."""
+    train = pools.train.source
+    if isinstance(train, ArraySource):
+        if wanted not in (AUTO, 16):
+            raise UserError(f"data.depth={wanted}: {train.where} has 8 bits; must be auto")
+        return
+    found = find_depth(train, wanted)
+    for pool in pools[:3]:
+        if pool is not None:
+            pool.source.depth = found
+
+
+def _find_pools(
+    *,
+    source: str,
+    root: str | None,
+    val_root: str | None,
+    hold_out: float,
+    split_seed: int,
+    use_labels: bool,
+    download: bool,
+    image_size: int | None,
+) -> Pools:
     _check_own(source, root=root, val_root=val_root, download=download, image_size=image_size)
     if not 0 < hold_out < 1:
         raise UserError(f"data.hold_out={hold_out}: must lie in (0, 1)")
