@@ -34,7 +34,7 @@ def folder(tmp_path):
 def run(folder, **changes):
     settings = {
         "checkpoint": str(folder / "run"),
-        "data": {"root": str(folder / "images"), "num_workers": 0},
+        "data": {"root": str(folder / "images"), "depth": "auto", "num_workers": 0},
         "out": str(folder / "features.safetensors"),
         "feature": "class_token",
         "batch_size": 2,
@@ -226,7 +226,7 @@ def test_other_formats_are_refused_before_anything_is_read(folder, name):
 def test_a_list_of_paths_keeps_its_order(folder):
     names = ["images/b/3.png", "images/a/0.png"]
     (folder / "list.txt").write_text("\n".join(names))
-    run(folder, data={"root": str(folder / "list.txt"), "num_workers": 0})
+    run(folder, data={"root": str(folder / "list.txt"), "depth": "auto", "num_workers": 0})
     assert read(folder)[1] == names
 
 
@@ -237,7 +237,7 @@ def test_a_list_of_paths_keeps_its_order(folder):
         ({"feature": "last_9"}, "this backbone has 2 blocks"),
         ({"batch_size": 0}, "batch_size must be a whole number >= 1"),
         ({"device": "abacus"}, "device=abacus is not to be had"),
-        ({"data": {"root": "nowhere", "num_workers": 0}}, "no such folder"),
+        ({"data": {"root": "nowhere", "depth": "auto", "num_workers": 0}}, "no such folder"),
         ({"checkpoint": "nowhere"}, "no such file"),
     ],
 )
