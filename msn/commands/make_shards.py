@@ -35,7 +35,8 @@ def run(config: DictConfig) -> None:
         refuse_shared(*parts.values())
     for folder, source in parts.items():
         shards, images = write_shards(source, folder, images_per_shard=count)
-        labels = f"{len(source.classes)} classes" if source.labels is not None else "no labels"
+        known = source.labels is not None
+        labels = f"{len(source.classes)} classes" if known else f"no labels ({source.why})"
         without = f" ({len(source) - images} left out)" if images < len(source) else ""
         print(f"{images} images{without}, {labels}, in {len(shards)} shards: {folder}")
     print(f"train on them: python train.py data=shards data.root={out}")

@@ -80,15 +80,16 @@ def run(config: DictConfig) -> None:
     _write(out, pools.train, choice)
     print(f"{budget} of {len(pools.train)} images to label: {out / TABLE_FILE}")
     print(f"contact sheet: {out / SHEET_FILE}")
-    next_step = [
-        f"checkpoint={settings['checkpoint']}",
-        "data=list",
-        f"data.root={out / TABLE_FILE}",
-    ]
-    print(f"fill in its column label, then: python eval_lowshot.py {shlex.join(next_step)}")
-    if settings["compare_seeds"] and pools.labelled is not None and pools.held_out is not None:
-        if pools.labelled is not pools.train and len(pools.labelled) != len(pools.train):
-            return
+    keys = {"checkpoint": settings["checkpoint"], "data": "list", "data.root": out / TABLE_FILE}
+    arguments = shlex.join(f"{key}={value}" for key, value in keys.items())
+    print(f"fill in its column label, then: python eval_lowshot.py {arguments}")
+    if not settings["compare_seeds"] or not data["use_labels"]:
+        return
+    if pools.labelled is None or pools.held_out is None:
+        print(f"not compared with random choices, as there are no labels: {pools.why}")
+    elif len(pools.labelled) < len(pools.train):
+        print("not compared with random choices, as some images have no labels")
+    else:
         held_out = LabelledImages(pools.held_out, "held-out")
         chooser.compare(choice, LabelledImages(pools.labelled, "training"), held_out)
 

@@ -115,14 +115,9 @@ def _why_none(paths: Sequence[str], above: str) -> str:
         return f"all images lie in {paths[0].partition('/')[0]}/, whose folders are no classes"
     if len(loose) < len(paths):
         do = f"lie in no class folder: move them into one or away, {_OR_LIST}"
-        return f"{len(loose)} of {len(paths)} images, for instance {_shown(paths[loose[0]])}, {do}"
-    where = f"in one folder, {_shown(above)}" if above else "in the folder itself"
+        return f"{len(loose)} of {len(paths)} images, for instance {paths[loose[0]]}, {do}"
+    where = f"in one folder, {above}" if above else "in the folder itself"
     return f"all images lie {where}: put those of each class into a folder of its own, {_OR_LIST}"
-
-
-def _shown(name: str) -> str:
-    """A file name for a message, which may be printed: names need not be UTF-8."""
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _half_labelled(

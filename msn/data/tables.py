@@ -16,11 +16,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from msn.data.kinds import SUFFIXES
 from msn.files import write_atomically
 
 log = logging.getLogger(__name__)
 
-# Also raised when suffixes or the rules of lists and shards change: a table holds what they find.
+# Also raised when the rules of folders, lists and shards change: a table holds what they find.
 _FORMAT = 4
 SETTLED_NS = 2_000_000_000  # a directory or list changed this shortly before may change unseen
 
@@ -72,6 +73,10 @@ def cache_file(key: str) -> Path:
     return cache_folder() / f"index-{digest}.bin"
 
 
+def _format() -> list[int | str]:
+    return [_FORMAT, *SUFFIXES]  # which kinds are read depends on what is installed
+
+
 def store_arrays(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     """Write a JSON header and arrays so that they can be mapped; all or nothing.
 
@@ -81,7 +86,7 @@ def store_arrays(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarra
     for name, array in arrays.items():
         layout[name] = [array.dtype.str, at, len(array)]
         at += -(-array.nbytes // 64) * 64
-    text = json.dumps({"format": _FORMAT, "arrays": layout, **header}).encode()
+    text = json.dumps({"format": _format(), "arrays": layout, **header}).encode()
     text += b" " * (-(len(text) + 8) % 64)
 
     def write(file: BinaryIO) -> None:
@@ -108,7 +113,7 @@ def _map_arrays(file: BinaryIO) -> tuple[dict[str, Any], dict[str, np.ndarray]] 
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(length)) if length < size else {}
-    if header.get("format") != _FORMAT:
+    if header.get("format") != _format():
         return None
     arrays: dict[str, np.ndarray] = {}
     for name, (dtype, at, count) in header["arrays"].items():

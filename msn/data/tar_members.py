@@ -6,6 +6,7 @@ import os
 import tarfile
 from typing import NamedTuple
 
+from msn.data.index import system_name
 from msn.data.kinds import SUFFIXES
 from msn.errors import UserError
 
@@ -78,7 +79,7 @@ class _Samples:
         An extension that is there already begins a sample of the same name, so nothing is lost.
         """
         folder, slash, file = member.name.removeprefix("./").rpartition("/")
-        if not member.isreg() or file.startswith("."):
+        if not member.isreg() or _is_system(member.name):
             return
         stem, _, extension = file.partition(".")
         key, extension = folder + slash + stem, extension.lower()
@@ -99,6 +100,11 @@ class _Samples:
             image = min(self._found, key=lambda found: found[0])[1]
             self.images.append(image._replace(label=self._label))
             self.further += len(self._found) - 1
+
+
+def _is_system(name: str) -> bool:
+    """Whether a member lies in a folder, or is a file, that is no image in a folder either."""
+    return any(system_name(part) for part in name.split("/") if part not in (".", ".."))
 
 
 def _read_label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> int:

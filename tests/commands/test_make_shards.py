@@ -73,6 +73,28 @@ def test_a_list_becomes_shards_and_what_is_left_out_is_not_counted(command, tmp_
     assert printed.startswith("4 images (2 left out), 2 classes, in 1 shards: ")
 
 
+def test_why_there_are_no_labels_is_said_and_half_of_them_are_refused(command, tmp_path):
+    make_folder(tmp_path / "in", classes=2, images=2)
+    (tmp_path / "in" / "class_0" / "0.jpg").rename(tmp_path / "in" / "stray.jpg")
+    code, printed, _ = command("make_shards", f"root={tmp_path / 'in'}", f"out={tmp_path / 'out'}")
+    why = "4 images, no labels (1 of 4 images, for instance stray.jpg, lie in no class folder"
+    assert (code, printed.startswith(why)) == (0, True)
+    for part in ("labelled", "unlabelled"):
+        make_folder(tmp_path / "half" / part, classes=2, images=2)
+    code, _, err = command("make_shards", f"root={tmp_path / 'half'}", f"out={tmp_path / 'no'}")
+    assert (code, "some images have labels; use_labels=false packs" in err) == (2, True)
+    assert not (tmp_path / "no").exists()
+
+
+def test_images_that_links_hold_out_and_train_on_are_not_packed(command, tmp_path):
+    make_folder(tmp_path / "in" / "train", classes=2, images=2)
+    (tmp_path / "in" / "val").mkdir()
+    (tmp_path / "in" / "val" / "class_0").symlink_to("../train/class_0")
+    code, _, err = command("make_shards", f"root={tmp_path / 'in'}", f"out={tmp_path / 'out'}")
+    assert (code, "class_0/0.jpg is in data.root=" in err) == (2, True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_mistakes_are_said_before_anything_is_written(command, tmp_path):
     make_folder(tmp_path / "in" / "train")
     (tmp_path / "in" / "val").mkdir()

@@ -54,10 +54,14 @@ def test_prototypes_of_a_run_on_any_folder_with_one_look_at_the_images(
     code, out, err = command("suggest_labels", *arguments, "compare_seeds=0")
     assert code == 0, err
     assert "random" not in out
+    where = [f"data.root={images / 'class0'}", f"out={tmp_path / 'flat'}"]
+    code, out, _ = command("suggest_labels", f"checkpoint={tmp_path / 'run'}", "budget=2", *where)
+    why = "not compared with random choices, as there are no labels: all images lie in the folder"
+    assert (code, why in out) == (0, True)
     found = sorted(path.name for path in (tmp_path / "suggested_labels").iterdir())
     assert found == ["contact_sheet.png", "suggested.csv", "suggested.txt"]
     assert len((tmp_path / "suggested_labels" / "suggested.txt").read_text().split()) == 5
-    assert len(list((tmp_path / "cache" / "features").iterdir())) == 1
+    assert len(list((tmp_path / "cache" / "features").iterdir())) == 2  # one a pool
 
 
 def label_and_evaluate(command, printed, out, labels, monkeypatch, away):
@@ -67,7 +71,7 @@ def label_and_evaluate(command, printed, out, labels, monkeypatch, away):
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows({**row, "label": labels(row)} for row in rows)
-    said = printed.splitlines()[-1].partition("python eval_lowshot.py ")[2]
+    said = printed.partition("then: python eval_lowshot.py ")[2].splitlines()[0]
     monkeypatch.chdir(away)
     tail = ["protocol.shots=[1]", "protocol.splits=1", "protocol.logistic.lambd_grid=null"]
     tail += ["baselines=[]", "protocol.knn_neighbours=null", "data.num_workers=0"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from msn.data import index
+from msn.data import index, tables
 from msn.data.folder_labels import labels_from_folders
 from msn.data.index import scan_folder
 from msn.data.sources import folder_source
@@ -240,6 +240,17 @@ def test_a_cut_off_index_is_made_anew(tmp_path, index_cache):
     (file,) = index_cache.glob("index-*.bin")
     file.write_bytes(file.read_bytes()[:-70])
     assert scan(root) == first
+
+
+def test_an_index_of_other_kinds_of_images_is_made_anew(tmp_path, monkeypatch):
+    root = fill(tmp_path / "in")
+    (root / "a" / "x.heic").write_bytes(b"")
+    age(root)
+    without = (".jpg", ".png", ".webp")
+    for kinds, count in ((without, 4), ((*without, ".heic"), 5), (without, 4)):
+        for module in (index, tables):  # as where its decoder is installed, or is not
+            monkeypatch.setattr(module, "SUFFIXES", kinds)
+        assert len(scan(root)) == count
 
 
 def test_strings_of_any_bytes_survive():

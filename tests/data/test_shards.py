@@ -16,6 +16,7 @@ from msn.data.sources import folder_source, list_source
 from msn.errors import UserError
 from tests.data.logs import warnings_in
 from tests.data.photos import make_folder, photo
+from tests.data.test_pools import pools
 
 
 def write_tar(path, members):
@@ -61,6 +62,21 @@ def test_shards_hold_the_folder_in_its_order(folder, tmp_path):
     assert shards.labels.tolist() == folder.labels.tolist()
     for i in range(12):
         assert np.array_equal(pixels(shards, i), pixels(folder, i))
+
+
+def test_what_systems_put_into_an_archive_is_no_image(tmp_path):
+    names = ["./a/1.jpg", "b/2.jpg", "../c/3.jpg", "a/@eaDir/4.jpg", "__MACOSX/a/._1.jpg"]
+    names += ["$RECYCLE.BIN/5.jpg", "b/.hidden/6.jpg", "a/._1.jpg", "__MACOSX/7.jpg"]
+    write_tar(tmp_path / "x.tar", {name: jpeg(1) for name in names})
+    shards = open_shards(tmp_path)
+    assert [shards.name(i) for i in range(len(shards))] == ["a/1.jpg", "b/2.jpg", "../c/3.jpg"]
+
+
+def test_without_labels_shards_say_why(tmp_path):
+    write_tar(tmp_path / "x.tar", {f"{i}.jpg": jpeg(i) for i in range(3)})
+    found = pools(tmp_path, source="shards")
+    assert found.labelled is None
+    assert "not every image has a .cls number" in found.why
 
 
 def test_images_are_read_at_random_after_pickling(folder, tmp_path):
