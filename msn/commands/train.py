@@ -245,6 +245,8 @@ def _describe_run(
         f"1 + {views.rand_views} views of {views.rand_size} px and "
         f"{views.focal_views} of {views.focal_size} px"
     )
+    if data.pools.held_out is None:
+        print(f"no labels, so no low-shot table in the end: {data.pools.why}")
     if directory.resume_from is not None:
         print(f"resuming from {directory.resume_from}")
 

@@ -113,8 +113,6 @@ class MSNDataModule(LightningDataModule):
             image_size=image_size,
             depth=depth,
         )
-        if self.pools.held_out is None and use_labels:
-            log.info("no labels, so no low-shot table in the end: %s", self.pools.why)
         self.global_batch_size, self.seed = global_batch_size, seed
         self.num_workers = resolve_workers(num_workers, in_memory=self._in_memory)
         self.prefetch_batches = prefetch_batches
