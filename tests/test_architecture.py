@@ -12,7 +12,7 @@ PACKAGE = Path(msn.__file__).parent
 ALLOWED = {
     "method": set(),
     "data": {"method"},
-    "weights": {"method"},
+    "weights": {"method", "data"},
     "evaluation": {"method", "data", "weights"},
     "training": {"method", "data", "weights", "evaluation"},
     "reporting": {"method", "data", "weights", "evaluation"},

@@ -7,6 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from msn.weights.preprocessing import trimmed
+
 # Largest side in px: more pixels cost much memory and, without a network, tell classes no better.
 LARGEST_SIDE = 32
 
@@ -33,6 +35,7 @@ def pixel_transform(size: int) -> Callable[[Image.Image], Tensor]:
 
 
 def _pixels(image: Image.Image, size: int) -> Tensor:
+    image = trimmed(image)
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2

@@ -18,7 +18,7 @@ from msn.method.network import ProjectionHead
 from msn.method.vit import Block, VisionTransformer
 from msn.schema import take
 from msn.weights import Weights, build_trunk, read_weights
-from msn.weights.preprocessing import image_transform, short_side
+from msn.weights.preprocessing import image_transform, short_side, trimmed
 from msn.weights.weights import IMAGENET_MEAN, IMAGENET_STD
 
 _BATCH = 64
@@ -121,7 +121,7 @@ def _crop(size: int) -> Callable[[Image.Image], Image.Image]:
     """Short side, then centre crop: what evaluation does, up to the resampling of tensors."""
 
     def crop(image: Image.Image) -> Image.Image:
-        image = image.convert("RGB")
+        image = trimmed(image.convert("RGB"))
         scale = short_side(size) / min(image.size)
         width, height = (max(size, round(length * scale)) for length in image.size)
         left, top = (width - size) // 2, (height - size) // 2

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from msn.data.depth import levels_of, recorded_depth
 from msn.method.vit import VisionTransformer
 from msn.weights.files import save_tensors
 from msn.weights.preprocessing import image_transform
@@ -27,7 +28,8 @@ class Backbone(VisionTransformer):
         weights: as `read_weights` gives them.
 
     Attributes:
-        transform: from a PIL image to the [3, S, S] tensor that the trunk was made for.
+        transform: from a path, a PIL image of any mode or a uint8 tensor [3, H, W] to the tensor
+            [3, S, S] that the trunk was made for; EXIF rotation is applied, see `image_transform`.
         meta: what the file says about itself (epoch, data, method, licence, ...).
     """
 
@@ -40,6 +42,7 @@ class Backbone(VisionTransformer):
             self.img_size,
             mean=weights.meta.get("mean", IMAGENET_MEAN),
             std=weights.meta.get("std", IMAGENET_STD),
+            levels=levels_of(recorded_depth(weights.meta)),
         )
 
     def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]

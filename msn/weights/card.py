@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from msn.data.depth import levels_of, recorded_depth
 from msn.weights.classifier import Classifier
 from msn.weights.weights import PUBLISHED_LICENCE
 
@@ -64,6 +65,7 @@ def model_card(
         _facts(header),
         _licence(header),
         _use(format, head),
+        _left_to_you(format, header),
         _accuracy(lowshot),
         _head_note(head),
         _parity(report),
@@ -126,6 +128,26 @@ def _licence(header: Mapping[str, Any]) -> str:
 def _use(format: str, head: Classifier | None) -> str:
     auto = "AutoModel" if head is None else "AutoModelForImageClassification"
     return f"## Use\n\n```python\n{_USE[format].replace('{auto}', auto)}\n```"
+
+
+def _left_to_you(format: str, header: Mapping[str, Any]) -> str:
+    """What a library's own preprocessing does not do and training and evaluation did."""
+    depth = recorded_depth(header)
+    if format in ("torch", "official"):
+        return ""
+    library = {"timm": "timm's transform", "huggingface": "The image processor"}
+    parts = [
+        f"{library.get(format, 'The network')} does not turn images by their EXIF orientation, as "
+        "training and evaluation did: `PIL.ImageOps.exif_transpose(image)` does, before anything "
+        'else. Convert to RGB then (`.convert("RGB")`).'
+    ]
+    if depth is not None:
+        low, high = levels_of(depth)
+        parts.append(
+            "Images of more than 8 bits were trained on as 8 bits, with "
+            f"{low} as black and {high} as white: scale them so first."
+        )
+    return "\n\n".join(["## Left to you", *parts])
 
 
 def _accuracy(lowshot: list[dict[str, Any]] | None) -> str:

@@ -1,27 +1,50 @@
 """What is done to an image before a backbone sees it: the same in every format we write."""
 
+import os
 from collections.abc import Callable
 
+import torch
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms
+from torchvision.transforms.functional import to_pil_image
+
+from msn.data.decode import BadImageError, decode, full_size, read_file, upright_rgb
+from msn.data.depth import SIXTEEN_BITS, Levels
+from msn.errors import UserError
 
 WHOLE_BELOW = 64  # px
+# A centre crop never sees what is farther from the centre than half a short side; of longer images
+# the rest is left out before they are resized, with room for the filter.
+_LONGEST = 8  # times the short side
+
+Picture = str | os.PathLike[str] | Image.Image | Tensor
 
 
 def image_transform(
-    image_size: int, *, mean: tuple[float, ...], std: tuple[float, ...]
-) -> Callable[[Image.Image], Tensor]:
-    """Resize the short side, centre crop, normalise (paper A.2).
+    image_size: int,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    levels: Levels = SIXTEEN_BITS,
+) -> Callable[[Picture], Tensor]:
+    """Turn upright, resize the short side, centre crop, normalise (paper A.2).
 
     Args:
         image_size: side of the crop in px; the short side is `short_side(image_size)` before.
         mean: of each channel.
         std: likewise.
+        levels: the values that are black and white in images of more than 8 bits.
+
+    Returns:
+        From an image to float32 [3, S, S]. An image is a path, a PIL image of any mode, or a tensor
+        uint8 [3, H, W], [1, H, W] or [H, W]; EXIF rotation is applied, where there is any left. It
+        raises a UserError for what is none of these or cannot be read.
     """
     return transforms.Compose(
         [
-            _to_rgb,
+            _Opened(levels),
+            trimmed,
             transforms.Resize(short_side(image_size)),
             transforms.CenterCrop(image_size),
             transforms.ToTensor(),
@@ -39,5 +62,44 @@ def short_side(image_size: int) -> int:
     return image_size if image_size < WHOLE_BELOW else round(image_size * 256 / 224)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    return image.convert("RGB")
+def trimmed(image: Image.Image) -> Image.Image:
+    """The middle of a very long image, eight times as long as wide; all others as they are.
+
+    Resized whole, an image of 60,000 x 1 px would take gigabytes, of which a crop keeps a square.
+    """
+    width, height = image.size
+    most = _LONGEST * min(width, height)
+    if max(width, height) <= most:
+        return image
+    left, top = max(0, width - most) // 2, max(0, height - most) // 2
+    return image.crop((left, top, left + min(width, most), top + min(height, most)))
+
+
+class _Opened:
+    """From what people have to an upright RGB image; a class, so that it travels to workers."""
+
+    def __init__(self, levels: Levels) -> None:
+        self.levels = levels
+
+    def __call__(self, picture: Picture) -> Image.Image:
+        try:
+            if isinstance(picture, Image.Image):
+                return upright_rgb(picture, self.levels)
+            if isinstance(picture, Tensor):
+                return _from_tensor(picture)
+            if isinstance(picture, str | os.PathLike):
+                return Image.fromarray(decode(read_file(picture), full_size, self.levels).pixels)
+        except BadImageError as error:
+            where = "" if isinstance(picture, Image.Image) else f"{os.fspath(picture)}: "
+            raise UserError(f"{where}cannot be read ({error})") from None
+        raise UserError(f"an image must be a path, a PIL image or a tensor, got {type(picture)}")
+
+
+def _from_tensor(picture: Tensor) -> Image.Image:
+    channels = 1 if picture.ndim == 2 else picture.shape[0]
+    if picture.dtype != torch.uint8 or picture.ndim not in (2, 3) or channels not in (1, 3):
+        raise UserError(
+            "a tensor must be uint8 [3, H, W], [1, H, W] or [H, W], got "
+            f"{str(picture.dtype).removeprefix('torch.')} {list(picture.shape)}"
+        )
+    return to_pil_image(picture.cpu()).convert("RGB")

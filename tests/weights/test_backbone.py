@@ -3,14 +3,19 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from sklearn.datasets import load_sample_images
+from torchvision.transforms import Compose
 from torchvision.transforms.functional import pil_to_tensor
 
 import msn
+from msn.data.decode import decode, full_size
 from msn.errors import UserError
+from msn.evaluation.pixels import pixel_transform
 from msn.weights import Backbone, save_backbone
+from msn.weights.preprocessing import image_transform, trimmed
 from msn.weights.weights import IMAGENET_MEAN, IMAGENET_STD
+from tests.data.tiffs import deep_png
 from tests.weights.builders import (
     images,
     make_network,
@@ -69,6 +74,112 @@ def test_the_transform_takes_gray_images_and_travels_to_workers(tmp_path):
     backbone = msn.load_backbone(save_run(tmp_path, make_trunk()))
     transform = pickle.loads(pickle.dumps(backbone.transform))
     assert transform(Image.new("L", (50, 40))).shape == (3, 32, 32)
+
+
+def pictures(image, tmp_path):
+    """The same image as people have it."""
+    image.save(tmp_path / "a.png")
+    plain = Image.open(tmp_path / "a.png")
+    yield str(tmp_path / "a.png")
+    yield tmp_path / "a.png"
+    yield plain
+    yield Image.open(tmp_path / "a.png")
+    yield pil_to_tensor(image)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_the_transform_takes_a_path_a_picture_and_a_tensor(tmp_path, mode):
+    transform = msn.load_backbone(save_run(tmp_path, make_trunk())).transform
+    image = Image.fromarray(load_sample_images().images[0][:50, :60]).convert(mode)
+    expected = transform(image.convert("RGB"))
+    for picture in pictures(image, tmp_path):
+        assert torch.equal(transform(picture), expected)
+
+
+@pytest.mark.parametrize("mode", ["1", "P", "LA", "RGBA", "CMYK", "YCbCr", "I;16"])
+def test_the_transform_takes_pictures_of_any_mode(tmp_path, mode):
+    transform = msn.load_backbone(save_run(tmp_path, make_trunk())).transform
+    image = Image.fromarray(load_sample_images().images[0][:50, :60])
+    if mode == "I;16":
+        gray = np.asarray(image.convert("L"))
+        image, expected = Image.fromarray(gray.astype(np.uint16) << 8), Image.fromarray(gray)
+    else:
+        image = image.convert(mode)
+        expected = image
+    assert torch.equal(transform(image), transform(expected.convert("RGB")))
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_the_transform_turns_what_training_turns(tmp_path, suffix, orientation):
+    transform = msn.load_backbone(save_run(tmp_path, make_trunk())).transform
+    tags = Image.Exif()
+    tags[ExifTags.Base.Orientation] = orientation
+    path = tmp_path / f"a{suffix}"
+    options = {"lossless": True} if suffix == ".webp" else {}
+    Image.fromarray(load_sample_images().images[0][:40, :60]).save(path, exif=tags, **options)
+    expected = transform(Image.fromarray(decode(path.read_bytes(), full_size).pixels))
+    assert torch.equal(transform(path), expected)
+    assert torch.equal(transform(Image.open(path)), expected)
+    assert torch.equal(transform(Image.open(path).convert("RGB")), expected)
+    assert torch.equal(transform(ImageOps.exif_transpose(Image.open(path))), expected)
+
+
+def test_the_transform_reads_16_bits_as_the_training_did(tmp_path):
+    trunk = make_trunk()
+    meta = {"model": trunk.model_config, "method": {}, "data_depth": 12}
+    save_backbone(tmp_path / "a.safetensors", trunk.state_dict(), meta)
+    transform = msn.load_backbone(tmp_path / "a.safetensors").transform
+    gray = np.arange(40 * 40).reshape(40, 40) % 256
+    (tmp_path / "a.png").write_bytes(deep_png((gray << 4).astype(np.uint16)))
+    expected = transform(Image.fromarray(gray.astype(np.uint8)))
+    assert torch.equal(transform(tmp_path / "a.png"), expected)
+    assert torch.equal(transform(Image.open(tmp_path / "a.png")), expected)
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        ("nowhere.jpg", "nowhere.jpg: cannot be read .No such file"),
+        (Image.new("F", (9, 9)), "floating-point"),
+        (torch.rand(3, 9, 9), r"must be uint8 .3, H, W., .*got float32 .3, 9, 9."),
+        (torch.zeros(9, 9, 3, dtype=torch.uint8), r"got uint8 .9, 9, 3."),
+        (7, "must be a path, a PIL image or a tensor"),
+    ],
+)
+def test_what_is_no_image_is_told(tmp_path, picture, message):
+    transform = msn.load_backbone(save_run(tmp_path, make_trunk())).transform
+    with pytest.raises(UserError, match=message):
+        transform(picture)
+
+
+@pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000), (30_000, 3)])
+def test_a_very_thin_image_takes_little_memory(size, monkeypatch):
+    asked = []
+    resize = Image.Image.resize
+
+    def counting(image, size, *arguments, **options):
+        asked.append(size[0] * size[1])
+        return resize(image, size, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", counting)
+    image = Image.new("RGB", size, "teal")
+    transform = image_transform(224, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    assert transform(image).shape == (3, 224, 224)
+    assert pixel_transform(32)(image).shape == (3 * 32 * 32,)
+    assert max(asked) <= 9 * 256 * 256
+
+
+@pytest.mark.parametrize("shape", [(20, 301), (301, 20), (40, 900)])
+def test_the_crop_of_a_thin_image_is_that_of_the_whole(shape):
+    photo = load_sample_images().images[0].repeat(2, axis=1).repeat(2, axis=0)
+    image = Image.fromarray(photo[: shape[0], : shape[1]])
+    transform = image_transform(96, mean=(0, 0, 0), std=(1, 1, 1))
+    trimming = [step for step in transform.transforms if step is not trimmed]
+    whole = Compose(trimming)(image)
+    assert trimmed(image).size != image.size
+    assert (transform(image) - whole).abs().max() < 0.05
+    assert (transform(image) - whole).abs().mean() < 0.005
 
 
 def test_it_is_the_target_of_a_checkpoint_at_any_image_size(tmp_path):
