@@ -94,12 +94,7 @@ class MSNDataModule(LightningDataModule):
         views: Mapping[str, Any],
     ) -> None:
         super().__init__()
-        if backend not in BACKENDS:
-            raise UserError(f"data.backend={backend}: must be one of {', '.join(BACKENDS)}")
-        if not 1 <= prefetch_batches <= _MOST_PREFETCHED:
-            raise UserError(
-                f"data.prefetch_batches={prefetch_batches}: must be in [1, {_MOST_PREFETCHED}]"
-            )
+        _check(backend, prefetch_batches)
         self.settings = view_settings(views)
         self.use_reference = backend == "reference"
         self.pools: Pools = build_pools(
@@ -287,6 +282,15 @@ class MSNDataModule(LightningDataModule):
                     "resume.force=true resumes all the same"
                 )
         self._position = (int(state_dict["epoch"]), int(state_dict["batch"]))
+
+
+def _check(backend: str, prefetch_batches: int) -> None:
+    if backend not in BACKENDS:
+        raise UserError(f"data.backend={backend}: must be one of {', '.join(BACKENDS)}")
+    if not 1 <= prefetch_batches <= _MOST_PREFETCHED:
+        raise UserError(
+            f"data.prefetch_batches={prefetch_batches}: must be in [1, {_MOST_PREFETCHED}]"
+        )
 
 
 def resolve_workers(num_workers: int | None, *, in_memory: bool) -> int:

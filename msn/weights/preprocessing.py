@@ -82,17 +82,16 @@ class _Opened:
         self.levels = levels
 
     def __call__(self, picture: Picture) -> Image.Image:
+        if isinstance(picture, Tensor):
+            return _from_tensor(picture)
+        if not isinstance(picture, Image.Image | str | os.PathLike):
+            raise UserError(f"an image must be a path, a PIL image or a tensor, got {picture!r}")
         try:
             if isinstance(picture, Image.Image):
                 return upright_rgb(picture, self.levels)
-            if isinstance(picture, Tensor):
-                return _from_tensor(picture)
-            if isinstance(picture, str | os.PathLike):
-                return Image.fromarray(decode(read_file(picture), full_size, self.levels).pixels)
+            return Image.fromarray(decode(read_file(picture), full_size, self.levels).pixels)
         except BadImageError as error:
-            where = "" if isinstance(picture, Image.Image) else f"{os.fspath(picture)}: "
-            raise UserError(f"{where}cannot be read ({error})") from None
-        raise UserError(f"an image must be a path, a PIL image or a tensor, got {type(picture)}")
+            raise UserError(f"{picture}: cannot be read ({error})") from None
 
 
 def _from_tensor(picture: Tensor) -> Image.Image:
