@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from msn.data.decode import full_size
+from msn.data.decode import BadImageError, full_size
 from msn.data.sources import folder_source, list_source
 from msn.errors import UserError
 from tests.data.logs import warnings_in
@@ -155,6 +155,21 @@ def test_a_name_of_any_bytes_and_a_column_of_any_bytes_pass_through_a_list(tmp_p
     source = open_list(tmp_path / "a.csv")
     assert source.decode(0, full_size).pixels.shape == (48, 64, 3)
     assert sorted(map(os.fsencode, source.classes)) == [b"e", b"\xe9"]
+
+
+def test_a_row_that_is_no_regular_file_is_a_bad_image(tmp_path):
+    make_folder(tmp_path / "in", classes=1, images=1)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "a.txt").write_text("in/class_0/0.jpg\npipe.jpg\nzero.jpg\nfolder.jpg\n")
+    source = open_list(tmp_path / "a.txt")
+    assert source.decode(0, full_size).pixels.shape == (48, 64, 3)
+    for i in (1, 2, 3):
+        with pytest.raises(BadImageError, match="not a regular file|Is a directory"):
+            source.decode(i, full_size)
+    (tmp_path / "a.txt").write_text("pipe.jpg\nin/class_0/0.jpg\n")
+    assert len(pools(tmp_path / "a.txt", source="list").train) == 2
 
 
 UNREADABLE_LISTS = {  # rows: what is said
