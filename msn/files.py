@@ -18,7 +18,7 @@ from torch import Tensor
 from msn.errors import UserError
 
 SLACK = 1 << 20  # bytes that must stay free beside a checkpoint: names, tables, other small files
-_SEAL = b"sha256:"
+SEAL = b"sha256:"  # begins the comment of an archive with a checksum
 # A zip archive ends in a record of 22 bytes, the last two the length of a comment, and that.
 _END, _END_SIZE, _LENGTH = b"PK\5\6", 22, struct.Struct("<H")
 
@@ -150,13 +150,13 @@ def damage(path: Path) -> str | None:
             comment = _comment(file, size)
             if comment is None:
                 return "not a whole checkpoint file"
-            if not comment.startswith(_SEAL):
+            if not comment.startswith(SEAL):
                 return _damage_without_seal(path)
             file.seek(0)
             digest = _digest(file, size - len(comment) - _LENGTH.size)
     except OSError as error:
         return error.strerror or type(error).__name__
-    return None if digest.encode() == comment[len(_SEAL) :] else "its checksum does not match"
+    return None if digest.encode() == comment[len(SEAL) :] else "its checksum does not match"
 
 
 def tensor_bytes(data: Any) -> int:
@@ -214,7 +214,7 @@ class _Hashing:
 
 def _seal(file: IO[bytes], digest: str) -> None:
     """Put the digest into the archive's comment, which readers of archives pass over."""
-    comment = _SEAL + digest.encode()
+    comment = SEAL + digest.encode()
     file.seek(-_LENGTH.size, os.SEEK_END)
     assert file.read() == _LENGTH.pack(0), "torch.save wrote an archive with a comment"
     file.seek(-_LENGTH.size, os.SEEK_END)

@@ -53,7 +53,11 @@ def run(config: DictConfig) -> None:
     settings = to_plain(config)
     out = Path(str(settings["out"])).resolve()
     _check(settings, out)
-    backbone = load_backbone(settings["checkpoint"], num_heads=settings["model"]["num_heads"])
+    backbone = load_backbone(
+        settings["checkpoint"],
+        num_heads=settings["model"]["num_heads"],
+        key=settings["init_key"],
+    )
     check_feature(settings["feature"], backbone.depth)
     root = str(settings["data"]["root"])
     if os.path.isfile(root):

@@ -59,6 +59,7 @@ def run(config: DictConfig) -> None:
             settings["checkpoint"],
             image_size=protocol.features.image_size,
             num_heads=settings["model"]["num_heads"],
+            key=settings["init_key"],
         )
         for backbone in opened:
             check_feature(protocol.features.feature, backbone.trunk.depth)

@@ -9,11 +9,12 @@ from omegaconf import DictConfig
 
 from msn.commands.entry import to_plain
 from msn.errors import UserError
-from msn.weights.checkpoints import newest_checkpoint
+from msn.weights.checkpoints import newest_valid_checkpoint
 from msn.weights.classifier import read_classifier
 from msn.weights.export import export
 from msn.weights.formats import FORMATS
 from msn.weights.reading import read_weights
+from msn.weights.weights import say_notes
 
 
 def run(config: DictConfig) -> None:
@@ -30,7 +31,9 @@ def run(config: DictConfig) -> None:
     if not isinstance(settings["overwrite"], bool):
         raise UserError(f"overwrite must be true or false, got {settings['overwrite']!r}")
     weights = read_weights(
-        _source(checkpoint, settings["format"]), num_heads=settings["model"]["num_heads"]
+        _source(checkpoint, settings["format"]),
+        num_heads=settings["model"]["num_heads"],
+        key=settings["init_key"],
     )
     run_dir = _run_directory(checkpoint)
     if run_dir is not None:
@@ -45,9 +48,7 @@ def run(config: DictConfig) -> None:
         overwrite=settings["overwrite"],
         lowshot=_lowshot(run_dir),
     )
-    if weights.heads_assumed:
-        heads = weights.model["num_heads"]
-        print(f"attention heads: {heads} assumed (width // 64); model.num_heads overrides")
+    say_notes(weights, str(checkpoint))
     print(
         f"{report['compared']} equal to {report['checked_with']}: max difference "
         f"{report['max_abs_difference']:.1e} (allowed {report['tolerance']:.0e})"
@@ -60,8 +61,9 @@ def _source(checkpoint: Path, format: str) -> Path:
 
     A run directory's backbone lacks these; its newest checkpoint has them.
     """
-    newest = newest_checkpoint(checkpoint / "checkpoints") if format == "official" else None
-    return newest or checkpoint
+    if format != "official":
+        return checkpoint
+    return newest_valid_checkpoint(checkpoint / "checkpoints") or checkpoint
 
 
 def _run_directory(checkpoint: Path) -> Path | None:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from msn.errors import UserError
 from msn.files import write_atomically
-from msn.training.checkpointing import newest_valid_checkpoint
+from msn.weights.checkpoints import newest_valid_checkpoint
 
 STATUS_FILE = "run.json"
 # Processes that the trainer starts itself inherit the directory that the first one chose.

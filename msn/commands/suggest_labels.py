@@ -35,7 +35,7 @@ from msn.files import placed_at, write_bytes
 from msn.method.network import ProjectionHead
 from msn.schema import take
 from msn.weights import Weights, read_weights
-from msn.weights.checkpoints import newest_checkpoint
+from msn.weights.checkpoints import newest_valid_checkpoint
 
 NAMES_FILE, TABLE_FILE, SHEET_FILE = "suggested.txt", "suggested.csv", "contact_sheet.png"
 COPIES = "images"
@@ -49,7 +49,7 @@ def run(config: DictConfig) -> None:
     Args:
         config: `checkpoint`, `data` (of `build_pools`), `budget`, `choose`, `out`,
             `features` (of `FeatureSettings`), `logistic` (of `frozen.Logistic`), `compare_seeds`,
-            `device`, `cache_dir`, `model.num_heads`.
+            `device`, `cache_dir`, `model.num_heads`, `init_key`.
 
     Raises:
         UserError: if a setting, a path or a file is wrong.
@@ -64,15 +64,17 @@ def run(config: DictConfig) -> None:
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
         raise UserError(f"budget={budget}: must be a whole number >= 1")
     data = take("data", _images_of(settings["data"]), build_pools)
-    num_heads = settings["model"]["num_heads"]
-    weights = read_weights(_with_prototypes(settings["checkpoint"]), num_heads=num_heads)
+    num_heads, key = settings["model"]["num_heads"], settings["init_key"]
+    weights = read_weights(_with_prototypes(settings["checkpoint"]), num_heads=num_heads, key=key)
     if method == "prototypes" and (weights.head is None or weights.prototypes is None):
         raise UserError(
             f"checkpoint={settings['checkpoint']}: has no head and prototypes, like any export; "
             "choose=medoids needs neither"
         )
     size = settings["features"]["image_size"]
-    subject = open_backbone("msn", settings["checkpoint"], image_size=size, num_heads=num_heads)
+    subject = open_backbone(
+        "msn", settings["checkpoint"], image_size=size, num_heads=num_heads, key=key
+    )
     data["depth"] = trained_depth(data["depth"], [subject.about])
     pools = build_pools(**data)
     chooser = _Chooser(settings, subject, weights, pools.train)
@@ -104,7 +106,7 @@ def _images_of(data: dict[str, Any]) -> dict[str, Any]:
 
 def _with_prototypes(checkpoint: str) -> str:
     """The newest checkpoint of a run directory, whose exported backbone has no prototypes."""
-    return str(newest_checkpoint(Path(checkpoint) / "checkpoints") or checkpoint)
+    return str(newest_valid_checkpoint(Path(checkpoint) / "checkpoints") or checkpoint)
 
 
 class _Chooser:

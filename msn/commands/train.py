@@ -122,7 +122,7 @@ def _set_up(
             force=data.force_resume,
         )
     elif settings["init"] is not None:
-        _initialise(module, str(settings["init"]), settings["model"]["num_heads"])
+        _initialise(module, settings)
     _attach(config, trainer, directory, preemption)
     if data.depth is not None:  # what was found is what the run keeps
         config.data.depth = data.depth
@@ -213,9 +213,10 @@ def _is_multirun() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def _initialise(module: MSNModule, path: str, num_heads: int) -> None:
+def _initialise(module: MSNModule, settings: dict[str, Any]) -> None:
     """Start from the weights of a file and say part by part what was taken."""
-    weights = read_weights(path, num_heads=num_heads)
+    path, heads = str(settings["init"]), settings["model"]["num_heads"]
+    weights = read_weights(path, num_heads=heads, key=settings["init_key"])
     try:
         rows = initialise(module.network, weights)
     except UserError as error:

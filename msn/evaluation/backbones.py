@@ -1,6 +1,6 @@
 """What is evaluated: a pretrained trunk, a randomly initialised one, or raw pixels."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +23,8 @@ from msn.evaluation.pixels import NoNetwork, pixel_transform
 from msn.method.vit import VisionTransformer
 from msn.weights import build_trunk, read_weights
 from msn.weights.preprocessing import image_transform
-from msn.weights.weights import BASELINES, IMAGENET_MEAN, IMAGENET_STD, say_assumed_heads
+from msn.weights.timm import check_same_model, named_model, told_by_model
+from msn.weights.weights import BASELINES, IMAGENET_MEAN, IMAGENET_STD, say_notes
 
 _TIMM = "timm/"
 
@@ -147,7 +148,11 @@ def random_backbone(like: FrozenBackbone, *, seed: int, name: str = "random") ->
 
 
 def open_backbones(
-    checkpoint: str | Sequence[str], *, image_size: int | None, num_heads: int | None
+    checkpoint: str | Sequence[str],
+    *,
+    image_size: int | None,
+    num_heads: int | None,
+    key: str | Mapping[str, str] | None = None,
 ) -> list[FrozenBackbone]:
     """Open every backbone that a person named.
 
@@ -156,7 +161,8 @@ def open_backbones(
             `timm/MODEL@FILE` for a ViT of timm by name with a local file. A single nameless path is
             called `msn`.
         image_size: side of the crop in px; None takes each backbone's own.
-        num_heads: of every backbone whose file cannot tell; default width // 64, with a warning.
+        num_heads: of every backbone whose file cannot tell; what is assumed is told in a warning.
+        key: of every file which of several trunks (see `read_weights`), or by name of the backbone.
 
     Raises:
         UserError: two names are the same, a path cannot be read, or a size does not fit.
@@ -173,25 +179,39 @@ def open_backbones(
         raise UserError(
             f"checkpoint: the name {twice[0]} is taken; write name:path with another name"
         )
+    keys = key if isinstance(key, Mapping) else dict.fromkeys(names, key)
+    if unknown := sorted(set(keys) - set(names)):
+        raise UserError(f"init_key: no backbone is called {', '.join(map(str, unknown))}")
     return [
-        open_backbone(name, path, image_size=image_size, num_heads=num_heads)
+        open_backbone(name, path, image_size=image_size, num_heads=num_heads, key=keys.get(name))
         for name, path in named
     ]
 
 
 def open_backbone(
-    name: str, path: str, *, image_size: int | None, num_heads: int | None
+    name: str,
+    path: str,
+    *,
+    image_size: int | None,
+    num_heads: int | None,
+    key: str | None = None,
 ) -> FrozenBackbone:
     """Open one backbone, see `open_backbones`."""
     told: dict[str, Any] = {}
+    named = None
     if path.startswith(_TIMM):
         model, at, path = path.removeprefix(_TIMM).partition("@")
         if not at or not path:
             raise UserError(f"checkpoint={_TIMM}{model}: write {_TIMM}MODEL@FILE")
-        told = _told_by_timm(model)
-        num_heads = told.pop("num_heads")
-    weights = read_weights(path, num_heads=num_heads)
-    say_assumed_heads(weights, path)
+        named = _timm_model(model)
+        num_heads = told_by_model(named)["num_heads"]
+        config = timm.models.get_pretrained_cfg(model)
+        told = {} if config is None else {"mean": config.mean, "std": config.std}
+    weights = read_weights(path, num_heads=num_heads, key=key)
+    if named is not None:
+        check_same_model(weights, named, f"checkpoint={_TIMM}{model}@{path}")
+        weights.model.update(told_by_model(named))  # its eps, if that is not ours
+    say_notes(weights, path)
     trunk = build_trunk(weights).float()
     about = {**told, **weights.meta}
     return FrozenBackbone(
@@ -214,18 +234,11 @@ def _name_and_path(entry: str, *, alone: bool) -> tuple[str, str]:
     return name, path
 
 
-def _told_by_timm(model: str) -> dict[str, Any]:
-    if not timm.is_model(model):
-        near = timm.list_models(f"*{model.split('.')[0][:12]}*")[:5]
+def _timm_model(name: str) -> TimmVisionTransformer:
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('.')[0][:12]}*")[:5]
         hint = f"; similar are {', '.join(near)}" if near else ""
         raise UserError(
-            f"checkpoint={_TIMM}{model}: timm {timm.__version__} has no such model{hint}"
+            f"checkpoint={_TIMM}{name}: timm {timm.__version__} has no such model{hint}"
         )
-    with torch.device("meta"):
-        built = timm.create_model(model, pretrained=False)
-    if not isinstance(built, TimmVisionTransformer):
-        raise UserError(f"checkpoint={_TIMM}{model}: is not a plain vision transformer")
-    attention = built.blocks[0].get_submodule("attn")
-    config = timm.models.get_pretrained_cfg(model)
-    normalisation = {} if config is None else {"mean": config.mean, "std": config.std}
-    return {"num_heads": int(attention.num_heads), **normalisation}  # type: ignore[arg-type]
+    return named_model(name, f"checkpoint={_TIMM}{name}")

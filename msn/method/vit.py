@@ -36,6 +36,7 @@ class VisionTransformer(nn.Module):
         depth: number of blocks, >= 1.
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLP over D, > 0.
+        layer_norm_eps: added to variances; other libraries' weights may need another than ours.
 
     Raises:
         UserError: if a number is out of its range.
@@ -50,6 +51,7 @@ class VisionTransformer(nn.Module):
         depth: int,
         num_heads: int,
         mlp_ratio: float,
+        layer_norm_eps: float = LAYER_NORM_EPS,
     ) -> None:
         super().__init__()
         _check_sizes(img_size, patch_size, embed_dim, depth, num_heads, mlp_ratio)
@@ -61,13 +63,15 @@ class VisionTransformer(nn.Module):
             "num_heads": num_heads,
             "mlp_ratio": mlp_ratio,
         }
+        if layer_norm_eps != LAYER_NORM_EPS:
+            self.model_config["layer_norm_eps"] = layer_norm_eps
         self.img_size, self.patch_size = img_size, patch_size
         self.embed_dim, self.depth = embed_dim, depth
         self.num_heads, self.mlp_ratio = num_heads, mlp_ratio
         self.patch_embed = PatchEmbed(img_size, patch_size, 3, embed_dim, bias=True)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + (img_size // patch_size) ** 2, embed_dim))
-        norm = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
+        norm = partial(nn.LayerNorm, eps=layer_norm_eps)
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm)  # type: ignore[arg-type]
             for _ in range(depth)

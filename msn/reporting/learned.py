@@ -18,6 +18,7 @@ from msn.method.network import ProjectionHead
 from msn.method.vit import Block, VisionTransformer
 from msn.schema import take
 from msn.weights import Weights, build_trunk, read_weights
+from msn.weights.checkpoints import newest_valid_checkpoint
 from msn.weights.preprocessing import image_transform, short_side, trimmed
 from msn.weights.weights import IMAGENET_MEAN, IMAGENET_STD
 
@@ -112,9 +113,8 @@ def class_attention(trunk: VisionTransformer, pixels: Tensor) -> Tensor:
 
 def _newest_weights(directory: Path, settings: Mapping[str, Any]) -> Weights:
     """A checkpoint, which holds head and prototypes; else the backbone alone."""
-    found = list((directory / "checkpoints").glob("*.ckpt"))
-    newest = max(found, key=lambda file: file.stat().st_mtime_ns) if found else directory
-    return read_weights(newest, num_heads=settings["model"]["num_heads"])
+    newest = newest_valid_checkpoint(directory / "checkpoints")
+    return read_weights(newest or directory, num_heads=settings["model"]["num_heads"])
 
 
 def _crop(size: int) -> Callable[[Image.Image], Image.Image]:

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from msn.errors import UserError
-from msn.files import damage, remove_stale, write_checkpoint
+from msn.files import remove_stale, write_checkpoint
 from msn.training.rng import gather_random_states, restore_random_state
 from msn.weights.checkpoints import checkpoints, epoch_and_step, newest_checkpoint
 
@@ -264,19 +264,6 @@ class PeriodicCheckpoint(Checkpoint):
         writer = trainer.strategy.checkpoint_io
         assert isinstance(writer, DurableCheckpointIO)
         return writer
-
-
-def newest_valid_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint file that is whole; damaged ones are named in the log and passed over.
-
-    Reads each file that it considers once.
-    """
-    for path in reversed(checkpoints(directory)):
-        reason = damage(path)
-        if reason is None:
-            return path
-        log.warning("checkpoint %s is damaged (%s): skipped", path, reason)
-    return None
 
 
 def step_of(path: Path) -> int:

@@ -17,12 +17,12 @@ from msn.weights.weights import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Weights,
-    say_assumed_heads,
+    say_notes,
 )
 
 
 class Backbone(VisionTransformer):
-    """A pretrained trunk: images in, features out; its state dict has timm's names.
+    """A pretrained trunk in float32: images in, features out; its state dict has timm's names.
 
     Args:
         weights: as `read_weights` gives them.
@@ -35,7 +35,6 @@ class Backbone(VisionTransformer):
 
     def __init__(self, weights: Weights) -> None:
         super().__init__(**weights.model)  # type: ignore[arg-type]
-        self.to(weights.trunk["cls_token"].dtype)
         self.load_state_dict(weights.trunk, strict=True)
         self.meta = weights.meta
         self.transform = image_transform(
@@ -57,18 +56,21 @@ class Backbone(VisionTransformer):
         return super().forward_features(images, norm=norm)
 
 
-def load_backbone(path: str | Path, *, num_heads: int | None = None) -> Backbone:
+def load_backbone(
+    path: str | Path, *, num_heads: int | None = None, key: str | None = None
+) -> Backbone:
     """Load the trunk of any supported file or directory for use, in eval mode.
 
     Args:
         path: see `read_weights`.
-        num_heads: attention heads where the file cannot tell; default width // 64, with a warning.
+        num_heads: attention heads where the file cannot tell; what is assumed is told in a warning.
+        key: which of several trunks in the file, see `read_weights`.
 
     Raises:
         UserError: see `read_weights`.
     """
-    weights = read_weights(path, num_heads=num_heads)
-    say_assumed_heads(weights, str(path))
+    weights = read_weights(path, num_heads=num_heads, key=key)
+    say_notes(weights, str(path))
     return Backbone(weights).eval()
 
 

@@ -1,7 +1,12 @@
 """Checkpoint files by name: `epoch-E-step-S.ckpt`; times do not survive a copy, names do."""
 
+import logging
 import re
 from pathlib import Path
+
+from msn.files import damage
+
+log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"epoch-(\d+)-step-(\d+)\.ckpt")
 
@@ -18,6 +23,19 @@ def newest_checkpoint(directory: Path) -> Path | None:
     """The newest checkpoint file of a directory, None if there is none."""
     files = checkpoints(directory)
     return files[-1] if files else None
+
+
+def newest_valid_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint file that is whole; damaged ones are named in the log and passed over.
+
+    Reads each file that it considers once.
+    """
+    for path in reversed(checkpoints(directory)):
+        reason = damage(path)
+        if reason is None:
+            return path
+        log.warning("checkpoint %s is damaged (%s): skipped", path, reason)
+    return None
 
 
 def epoch_and_step(path: Path) -> tuple[int, int]:

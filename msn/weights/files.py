@@ -1,6 +1,8 @@
 """Weight files: nothing that is read runs code, what is written is whole."""
 
 import errno
+import hashlib
+import json
 import pickle
 import re
 import warnings
@@ -11,11 +13,16 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from msn.errors import UserError
 from msn.files import write_bytes
+from msn.weights.pickles import SAFE_GLOBALS, check_torch_file
+from msn.weights.weights import trunk_digest
+
+# In the metadata of safetensors files that we write.
+CHECKSUM = "msn.sha256"
 
 
 def open_weights(path: Path) -> tuple[Any, dict[str, str]]:
@@ -31,37 +38,57 @@ def open_weights(path: Path) -> tuple[Any, dict[str, str]]:
         UserError: if the file is missing, damaged, or a pickle that holds more than plain data.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        what = "not a regular file" if path.exists() and not path.is_dir() else "no such file"
+        raise UserError(f"{path}: {what}")
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                names = file.keys()
-                return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-        with warnings.catch_warnings():
+            return _open_safetensors(path)
+        check_torch_file(path)
+        with warnings.catch_warnings(), torch.serialization.safe_globals(SAFE_GLOBALS):
             # Of unusual pickle protocols: refused or read, see below.
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True), {}
+    except UserError:
+        raise
     except OSError as error:
         # torch seeks before the start of a file whose end was cut off.
         what = "damaged or cut off" if error.errno == errno.EINVAL else "cannot be read"
         raise UserError(f"{path}: {what} ({error.strerror or error})") from error
-    except SafetensorError as error:
-        raise UserError(f"{path}: damaged or not a safetensors file ({_line(error)})") from error
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: {_refused(path, error)}") from error
     # The bytes are not ours: a damaged pickle raises whatever its opcodes run into.
     except Exception as error:
+        kind = "safetensors file" if path.suffix == ".safetensors" else "file that torch.save wrote"
         raise UserError(
-            f"{path}: damaged, cut off, or not a file that torch.save wrote "
+            f"{path}: damaged, cut off, or not a {kind} "
             f"({type(error).__name__}: {_line(error)[:80]})"
         ) from error
 
 
+def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
+    if CHECKSUM in metadata and metadata[CHECKSUM] != _checksum(tensors, metadata):
+        raise UserError(f"{path}: damaged, or changed by another tool: its checksum does not match")
+    return tensors, metadata
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file whole; `format: pt` is added for other libraries."""
+    """Write a safetensors file whole, with a checksum of all that it holds.
+
+    `format: pt` is added for other libraries.
+    """
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = safetensors.torch.save(content, {"format": "pt", **metadata})
-    write_bytes(path, data)
+    metadata = {"format": "pt", **metadata}
+    metadata[CHECKSUM] = _checksum(content, metadata)
+    write_bytes(path, safetensors.torch.save(content, metadata))
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    said = {key: value for key, value in metadata.items() if key != CHECKSUM}
+    text = json.dumps(said, sort_keys=True) + trunk_digest(tensors)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _refused(path: Path, error: Exception) -> str:

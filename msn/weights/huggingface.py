@@ -13,7 +13,13 @@ from torch import Tensor
 
 from msn.errors import UserError
 from msn.method.vit import LAYER_NORM_EPS
+from msn.weights.architecture import NOT_YET
 from msn.weights.preprocessing import short_side
+from msn.weights.weights import (
+    PUBLISHED_LICENCE,
+    check_channels,
+    check_number,
+)
 
 # model_type -> what `Weights.source` calls it.
 MODEL_TYPES = {
@@ -21,6 +27,8 @@ MODEL_TYPES = {
     "vit_mae": "huggingface mae",
     "vit": "huggingface vit",
 }
+# Where the files that were published with the paper are on the Hub.
+_PUBLISHED = "facebook/vit-msn-"
 
 # (ours, theirs); `{}` is the number of the block.
 _NAMES = (
@@ -34,6 +42,19 @@ _NAMES = (
     ("blocks.{}.mlp.fc2", "encoder.layer.{}.output.dense"),
     ("norm", "layernorm"),
 )
+# What transformers 5 calls the parts of a block in memory; it writes the older names.
+_NEWER = {
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+    "layernorm_before": "layernorm_before",
+    "layernorm_after": "layernorm_after",
+}
+# Classifiers, poolers, decoders and what only pretraining uses.
+_NOT_TRUNK = ("classifier.", "pooler.", "decoder.", "embeddings.mask_token")
 _QKV = ("query", "key", "value")
 _QUERY, *_KEY_VALUE = [f"encoder.layer.{{}}.attention.attention.{part}" for part in _QKV]
 _OURS_TO_THEIRS, _THEIRS_TO_OURS = dict(_NAMES), {theirs: ours for ours, theirs in _NAMES}
@@ -54,20 +75,33 @@ def from_huggingface(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
     Returns:
         The trunk's state dict, and the names that are no part of it (classifier, decoder, ...).
     """
-    bare = {name.removeprefix("vit."): tensor for name, tensor in tensors.items()}
+    bare = {_older(name.removeprefix("vit.")): tensor for name, tensor in tensors.items()}
     trunk, ignored = {}, []
     for name, tensor in bare.items():
         stem, suffix, number = _parse(name)
         if (ours := _THEIRS_TO_OURS.get(stem)) is not None:
             trunk[ours.format(number) + suffix] = tensor
-        elif stem == _QUERY:
-            parts = [name.replace(".query.", f".{part}.") for part in _QKV]
-            if all(part in bare for part in parts):
-                joined = torch.cat([bare[part] for part in parts])
-                trunk[f"blocks.{number}.attn.qkv{suffix}"] = joined
-        elif stem not in _KEY_VALUE:
+        elif stem == _QUERY or stem in _KEY_VALUE:
+            parts = [name.replace(f".{stem.rpartition('.')[2]}.", f".{part}.") for part in _QKV]
+            found = [bare[part] for part in parts if part in bare]
+            # Parts that do not belong together stay under their names, to be named as unknown.
+            if len(found) == 3 and all(part.shape == tensor.shape != () for part in found):
+                if stem == _QUERY:
+                    trunk[f"blocks.{number}.attn.qkv{suffix}"] = torch.cat(found)
+            else:
+                trunk[name] = tensor
+        elif name.startswith(_NOT_TRUNK):
             ignored.append(name)
+        else:
+            trunk[name] = tensor
     return trunk, tuple(ignored)
+
+
+def _older(name: str) -> str:
+    """The name that transformers 4 gives to what transformers 5 calls so in memory."""
+    for new, old in _NEWER.items():
+        name = re.sub(rf"^layers\.(\d+)\.{new}\.", rf"encoder.layer.\1.{old}.", name)
+    return name
 
 
 def to_huggingface(trunk: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -96,7 +130,7 @@ def model_config(model: Mapping[str, int | float], classes: Sequence[str] | None
         "image_size": model["img_size"],
         "initializer_range": 0.02,
         "intermediate_size": int(width * model["mlp_ratio"]),
-        "layer_norm_eps": LAYER_NORM_EPS,
+        "layer_norm_eps": model.get("layer_norm_eps", LAYER_NORM_EPS),
         "model_type": "vit_msn",
         "num_attention_heads": model["num_heads"],
         "num_channels": 3,
@@ -144,19 +178,51 @@ def _crop_pct(image_size: int) -> float:
 
 
 def told_by_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What a `config.json` tells beyond shapes.
+    """What a `config.json` tells beyond shapes: heads, eps and, by its origin, the licence.
 
     Raises:
         UserError: if the model computes something that our trunk does not.
     """
     kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
+    if not isinstance(kind, str) or kind not in MODEL_TYPES:
         allowed = ", ".join(MODEL_TYPES)
-        raise UserError(f"{where}: model_type must be one of {allowed}, got {kind!r}")
+        what = f"{str(kind)[:80]!r}: {NOT_YET}" if isinstance(kind, str) else str(kind)[:80]
+        raise UserError(f"{where}: model_type must be one of {allowed}, got {what}")
     if config.get("hidden_act", "gelu") != "gelu":
-        raise UserError(f"{where}: hidden_act must be gelu, got {config['hidden_act']!r}")
+        raise UserError(f"{where}: hidden_act must be gelu, got {str(config['hidden_act'])[:80]!r}")
+    size = config.get("image_size")
+    if isinstance(size, list) and len(set(map(str, size))) > 1:
+        raise UserError(f"{where}: image_size {str(size)[:80]}: only square images are read")
     # transformers leaves numbers out that have their default.
-    return {"num_heads": config.get("num_attention_heads", 12)}
+    eps = LAYER_NORM_EPS if kind == "vit_msn" else 1e-12
+    told = {
+        "num_heads": config.get("num_attention_heads", 12),
+        "layer_norm_eps": config.get("layer_norm_eps", eps),
+    }
+    if str(config.get("_name_or_path", "")).startswith(_PUBLISHED):
+        told["licence"] = PUBLISHED_LICENCE
+    return told
+
+
+def told_by_preprocessor(content: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """mean and std that do to pixels in [0, 1] what a `preprocessor_config.json` says, if it does.
+
+    Raises:
+        UserError: if they are no numbers.
+    """
+    scale = 255.0
+    if content.get("do_rescale", True):
+        scale *= check_number(content.get("rescale_factor", 1 / 255), f"{where}: rescale_factor")
+    mean, std = [0.0] * 3, [1.0] * 3
+    if content.get("do_normalize", True):
+        if not {"image_mean", "image_std"} <= content.keys():
+            return {}
+        mean, std = content["image_mean"], content["image_std"]
+        check_channels(mean, f"{where}: image_mean")
+        check_channels(std, f"{where}: image_std", positive=True)
+    if abs(scale - 1) > 1e-6:
+        mean, std = [part / scale for part in mean], [part / scale for part in std]
+    return {"mean": mean, "std": std}
 
 
 def _parse(name: str) -> tuple[str, str, str]:

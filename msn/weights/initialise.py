@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from msn.errors import UserError
 from msn.method.network import MSN
-from msn.method.vit import VisionTransformer, resize_position_embeddings
+from msn.method.vit import LAYER_NORM_EPS, VisionTransformer, resize_position_embeddings
 from msn.weights.weights import Weights, differences, summary
 
 
@@ -35,9 +35,11 @@ def initialise(network: MSN, weights: Weights) -> list[tuple[str, str]]:
     _load_trunk(network.target.trunk, weights.trunk)
     _load_trunk(network.anchor.trunk, anchor_trunk or weights.trunk)
     rows = [("target trunk", note), ("anchor trunk", note + own)]
-    if weights.heads_assumed:
-        assumed = f"{weights.model['num_heads']} assumed (width // 64); model.num_heads overrides"
-        rows.append(("attention heads", assumed))
+    ours = network.target.trunk.model_config.get("layer_norm_eps", LAYER_NORM_EPS)
+    theirs = weights.model.get("layer_norm_eps", LAYER_NORM_EPS)
+    if ours != theirs:
+        rows.append(("LayerNorm's eps", f"{ours:g} here, {theirs:g} in the file"))
+    rows += [("note", note) for note in weights.notes]
     rows.append(("target head", _load_head(network.target.head, weights.head)))
     rows.append(("anchor head", _load_head(network.anchor.head, anchor_head or weights.head)))
     rows.append(("prototypes", _load_prototypes(network.prototypes, weights.prototypes)))

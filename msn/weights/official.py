@@ -15,7 +15,7 @@ HEAD_PREFIX = "fc."
 
 
 def split_encoder(
-    encoder: Mapping[str, Tensor],
+    encoder: Mapping[Any, Any],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, tuple[str, ...]]:
     """Trunk, head (None if there is none) and ignored names of an `encoder` of the layout.
 
@@ -24,7 +24,7 @@ def split_encoder(
     names = {
         name.removeprefix("module."): tensor
         for name, tensor in encoder.items()
-        if isinstance(tensor, Tensor)
+        if isinstance(name, str) and isinstance(tensor, Tensor)
     }
     head = strip_prefix(names, HEAD_PREFIX)
     ignored = tuple(name for name in names if name.startswith("pred."))

@@ -1,6 +1,7 @@
 """One reader for every kind of weight file and directory."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from msn.errors import UserError
 from msn.weights import huggingface, timm
-from msn.weights.checkpoints import newest_checkpoint
+from msn.weights.architecture import check_trunk, infer_model
+from msn.weights.candidates import find_trunk
+from msn.weights.checkpoints import newest_valid_checkpoint
 from msn.weights.files import open_weights
 from msn.weights.official import split_encoder
 from msn.weights.onnx import read_onnx
@@ -22,20 +25,22 @@ from msn.weights.weights import (
     UNKNOWN_LICENCE,
     Weights,
     check_channels,
-    check_trunk,
-    guessed_heads,
-    infer_model,
+    check_plain,
+    check_tensors,
     strip_prefix,
+    summary,
     widen,
 )
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_INDEX = ".index.json"
+_MAX_JSON = 1 << 26
+_OUR_CLASS_TOKEN = "network.target.trunk.cls_token"
+# Of what files beside the weights tell, what is about the architecture.
+_NUMBERS = ("num_heads", "layer_norm_eps")
 
-# What other people wrap a state dict in.
-_WRAPPERS = ("state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")
-# Classifiers, and what MAE's own files hold beside the encoder.
-_NOT_TRUNK = ("head.", "head_dist.", "decoder_", "mask_token")
+# Classifiers, and what MAE's and the reference's files hold beside the encoder.
+_NOT_TRUNK = ("head.", "head_dist.", "fc.", "pred.", "decoder_", "mask_token")
 # Of our header, what is about the weights and not about the file.
 _FILE_KEYS = ("format", "model", "head", "norm")
 
@@ -50,9 +55,12 @@ class _Parts(NamedTuple):
     meta: Mapping[str, Any] = {}
     model: Mapping[str, Any] = {}
     ignored: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def read_weights(path: str | Path, *, num_heads: int | None = None) -> Weights:
+def read_weights(
+    path: str | Path, *, num_heads: int | None = None, key: str | None = None
+) -> Weights:
     """Read the weights of anything that we know, without running code from it.
 
     Args:
@@ -60,27 +68,26 @@ def read_weights(path: str | Path, *, num_heads: int | None = None) -> Weights:
             its newest checkpoint); a state dict in timm's or Hugging Face's names (`.pth`, `.pt`,
             `.bin`, `.safetensors`); a timm directory; a Hugging Face ViTMSN, ViTMAE or ViT
             directory; a `.pth.tar` in the layout of facebookresearch/msn.
-        num_heads: attention heads where the file cannot tell, else of no effect; default
-            width // 64, for multiples of 64 alone.
+        num_heads: attention heads where the file cannot tell, else of no effect; default: those
+            of the published models of that width, where all have the same.
+        key: which of several trunks in a file, by the names that the refusal lists (`model_ema`).
 
     Raises:
-        UserError: if there is nothing to read, it is damaged, carries code or belongs to another
-            architecture.
+        UserError: if there is nothing to read, it is damaged, carries code, holds several trunks,
+            numbers that are not finite, or another architecture.
     """
-    path = Path(path)
-    parts = _read_directory(path) if path.is_dir() else _read_file(path, {})
-    trunk = widen(parts.trunk)
-    model, assumed = infer_model(trunk, parts.model, num_heads, str(path))
-    for part in (trunk, parts.anchor_trunk):
-        if part is not None:
-            check_trunk(part, model, str(path))
-    if assumed and guessed_heads(int(model["embed_dim"])) is None:
-        raise UserError(
-            f"{path}: does not tell its number of attention heads, and width "
-            f"{model['embed_dim']} is no multiple of the usual 64 a head: give model.num_heads"
-        )
+    path, where = Path(path), str(path)
+    parts = _read_directory(path, key) if path.is_dir() else _read_file(path, {}, key)
+    told = {**parts.model, "released": parts.source == "released"}
+    model, assumed = infer_model(parts.trunk, told, num_heads, where)
+    if parts.anchor_trunk is not None:
+        check_trunk(parts.anchor_trunk, model, where)
+    for tensors in (parts.anchor_trunk, parts.head, parts.anchor_head):
+        check_tensors(tensors or {}, where)
+    if parts.prototypes is not None:
+        check_tensors({"prototypes": parts.prototypes}, where)
     return Weights(
-        trunk=trunk,
+        trunk=widen(parts.trunk),
         model=model,
         source=parts.source,
         head=_widen(parts.head),
@@ -91,81 +98,112 @@ def read_weights(path: str | Path, *, num_heads: int | None = None) -> Weights:
         anchor_head=_widen(parts.anchor_head),
         meta={"licence": UNKNOWN_LICENCE, **parts.meta},
         ignored=parts.ignored,
-        heads_assumed=assumed,
+        notes=parts.notes + assumed,
     )
 
 
-def _read_directory(path: Path) -> _Parts:
+def _read_directory(path: Path, key: str | None) -> _Parts:
     if (path / BACKBONE_FILE).is_file():
-        return _read_file(path / BACKBONE_FILE, {})
+        return _read_file(path / BACKBONE_FILE, {}, key)
     if (path / "config.json").is_file():
-        return _read_model_directory(path)
-    if newest := newest_checkpoint(path / "checkpoints") or newest_checkpoint(path):
-        return _read_file(newest, {})
+        return _read_model_directory(path, key)
+    newest = newest_valid_checkpoint(path / "checkpoints") or newest_valid_checkpoint(path)
+    if newest is not None:
+        return _read_file(newest, {}, key)
     for pattern in ("*.pth.tar", "*.onnx", "*.ckpt", "checkpoints/*.ckpt"):
-        if found := list(path.glob(pattern)):
-            return _read_file(max(found, key=lambda file: file.stat().st_mtime_ns), {})
+        if found := [file for file in path.glob(pattern) if file.is_file()]:
+            return _read_file(max(found, key=lambda file: file.stat().st_mtime_ns), {}, key)
     raise UserError(
         f"{path}: holds none of {BACKBONE_FILE}, config.json, *.pth.tar, *.onnx, checkpoints/*.ckpt"
     )
 
 
-def _read_model_directory(path: Path) -> _Parts:
+def _read_model_directory(path: Path, key: str | None) -> _Parts:
     """A directory in the manner of the Hugging Face Hub: config.json beside a weight file."""
     config = _read_json(path / "config.json")
-    found = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
+    names = [name + index for name in WEIGHT_FILES for index in ("", _INDEX)]
+    found = [path / name for name in names if (path / name).is_file()]
     if not found:
-        raise UserError(f"{path}: has a config.json but none of {', '.join(WEIGHT_FILES)}")
+        raise UserError(f"{path}: has a config.json but none of {', '.join(names)}")
     where = str(path / "config.json")
+    preprocessing = path / "preprocessor_config.json"
     if "architecture" in config:
-        told, source = timm.told_by_config(config, where), "timm"
+        told, source, preprocessing = timm.told_by_config(config, where), "timm", Path(where)
     else:
         told = huggingface.told_by_config(config, where)
         source = huggingface.MODEL_TYPES[config["model_type"]]
-        told |= _told_by_preprocessor(path / "preprocessor_config.json")
-    parts = _read_file(found[0], told)
-    licence = {"licence": PUBLISHED_LICENCE} if source == "huggingface" else {}
-    return parts._replace(source=source, meta={**licence, **parts.meta})
+        if preprocessing.is_file():
+            content = _read_json(preprocessing)
+            told |= huggingface.told_by_preprocessor(content, str(preprocessing))
+    parts = _read_file(found[0], {**_told_by_card(path / "README.md"), **told}, key)
+    notes = parts.notes
+    if not {"mean", "std"} <= parts.meta.keys():
+        notes += (f"mean and std of ImageNet assumed: {preprocessing.name} says none",)
+    elif "mean" in told and list(told["mean"]) == [0.0] * 3:
+        notes += (f"images are not normalised, as {preprocessing.name} says",)
+    return parts._replace(source=source, notes=notes)
 
 
-def _told_by_preprocessor(path: Path) -> dict[str, Any]:
+def _told_by_card(path: Path) -> dict[str, str]:
+    """The licence in the head of a model card, if there is one."""
     if not path.is_file():
         return {}
-    content = _read_json(path)
-    names = {"image_mean": "mean", "image_std": "std"}
-    told = {ours: content[theirs] for theirs, ours in names.items() if theirs in content}
-    for name, value in told.items():
-        check_channels(value, f"{path}: image_{name}")
-    return told
+    with path.open(encoding="utf-8", errors="replace") as file:
+        head = file.read(10_000)
+    found = re.match(r"---\n(?:.*\n)*?license: *[\"']?([\w. +-]+)[\"']? *\n", head)
+    return {} if found is None else {"licence": found[1].strip()}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+        if path.stat().st_size > _MAX_JSON:
+            raise UserError(f"{path}: larger than {_MAX_JSON >> 20} MB; a configuration is not")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: cannot be read as JSON ({str(error)[:80]})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: must hold a JSON object")
     return content
 
 
-def _read_file(path: Path, told: Mapping[str, Any]) -> _Parts:
-    """Read one file; `told` is what files beside it say (num_heads, mean, std, licence)."""
-    content, metadata = read_onnx(path) if path.suffix == ".onnx" else open_weights(path)
+def _open_sharded(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tensors of all files that an index names; they stand beside it."""
+    places = _read_json(path).get("weight_map")
+    if not isinstance(places, dict) or not all(
+        isinstance(file, str) and Path(file).name == file for file in places.values()
+    ):
+        raise UserError(f"{path}: weight_map must give each tensor the name of a file beside it")
+    tensors: dict[str, Any] = {}
+    for file in sorted(set(places.values())):
+        content, _ = open_weights(path.with_name(file))
+        tensors |= content if isinstance(content, dict) else {}
+    if missing := [name for name in places if name not in tensors]:
+        raise UserError(f"{path}: {summary(missing)} is in none of its files")
+    return tensors, {}
+
+
+def _read_file(path: Path, told: Mapping[str, Any], key: str | None) -> _Parts:
+    """Read one file; `told` is what files beside it say (num_heads, mean, std, licence, ...)."""
+    if path.name.endswith(_INDEX):
+        content, metadata = _open_sharded(path)
+    else:
+        content, metadata = read_onnx(path) if path.suffix == ".onnx" else open_weights(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: must hold a dictionary of tensors, got {type(content).__name__}")
     content = {name: value for name, value in content.items() if isinstance(name, str)}
     header = _header(content.get("msn"), metadata, path)
-    parts = _interpret(content, header, str(path))
+    parts = _interpret(content, header, str(path), key)
     if "norm" in header:
         parts.trunk.update(_original_norm(header["norm"], path))
-    heads = {key: told[key] for key in told if key == "num_heads"}
-    beside = {key: told[key] for key in told if key != "num_heads"}
-    own = {key: value for key, value in header.items() if key not in _FILE_KEYS}
+    numbers = {name: told[name] for name in told if name in _NUMBERS}
+    beside = {name: told[name] for name in told if name not in _NUMBERS}
+    own = {name: value for name, value in header.items() if name not in _FILE_KEYS}
     if header and header.get("init") is None:
         own = {"licence": SCRATCH_LICENCE, **own}
     return parts._replace(
-        meta={**parts.meta, **beside, **own}, model={**heads, **header.get("model", {})}
+        meta={**parts.meta, **beside, **own}, model={**numbers, **header.get("model", {})}
     )
 
 
@@ -173,15 +211,20 @@ def _header(entry: Any, metadata: Mapping[str, str], path: Path) -> dict[str, An
     """What a file of ours says about itself; empty for others' files."""
     try:
         header = json.loads(metadata.get("msn", "{}")) if entry is None else entry
-    except ValueError as error:
-        raise UserError(f"{path}: damaged header ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged header ({str(error)[:80]})") from error
+    check_plain(header, str(path))
     if not isinstance(header, dict) or not isinstance(header.get("model", {}), dict):
         raise UserError(f"{path}: damaged header (no JSON object)")
     for key in ("mean", "std"):
         if key in header:
-            check_channels(header[key], f"{path}: header {key}")
+            check_channels(header[key], f"{path}: header {key}", positive=key == "std")
+    if not isinstance(header.get("licence", ""), str | None):
+        raise UserError(f"{path}: damaged header (licence)")
     if header.get("format", FORMAT) != FORMAT:
-        raise UserError(f"{path}: format {header['format']!r}, this version reads {FORMAT}")
+        raise UserError(
+            f"{path}: format {str(header['format'])[:80]!r}, this version reads {FORMAT}"
+        )
     return header
 
 
@@ -189,32 +232,39 @@ def _original_norm(norm: Any, path: Path) -> dict[str, Tensor]:
     """The final norm that an export with a folded head replaced by the identity."""
     try:
         return {f"norm.{kind}": torch.tensor(norm[kind]) for kind in ("weight", "bias")}
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise UserError(f"{path}: damaged header (norm: {error!r})") from error
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise UserError(f"{path}: damaged header (norm: {repr(error)[:80]})") from error
 
 
-def _interpret(content: dict[str, Any], header: Mapping[str, Any], where: str) -> _Parts:
-    """Tell layouts apart by their names."""
-    if isinstance(content.get("target_encoder"), dict):
-        return _official(content)
+def _interpret(
+    content: dict[str, Any], header: Mapping[str, Any], where: str, key: str | None
+) -> _Parts:
+    """Tell layouts apart by their names; a key chooses among all trunks of any layout."""
     states = content.get("state_dict")
-    if isinstance(states, dict) and "network.target.trunk.cls_token" in states:
-        return _checkpoint(states)
-    tensors = _unwrapped(content, where)
-    if huggingface.is_huggingface(tensors):
-        trunk, ignored = huggingface.from_huggingface(tensors)
-        return _Parts("huggingface", trunk, ignored=ignored)
-    ignored = tuple(name for name in tensors if name.startswith(_NOT_TRUNK))
-    trunk = {name: tensor for name, tensor in tensors.items() if name not in ignored}
-    return _Parts(BACKBONE_FILE if header else "state dict", trunk, ignored=ignored)
+    if key is None and isinstance(content.get("target_encoder"), dict):
+        return _official(content, where)
+    if key is None and isinstance(states, dict) and _OUR_CLASS_TOKEN in states:
+        return _checkpoint(states, where)
+    found = find_trunk(content, key, where)
+    if huggingface.is_huggingface(found.tensors):
+        source = "huggingface"
+        trunk, ignored = huggingface.from_huggingface(found.tensors)
+    else:
+        source = BACKBONE_FILE if header else "state dict"
+        ignored = tuple(name for name in found.tensors if name.startswith(_NOT_TRUNK))
+        trunk = {name: tensor for name, tensor in found.tensors.items() if name not in ignored}
+    notes = () if found.name == "." else (f"weights taken from {found.name}",)
+    return _Parts(source, trunk, ignored=ignored + found.beside, notes=notes)
 
 
-def _official(content: Mapping[str, Any]) -> _Parts:
+def _official(content: Mapping[str, Any], where: str) -> _Parts:
     trunk, head, ignored = split_encoder(content["target_encoder"])
     anchor_trunk, anchor_head = None, None
     if isinstance(content.get("encoder"), dict):
         anchor_trunk, anchor_head, _ = split_encoder(content["encoder"])
-    epoch = content.get("epoch")
+    if not trunk:
+        raise UserError(f"{where}: target_encoder holds no tensors")
+    epoch = content.get("epoch") if isinstance(content.get("epoch"), int) else None
     return _Parts(
         source="released",
         trunk=trunk,
@@ -227,7 +277,10 @@ def _official(content: Mapping[str, Any]) -> _Parts:
     )
 
 
-def _checkpoint(states: Mapping[str, Tensor]) -> _Parts:
+def _checkpoint(content: Mapping[Any, Any], where: str) -> _Parts:
+    states = {name: value for name, value in content.items() if isinstance(name, str)}
+    if not all(isinstance(value, Tensor) for value in states.values()):
+        raise UserError(f"{where}: damaged: state_dict holds more than tensors")
     return _Parts(
         source="msn checkpoint",
         trunk=strip_prefix(states, "network.target.trunk."),
@@ -236,24 +289,6 @@ def _checkpoint(states: Mapping[str, Tensor]) -> _Parts:
         anchor_trunk=strip_prefix(states, "network.anchor.trunk.") or None,
         anchor_head=strip_prefix(states, "network.anchor.head.") or None,
     )
-
-
-def _unwrapped(content: dict[str, Any], where: str) -> dict[str, Tensor]:
-    """The state dict inside what people wrap around it, without the prefixes of DDP and compile."""
-    for wrapper in _WRAPPERS:
-        if isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    tensors = {
-        name: value
-        for name, value in content.items()
-        if isinstance(name, str) and isinstance(value, Tensor)
-    }
-    if not tensors:
-        raise UserError(f"{where}: holds no tensors")
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = strip_prefix(tensors, prefix)
-    return tensors
 
 
 def _tensor_or_none(value: Any) -> Tensor | None:

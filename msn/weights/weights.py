@@ -2,8 +2,6 @@
 
 import hashlib
 import logging
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,17 +30,10 @@ UNKNOWN_LICENCE = "unknown (that of the weights' source)"
 BASELINES = ("random", "pixels")
 
 MAX_DIFFERENCES = 10
-# Width of an attention head in nearly all vision transformers.
-_USUAL_HEAD = 64
+# Bytes of its names and numbers: no header of ours comes near.
+_MAX_PLAIN = 100_000
 
-# From these tensors (and how many axes they have) the sizes of a vision transformer are read off.
-_SIZED_BY = {
-    "cls_token": 3,
-    "pos_embed": 3,
-    "patch_embed.proj.weight": 4,
-    "blocks.0.mlp.fc1.weight": 2,
-}
-_OURS = ("cls_token", "pos_embed", "patch_embed.proj.", "blocks.", "norm.")
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -52,7 +43,7 @@ class Weights:
     trunk: dict[str, Tensor]
     """State dict of the (target) `VisionTransformer`, at least float32."""
     model: dict[str, int | float]
-    """The six numbers of `VisionTransformer`."""
+    """The six numbers of `VisionTransformer`, and `layer_norm_eps` where it is not ours."""
     source: str
     """The kind of file, e.g. "msn checkpoint", "huggingface mae"."""
     head: dict[str, Tensor] | None = None
@@ -65,57 +56,58 @@ class Weights:
     """epoch, data, method, licence, init, mean, std as far as the file says."""
     ignored: tuple[str, ...] = ()
     """Names in the file that have no place in the network."""
-    heads_assumed: bool = False
-    """True where neither file nor caller told `num_heads`: it is then width // 64."""
+    notes: tuple[str, ...] = ()
+    """What was assumed or taken off in reading, to be said to the person."""
 
 
-def infer_model(
-    trunk: Mapping[str, Tensor], told: Mapping[str, Any], num_heads: int | None, where: str
-) -> tuple[dict[str, int | float], bool]:
-    """The six numbers of the `VisionTransformer` that a state dict belongs to.
+def say_notes(weights: Weights, where: str) -> None:
+    """Warn of what was assumed: another number of heads gives other features, not an error."""
+    for note in weights.notes:
+        log.warning("%s: %s", where, note)
 
-    Args:
-        trunk: state dict in timm's names.
-        told: what the file itself says, any of the six numbers; shapes win except for `num_heads`.
-        num_heads: the caller's word where the file has none; where it has one, that wins.
-        where: the path, for messages.
 
-    Returns:
-        The numbers, and whether `num_heads` had to be assumed.
+def check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse tensors that a network cannot use, by name.
 
     Raises:
-        UserError: if this is no vision transformer.
+        UserError: if one is not dense, not of a float type of 16 to 64 bits (counters apart), or
+            holds numbers that are not finite in float32.
     """
-    _check_known_layout(trunk, where)
-    patch, hidden = trunk["patch_embed.proj.weight"], trunk["blocks.0.mlp.fc1.weight"]
-    width, patch_size = patch.shape[0], patch.shape[-1]
-    side = math.isqrt(trunk["pos_embed"].shape[1] - 1)
-    heads = told.get("num_heads", num_heads)
-    model = {
-        "img_size": side * patch_size,
-        "patch_size": patch_size,
-        "embed_dim": width,
-        "depth": len({found[1] for name in trunk if (found := re.match(r"blocks\.(\d+)\.", name))}),
-        "num_heads": guessed_heads(width) or 1 if heads is None else heads,
-        "mlp_ratio": _mlp_ratio(hidden.shape[0], width),
-    }
-    return model, heads is None
+    wrong = []
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            wrong.append(f"{name} is not a dense tensor with numbers")
+        elif name.endswith("num_batches_tracked") and tensor.dtype == torch.int64:
+            continue
+        elif tensor.dtype not in _FLOATS:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            wrong.append(f"{name} is {kind}, not float64, float32, float16 or bfloat16")
+        elif not bool(torch.isfinite(tensor.float()).all()):
+            wrong.append(f"{name} holds NaN or infinity")
+    if wrong:
+        raise UserError(f"{where}: {summary(wrong)}")
 
 
-def guessed_heads(width: int) -> int | None:
-    """Heads that most vision transformers of a width have; None where a guess is worthless."""
-    return None if width % _USUAL_HEAD else width // _USUAL_HEAD
+def check_plain(value: Any, where: str) -> None:
+    """Refuse what a header of ours never holds: other than plain data, or without end.
 
-
-def say_assumed_heads(weights: Weights, where: str) -> None:
-    """Warn where the number of heads is a guess: another one gives other features, not an error."""
-    if weights.heads_assumed:
-        log.warning(
-            "%s does not tell its number of attention heads: %d assumed (width // 64); "
-            "model.num_heads overrides",
-            where,
-            weights.model["num_heads"],
-        )
+    Raises:
+        UserError: naming the file.
+    """
+    left, counted = [value], 0
+    while left:
+        part = left.pop()
+        counted += 1 + (len(part) if isinstance(part, str | dict | list | tuple) else 0)
+        if isinstance(part, dict):
+            left += [*part.keys(), *part.values()]
+        elif isinstance(part, list | tuple):
+            left += part
+        elif not isinstance(part, str | float | bool | None) and not (
+            isinstance(part, int) and abs(part) < 1 << 63
+        ):
+            raise UserError(f"{where}: damaged header (a {type(part).__name__})")
+        if counted > _MAX_PLAIN:
+            raise UserError(f"{where}: damaged header (too large)")
 
 
 def trunk_digest(trunk: Mapping[str, Tensor]) -> str:
@@ -124,30 +116,26 @@ def trunk_digest(trunk: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(trunk.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def check_channels(value: Any, where: str) -> None:
+def check_number(value: Any, where: str) -> float:
+    """A number above 0, or a UserError."""
+    if not isinstance(value, int | float) or not 0 < value < 1e6:
+        raise UserError(f"{where}: must be a number above 0, got {str(value)[:80]}")
+    return float(value)
+
+
+def check_channels(value: Any, where: str, *, positive: bool = False) -> None:
     """Raise a UserError unless a value is three numbers, as mean and std of colours are."""
     numbers = isinstance(value, list | tuple) and all(
-        isinstance(part, int | float) and math.isfinite(part) for part in value
+        isinstance(part, int | float) and abs(part) < 1e6 and (part > 0 or not positive)
+        for part in value
     )
     if not numbers or len(value) != 3:
-        raise UserError(f"{where}: must be three numbers, got {str(value)[:80]}")
-
-
-def check_trunk(trunk: Mapping[str, Tensor], model: Mapping[str, int | float], where: str) -> None:
-    """Refuse a state dict that is not exactly one of the `VisionTransformer` of these numbers.
-
-    Raises:
-        UserError: naming at most ten differing keys and shapes.
-    """
-    with torch.device("meta"):
-        expected = VisionTransformer(**model).state_dict()  # type: ignore[arg-type]
-    found = differences(trunk, expected)
-    if found:
-        raise UserError(f"{where}: another architecture: {summary(found)}")
+        what = "three numbers above 0" if positive else "three numbers"
+        raise UserError(f"{where}: must be {what}, got {str(value)[:80]}")
 
 
 def differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
@@ -195,28 +183,3 @@ def widen(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name: t.float() if t.is_floating_point() and t.itemsize < 4 else t
         for name, t in tensors.items()
     }
-
-
-def _mlp_ratio(hidden: int, width: int) -> int | float:
-    if hidden % width == 0:
-        return hidden // width
-    ratio = hidden / width
-    # timm takes int(width * ratio), which must not fall one short by rounding.
-    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
-
-
-def _check_known_layout(trunk: Mapping[str, Tensor], where: str) -> None:
-    """Refuse what is so unlike a vision transformer that its sizes cannot be read off."""
-    wrong = []
-    for name, dims in _SIZED_BY.items():
-        if name not in trunk:
-            wrong.append(f"{name} is missing")
-        elif trunk[name].ndim != dims or 0 in trunk[name].shape:
-            wrong.append(f"{name} is {list(trunk[name].shape)}, not {dims} axes")
-    if wrong:
-        wrong += [
-            f"{name} {list(tensor.shape)} is not expected"
-            for name, tensor in trunk.items()
-            if not name.startswith(_OURS)
-        ]
-        raise UserError(f"{where}: another architecture: {summary(wrong)}")

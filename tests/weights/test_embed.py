@@ -41,6 +41,7 @@ def run(folder, **changes):
         "device": "cpu",
         "overwrite": False,
         "model": {"num_heads": None},
+        "init_key": None,
         **changes,
     }
     embed.run(OmegaConf.create(settings))

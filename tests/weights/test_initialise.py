@@ -51,9 +51,16 @@ def test_a_published_file_gives_both_encoders_the_target_and_its_prototypes(tmp_
     assert "the file has no anchor" in rows["anchor trunk"]
 
 
-def test_assumed_heads_are_said(weights):
-    rows = dict(initialise(fresh(), dataclasses.replace(weights, heads_assumed=True)))
-    assert rows["attention heads"].startswith("2 assumed (width // 64)")
+def test_what_was_assumed_is_said(weights):
+    found = dataclasses.replace(weights, notes=("attention heads: 2 assumed",))
+    assert ("note", "attention heads: 2 assumed") in initialise(fresh(), found)
+
+
+def test_another_eps_of_the_file_is_said(weights):
+    model = {**weights.model, "layer_norm_eps": 1e-12}
+    rows = dict(initialise(fresh(), dataclasses.replace(weights, model=model)))
+    assert rows["LayerNorm's eps"] == "1e-06 here, 1e-12 in the file"
+    assert "LayerNorm's eps" not in dict(initialise(fresh(), weights))
 
 
 def test_prototypes_and_heads_of_another_shape_stay_fresh_and_are_named(weights):

@@ -47,7 +47,7 @@ def test_a_finished_run_is_exported_with_its_anchor_head_and_prototypes(tmp_path
     (tmp_path / "run" / "config.yaml").write_text("{}")
     settings = {"checkpoint": str(tmp_path / "run"), "format": "official", "image_size": None}
     settings |= {"out": str(tmp_path / "out"), "head": None, "overwrite": False}
-    export.run(OmegaConf.create({**settings, "model": {"num_heads": None}}))
+    export.run(OmegaConf.create({**settings, "model": {"num_heads": None}, "init_key": None}))
     weights = read_weights(tmp_path / "out" / "msn.pth.tar")
     assert_same(weights.trunk, network.target.trunk.state_dict())
     assert_same(weights.anchor_head, network.anchor.head.state_dict())

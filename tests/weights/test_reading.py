@@ -1,14 +1,20 @@
+import argparse
 import json
+import math
 import os
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import msn
 from msn.errors import UserError
-from msn.evaluation.backbones import open_backbone
+from msn.evaluation.backbones import open_backbone, open_backbones
+from msn.files import write_checkpoint
 from msn.weights import build_trunk, read_weights, save_backbone
 from tests.weights.builders import (
     MODEL,
@@ -35,7 +41,7 @@ def test_our_checkpoint_gives_everything(tmp_path):
     weights = read_weights(path)
     assert weights.source == "msn checkpoint"
     assert weights.model == MODEL
-    assert not weights.heads_assumed
+    assert weights.notes == ()
     assert_same(weights.trunk, network.target.trunk.state_dict())
     assert_same(weights.head, network.target.head.state_dict())
     assert_same(weights.anchor_trunk, network.anchor.trunk.state_dict())
@@ -93,9 +99,10 @@ def test_heads_are_the_callers_word_where_the_file_has_none(tmp_path):
     trunk = make_trunk(embed_dim=192)
     torch.save(trunk.state_dict(), tmp_path / "a.pth")
     assumed = read_weights(tmp_path / "a.pth")
-    assert (assumed.model["num_heads"], assumed.heads_assumed) == (3, True)
+    assert assumed.model["num_heads"] == 3
+    assert "attention heads: 3 assumed (DeiT-Ti" in assumed.notes[0]
     told = read_weights(tmp_path / "a.pth", num_heads=6)
-    assert (told.model["num_heads"], told.heads_assumed) == (6, False)
+    assert (told.model["num_heads"], told.notes) == (6, ())
     save_run(tmp_path, trunk)
     assert read_weights(tmp_path, num_heads=6).model["num_heads"] == 3
 
@@ -107,13 +114,13 @@ def test_a_guess_of_heads_is_said_where_features_are_made_with_it(tmp_path, capl
     assert caplog.text == ""
     msn.load_backbone(tmp_path / "a.pth")
     open_backbone("a", str(tmp_path / "a.pth"), image_size=None, num_heads=None)
-    assert caplog.text.count("3 assumed (width // 64); model.num_heads overrides") == 2
+    assert caplog.text.count("3 assumed (DeiT-Ti, arXiv 2012.12877, Table 1)") == 2
 
 
-@pytest.mark.parametrize("width", [24, 96])
+@pytest.mark.parametrize("width", [24, 96, 512])
 def test_heads_of_an_unusual_width_are_not_guessed(tmp_path, width):
-    torch.save(make_trunk(embed_dim=width).state_dict(), tmp_path / "a.pth")
-    with pytest.raises(UserError, match=f"width {width} is no multiple .* give model.num_heads"):
+    torch.save(make_trunk(embed_dim=width, num_heads=4).state_dict(), tmp_path / "a.pth")
+    with pytest.raises(UserError, match=f"width {width} is not usual: give model.num_heads"):
         read_weights(tmp_path / "a.pth")
 
 
@@ -288,3 +295,324 @@ def test_a_header_without_three_means_is_refused(tmp_path, mean):
     save_backbone(tmp_path / "a.safetensors", trunk.state_dict(), meta)
     with pytest.raises(UserError, match=r"header mean: must be three numbers"):
         read_weights(tmp_path / "a.safetensors")
+
+
+def bare(path, content=None, **changes):
+    """A file that tells nothing but names and shapes."""
+    torch.save(make_trunk(**changes).state_dict() if content is None else content, path)
+    return path
+
+
+@pytest.mark.parametrize(("width", "heads"), [(1280, 16), (1408, 16)])
+def test_heads_of_a_published_width_are_those_of_the_publication(tmp_path, width, heads):
+    weights = read_weights(
+        bare(tmp_path / "a.pth", embed_dim=width, depth=1, num_heads=1, mlp_ratio=0.1)
+    )
+    assert weights.model["num_heads"] == heads
+    assert f"attention heads: {heads} assumed (ViT-" in weights.notes[0]
+
+
+def moco_positions(side, width):
+    """By a loop: sines and cosines of the row, then of the column; zeros for the class token."""
+    rows = [[0.0] * width]
+    for row in range(side):
+        for column in range(side):
+            parts = []
+            for place in (row, column):
+                for wave in (math.sin, math.cos):
+                    parts += [wave(place / 10000 ** (4 * i / width)) for i in range(width // 4)]
+            rows.append(parts)
+    return torch.tensor([rows])
+
+
+def test_a_width_with_two_numbers_of_heads_needs_a_word_or_the_positions_of_moco(tmp_path):
+    path = bare(tmp_path / "a.pth", embed_dim=384)
+    with pytest.raises(UserError, match=r"6 \(DeiT-S.* or 12 \(MoCo v3.*give model.num_heads"):
+        read_weights(path)
+    assert read_weights(path, num_heads=6).model["num_heads"] == 6
+    states = make_trunk(embed_dim=384, num_heads=12).state_dict()
+    states["pos_embed"] = moco_positions(4, 384)
+    assert read_weights(bare(path, states)).model["num_heads"] == 12
+    # MAE's begin with the column: they tell nothing of heads.
+    patches = states["pos_embed"][:, 1:].unflatten(1, (4, 4)).mT.transpose(-1, -2)
+    states["pos_embed"][:, 1:] = patches.transpose(1, 2).flatten(1, 2)
+    with pytest.raises(UserError, match=r"give model.num_heads"):
+        read_weights(bare(path, states))
+
+
+def test_the_layout_of_the_reference_has_heads_of_64(tmp_path):
+    states = {
+        f"module.{k}": v for k, v in make_trunk(embed_dim=128, num_heads=2).state_dict().items()
+    }
+    weights = read_weights(bare(tmp_path / "a.pth.tar", {"target_encoder": states}))
+    assert weights.model["num_heads"] == 2
+
+
+@pytest.mark.parametrize("first", ["state_dict", "model"])
+@pytest.mark.parametrize("second", ["state_dict_ema", "model_ema"])
+def test_of_two_halves_a_key_chooses(tmp_path, first, second):
+    plain, averaged = make_trunk().state_dict(), make_trunk(1).state_dict()
+    wrapped = {f"module.{name}": tensor for name, tensor in averaged.items()}
+    path = bare(tmp_path / "a.pth", {first: plain, second: wrapped, "epoch": 3})
+    with pytest.raises(UserError, match=rf"{second}\.module.*: init_key=NAME chooses") as error:
+        read_weights(path, num_heads=3)
+    assert f"{first}," in str(error.value) or f", {first}:" in str(error.value)
+    chosen = read_weights(path, num_heads=3, key=second)
+    assert_same(chosen.trunk, averaged)
+    assert chosen.notes == (f"weights taken from {second}.module",)
+    assert_same(read_weights(path, num_heads=3, key=first).trunk, plain)
+    with pytest.raises(UserError, match="init_key=teacher must be one of"):
+        read_weights(path, num_heads=3, key="teacher")
+    assert_same(msn.load_backbone(path, num_heads=3, key=second).state_dict(), averaged)
+    for keys in (second, {"a": second}):
+        (opened,) = open_backbones([f"a:{path}"], image_size=None, num_heads=3, key=keys)
+        assert_same(opened.trunk.state_dict(), averaged)
+    with pytest.raises(UserError, match="init_key: no backbone is called b"):
+        open_backbones([f"a:{path}"], image_size=None, num_heads=3, key={"b": second})
+
+
+def test_a_key_reaches_every_trunk_of_files_that_need_none(tmp_path):
+    network = make_network()
+    path = save_checkpoint(tmp_path / "a.ckpt", network)
+    anchor = read_weights(path, key="state_dict.network.anchor.trunk")
+    assert_same(anchor.trunk, network.anchor.trunk.state_dict())
+    assert anchor.model == MODEL
+    layout = released_layout("default")
+    path = bare(tmp_path / "a.pth.tar", layout)
+    expected = read_weights(path, num_heads=2).anchor_trunk
+    assert_same(read_weights(path, num_heads=2, key="encoder").trunk, expected)
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["model.", "backbone.", "encoder.", "ema.", "student.", "module.backbone.", "net.", "vit."]
+    + ["trunk.", "_orig_mod.module.", "deit.", "a.b.c."],
+)
+@pytest.mark.parametrize("wrapper", [None, "teacher", "model_state_dict"])
+def test_prefixes_and_wrappers_are_taken_off_and_said(tmp_path, prefix, wrapper):
+    states = make_trunk().state_dict()
+    content = {prefix + name: tensor for name, tensor in states.items()}
+    content["head_of_theirs.weight"] = torch.ones(2)
+    content["n_averaged"] = torch.tensor(3)
+    content = content if wrapper is None else {wrapper: content, "optimizer": {"state": {0: 1}}}
+    weights = read_weights(bare(tmp_path / "a.pth", content), num_heads=3)
+    assert_same(weights.trunk, states)
+    assert set(weights.ignored) == {"head_of_theirs.weight", "n_averaged"}
+    name = ".".join(part for part in (wrapper, prefix.rstrip(".")) if part)
+    assert weights.notes == (f"weights taken from {name}",)
+
+
+def test_the_average_that_torch_makes_is_read(tmp_path):
+    trunk = make_trunk()
+    averaged = torch.optim.swa_utils.AveragedModel(trunk)
+    path = bare(tmp_path / "a.pth", averaged.state_dict())
+    assert_same(read_weights(path, num_heads=3).trunk, trunk.state_dict())
+
+
+def test_dictionaries_that_hold_themselves_end(tmp_path):
+    content = {"model": make_trunk().state_dict()}
+    content["again"] = content
+    assert read_weights(bare(tmp_path / "a.pth", content), num_heads=3).model == MODEL
+
+
+def positions(rows, columns, width=24):
+    """Smooth over a grid, as learned ones are, with a little noise."""
+    angles = torch.arange(1, width // 4 + 1) * 0.3
+    row, column = torch.arange(rows)[:, None] * angles, torch.arange(columns)[:, None] * angles
+    row = torch.cat([row.sin(), row.cos()], 1)[:, None].expand(rows, columns, -1)
+    column = torch.cat([column.sin(), column.cos()], 1)[None].expand(rows, columns, -1)
+    grid = torch.cat([row, column], -1).flatten(0, 1)
+    noise = torch.randn(grid.shape, generator=torch.Generator().manual_seed(0))
+    return torch.cat([torch.ones(1, width), grid + 0.1 * noise])[None]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(4, 16), (16, 4), (2, 32), (7, 28), (28, 7)])
+def test_positions_of_an_oblong_grid_are_refused(tmp_path, rows, columns):
+    states = {**make_trunk().state_dict(), "pos_embed": positions(rows, columns)}
+    with pytest.raises(UserError, match=f"those of {rows} x {columns} patches; only square"):
+        read_weights(bare(tmp_path / "a.pth", states), num_heads=3)
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 4, 7, 8, 14, 24])
+def test_positions_of_a_square_grid_are_read_whether_they_show_it_or_not(tmp_path, side):
+    for pos_embed in (positions(side, side), moco_positions(side, 24)):
+        states = {**make_trunk().state_dict(), "pos_embed": pos_embed}
+        weights = read_weights(bare(tmp_path / "a.pth", states), num_heads=3)
+        assert weights.model["img_size"] == side * 8
+    for seed in range(10):
+        make = torch.Generator().manual_seed(seed)
+        states["pos_embed"] = torch.randn(1, 1 + side * side, 24, generator=make)
+        read_weights(bare(tmp_path / "a.pth", states), num_heads=3)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["blocks.1.norm2.bias", "pos_embed"])
+def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path, name, value):
+    network = make_network()
+    network.target.trunk.state_dict()[name].view(-1)[3] = value
+    for path in (
+        save_checkpoint(tmp_path / "a.ckpt", network),
+        bare(tmp_path / "a.pth", network.target.trunk.state_dict()),
+        save_run(tmp_path / "run", network.target.trunk),
+    ):
+        with pytest.raises(UserError, match=rf"{name} holds NaN or infinity"):
+            read_weights(path, num_heads=3)
+
+
+@pytest.mark.parametrize("part", ["prototypes", "target.head.fc1.weight", "anchor.trunk.cls_token"])
+def test_every_part_of_a_checkpoint_is_looked_at(tmp_path, part):
+    network = make_network()
+    network.state_dict()[part].view(-1)[0] = math.nan
+    with pytest.raises(UserError, match="holds NaN or infinity"):
+        read_weights(save_checkpoint(tmp_path / "a.ckpt", network))
+
+
+def test_doubles_too_large_for_single_precision_are_not_finite(tmp_path):
+    states = make_trunk().double().state_dict()
+    states["norm.bias"][0] = 1e300
+    with pytest.raises(UserError, match=r"norm\.bias holds NaN or infinity"):
+        read_weights(bare(tmp_path / "a.pth", states), num_heads=3)
+
+
+def test_weights_in_double_precision_make_features_in_single(tmp_path):
+    states = make_trunk().double().state_dict()
+    backbone = msn.load_backbone(bare(tmp_path / "a.pth", states), num_heads=3)
+    image = backbone.transform(Image.new("RGB", (40, 40)))
+    assert backbone(image[None]).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        *[(kind, r"norm\.bias is \w+, not float") for kind in ("int8", "int64", "bool")],
+        *[(kind, r"norm\.bias is \w+, not float") for kind in ("complex64", "float8_e4m3fn")],
+        ("sparse", "holds a sparse tensor; only dense"),
+        ("meta", "holds a meta tensor"),
+        ("quantised", "holds a qtensor; only dense"),
+        ("number", r"norm\.bias is \[\] instead of \[24\]"),
+        ("expanded", r"a tensor of shape \[24\] repeats the 1 numbers"),
+        ("list", r"norm\.bias is missing"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_tensors_that_are_no_weights_are_one_line(tmp_path, kind, said):
+    states = make_trunk().state_dict()
+    bias = states["norm.bias"]
+    states["norm.bias"] = {
+        "sparse": bias.to_sparse,
+        "meta": lambda: bias.to("meta"),
+        "quantised": lambda: torch.quantize_per_tensor(bias, 0.1, 0, torch.qint8),
+        "number": lambda: torch.tensor(1.0),
+        "expanded": lambda: torch.ones(1).expand(24),
+        "list": lambda: [1.0] * 24,
+    }.get(kind, lambda: bias.to(getattr(torch, kind)))()
+    with pytest.raises(UserError, match=said):
+        read_weights(bare(tmp_path / "a.pth", states), num_heads=3)
+
+
+def test_a_whole_file_of_integers_in_hugging_faces_names_is_one_line(tmp_path):
+    from msn.weights.huggingface import to_huggingface
+
+    states = to_huggingface(make_trunk().state_dict())
+    for made in ({n: t.to(torch.int8) for n, t in states.items()}, dict.fromkeys(states, bias0())):
+        with pytest.raises(UserError, match="int8|another architecture"):
+            read_weights(bare(tmp_path / "a.pth", made), num_heads=3)
+
+
+def bias0():
+    return torch.tensor(1.0)
+
+
+def test_what_others_keep_beside_their_weights_is_read(tmp_path):
+    states = make_trunk().state_dict()
+    beside = {"args": argparse.Namespace(lr=1.0, name="x", sizes=[1, 2]), "best": np.float64(1.5)}
+    beside |= {"epoch": np.int64(3), "done": np.bool_(True), "scaler": {"scale": np.float32(2)}}
+    weights = read_weights(bare(tmp_path / "a.pth", {"model": states, **beside}), num_heads=3)
+    assert_same(weights.trunk, states)
+
+
+def test_thousands_of_blocks_are_counted_not_built(tmp_path):
+    states = make_trunk(embed_dim=1, num_heads=1, depth=1, mlp_ratio=1).state_dict()
+    block = {n.removeprefix("blocks.0."): t for n, t in states.items() if n.startswith("blocks.")}
+    small = {f"blocks.{i}.{n}": t for i in range(1001) for n, t in block.items()}
+    start = time.monotonic()
+    with pytest.raises(UserError, match="1001 blocks; at most 1000"):
+        read_weights(bare(tmp_path / "a.pth", {**states, **small}), num_heads=1)
+    names = {f"blocks.{i}.x": torch.ones(1) for i in range(1001)}
+    with pytest.raises(UserError, match="1001 blocks; at most 1000"):
+        read_weights(bare(tmp_path / "a.pth", {**states, **names}), num_heads=1)
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("name", ["backbone.safetensors", "epoch-1-step-3.ckpt", "a.pth"])
+def test_one_flipped_bit_is_refused_wherever_it_is(tmp_path, name):
+    path = tmp_path / name
+    if name.endswith("safetensors"):
+        save_run(tmp_path, make_trunk())
+    elif name.endswith("ckpt"):
+        write_checkpoint(path, torch.load(save_checkpoint(tmp_path / "b", make_network())))
+    else:
+        bare(path)
+    whole = path.read_bytes()
+    expected = read_weights(path, num_heads=3)
+    for place in range(3, len(whole), len(whole) // 97):
+        data = bytearray(whole)
+        data[place] ^= 1 << place % 8
+        path.write_bytes(data)
+        try:
+            found = read_weights(path, num_heads=3)
+        except UserError:
+            continue
+        assert_same(found.trunk, expected.trunk)  # beside what is read, as a member's time
+        assert found.model == expected.model
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path, caplog):
+    for seed, name in ((1, "epoch-1-step-3.ckpt"), (2, "epoch-2-step-6.ckpt")):
+        made = save_checkpoint(tmp_path / "b", make_network(seed))
+        write_checkpoint(tmp_path / "checkpoints" / name, torch.load(made))
+    newest = tmp_path / "checkpoints" / name
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    os.mkfifo(tmp_path / "checkpoints" / "epoch-3-step-9.ckpt")
+    assert_same(read_weights(tmp_path).trunk, make_network(1).target.trunk.state_dict())
+    assert "epoch-2-step-6.ckpt is damaged (its checksum does not match)" in caplog.text
+    assert "epoch-3-step-9.ckpt is damaged (not a regular file)" in caplog.text
+    with pytest.raises(UserError, match="its checksum does not match"):
+        read_weights(newest)
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["[" * 200_000, '{"a":' * 200_000 + "1" + "}" * 200_000]
+    + [json.dumps({"std": [0.0] * 3}), json.dumps({"mean": [10**400] * 3})]
+    + [json.dumps({"licence": ["x"]}), json.dumps({"norm": {"weight": [[1], [1, 2]]}})],
+)
+def test_an_odd_header_is_one_line(tmp_path, header):
+    save_file(make_trunk().state_dict(), tmp_path / "a.safetensors", {"msn": header})
+    with pytest.raises(UserError, match="header"):
+        read_weights(tmp_path / "a.safetensors", num_heads=3)
+
+
+def test_a_header_that_grows_when_it_is_written_out_is_refused(tmp_path):
+    laughter = ["ha"]
+    for _ in range(40):
+        laughter = [laughter] * 10
+    content = {"state_dict": {}, "msn": {"mean": laughter}}
+    with pytest.raises(UserError, match="damaged header"):
+        read_weights(bare(tmp_path / "a.pth", content))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"target_encoder": {0: 1, "a": 2}},
+        {"target_encoder": {"module.fc.a": torch.ones(1)}, "encoder": {1: 2}},
+        {"state_dict": {"network.target.trunk.cls_token": 3}},
+        {"state_dict": {"network.target.trunk.cls_token": torch.tensor(3), 1: 2}},
+    ],
+)
+def test_broken_layouts_of_known_kinds_are_one_line(tmp_path, content):
+    with pytest.raises(UserError, match=r"a\.pth"):
+        read_weights(bare(tmp_path / "a.pth", content))

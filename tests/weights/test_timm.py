@@ -7,8 +7,9 @@ import yaml
 from safetensors.torch import save_file
 
 from msn.errors import UserError
+from msn.evaluation.backbones import open_backbones
 from msn.method.vit import VisionTransformer
-from msn.weights import build_trunk, load_backbone, read_weights
+from msn.weights import build_trunk, load_backbone, read_weights, save_backbone
 from msn.weights import timm as adapter
 from tests.conftest import ROOT
 from tests.weights.builders import MODEL, images, make_trunk, shaken
@@ -58,7 +59,7 @@ def test_a_directory_of_timm_gives_its_features_heads_and_normalisation(tmp_path
     model = timm_directory(tmp_path / "a")
     weights = read_weights(tmp_path / "a")
     assert weights.source == "timm"
-    assert (weights.model["num_heads"], weights.heads_assumed) == (3, False)
+    assert (weights.model["num_heads"], weights.notes) == (3, ())
     assert set(weights.ignored) == {"head.weight", "head.bias"}
     assert weights.meta["licence"] == "mit"
     with torch.no_grad():
@@ -101,3 +102,86 @@ def test_a_configuration_with_empty_parts_tells_what_it_can(tmp_path):
     timm_directory(tmp_path / "b", pretrained_cfg={"mean": [0.5], "std": None})
     with pytest.raises(UserError, match="mean: must be three numbers"):
         read_weights(tmp_path / "b")
+
+
+def named(model, path, num_heads=None):
+    (opened,) = open_backbones(f"timm/{model}@{path}", image_size=None, num_heads=num_heads)
+    return opened
+
+
+def test_a_file_of_a_named_model_is_compared_with_it(tmp_path):
+    model = shaken(timm.create_model("vit_tiny_patch16_224", img_size=32))
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    assert_same(
+        named("vit_tiny_patch16_224", tmp_path / "a.pth").trunk.state_dict(),
+        {name: t for name, t in model.state_dict().items() if not name.startswith("head.")},
+    )
+    for other in ("vit_small_patch16_224", "vit_tiny_patch16_384.augreg_in21k_ft_in1k"):
+        if other.startswith("vit_small"):
+            with pytest.raises(
+                UserError, match="file is of another model: cls_token is .1, 1, 192"
+            ):
+                named(other, tmp_path / "a.pth")
+        else:
+            assert named(other, tmp_path / "a.pth").trunk.num_heads == 3
+
+
+def test_a_file_that_says_other_heads_than_the_named_model_is_refused(tmp_path):
+    trunk = make_trunk(embed_dim=192, depth=12, num_heads=6, patch_size=16)
+    save_backbone(tmp_path / "a.safetensors", trunk.state_dict(), {"model": trunk.model_config})
+    with pytest.raises(UserError, match="it has 6 attention heads instead of 3"):
+        named("vit_tiny_patch16_224", tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vit_small_patch16_18x2_224", "vit_base_patch16_xp_224", "vit_base_patch16_rpn_224"]
+    + ["vit_base_mci_224", "vit_base_patch16_clip_quickgelu_224", "vit_base_patch32_siglip_256"]
+    + ["resnet18", "no_such_model", "eva02_tiny_patch14_224", ["vit_tiny_patch16_224"], None],
+)
+def test_models_that_our_trunk_does_not_compute_are_one_line(tmp_path, name):
+    torch.save(make_trunk(embed_dim=192).state_dict(), tmp_path / "a.pth")
+    if isinstance(name, str):
+        with pytest.raises(UserError, match=name):
+            named(name, tmp_path / "a.pth")
+    timm_directory(tmp_path / "a", architecture=name)
+    with pytest.raises(UserError, match="architecture"):
+        read_weights(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"act_layer": "quick_gelu"}, {"norm_layer": "rmsnorm"}, {"block_fn": "x"}, {"depth_": 1}]
+    + [{"img_size": [16, 64]}],
+)
+def test_arguments_that_change_what_is_computed_are_refused(tmp_path, arguments):
+    timm_directory(tmp_path / "a", model_args=arguments)
+    with pytest.raises(UserError, match="model_args|only square"):
+        read_weights(tmp_path / "a")
+
+
+def test_normalisation_that_is_not_told_is_said(tmp_path):
+    timm_directory(tmp_path / "a", pretrained_cfg={})
+    said = "mean and std of ImageNet assumed: config.json says none"
+    assert said in read_weights(tmp_path / "a").notes
+
+
+@pytest.mark.parametrize("kind", ["dict", "module."])
+def test_families_are_named_in_the_refusal(tmp_path, kind):
+    families = {
+        "vit_small_patch14_dinov2": "layer scale, as DINOv2",
+        "vit_base_patch16_clip_224": "CLIP",
+        "vit_base_patch16_siglip_224": "without class token",
+        "deit_tiny_distilled_patch16_224": "distilled DeiT",
+        "beit_base_patch16_224": "BEiT",
+        "vit_wee_patch16_reg1_gap_256": "register tokens",
+        "eva02_tiny_patch14_224": "EVA-02",
+    }
+    for name, family in families.items():
+        with torch.device("meta"):
+            model = timm.create_model(name, depth=1, num_classes=0)
+        states = {n: torch.zeros(t.shape) for n, t in model.state_dict().items()}
+        content = {kind + n: t for n, t in states.items()} if kind == "module." else {"m": states}
+        torch.save(content, tmp_path / "a.pth")
+        with pytest.raises(UserError, match=rf"\(.*({family}).*once they are supported\)"):
+            read_weights(tmp_path / "a.pth", num_heads=1)

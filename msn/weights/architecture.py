@@ -1,0 +1,239 @@
+"""What shapes, and where they are silent publications, tell of a state dict's architecture."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from msn.errors import UserError
+from msn.method.vit import LAYER_NORM_EPS, VisionTransformer
+from msn.weights.weights import check_tensors, differences, strip_prefix, summary
+
+# Of backbones that our trunk does not compute.
+NOT_YET = "evaluation can use these once they are supported"
+
+MAX_BLOCKS = 1000
+# Heads of the vision transformers that were published in a width, and who says so.
+_PUBLISHED_HEADS = {
+    192: {3: "DeiT-Ti, arXiv 2012.12877, Table 1"},
+    384: {6: "DeiT-S, DINO, MSN: arXiv 2012.12877, Table 1", 12: "MoCo v3's ViT-S, its vits.py"},
+    768: {12: "ViT-B, arXiv 2010.11929, Table 1"},
+    1024: {16: "ViT-L, arXiv 2010.11929, Table 1"},
+    1280: {16: "ViT-H, arXiv 2010.11929, Table 1"},
+    1408: {16: "ViT-g, arXiv 2106.04560, Table 2"},
+    1664: {16: "ViT-G, arXiv 2106.04560, Table 2"},
+}
+# Of every model that facebookresearch/msn can build.
+_RELEASED_HEAD = 64
+
+# Names that tell a family of backbones which our trunk does not compute.
+_FAMILIES = (
+    ("detection_tokens", "YOLOS"),
+    ("reg_token", "a vision transformer with register tokens"),
+    ("register_tokens", "a vision transformer with register tokens"),
+    ("ls1.gamma", "a vision transformer with layer scale, as DINOv2"),
+    ("layer_scale", "a vision transformer with layer scale, as DINOv2"),
+    ("lambda_1", "a vision transformer with layer scale, as BEiT"),
+    ("gamma_1", "a vision transformer with layer scale, as BEiT"),
+    ("relative_position_bias_table", "BEiT or Swin"),
+    ("dist_token", "distilled DeiT"),
+    ("distillation_token", "distilled DeiT"),
+    ("norm_pre.", "CLIP"),
+    ("vision_model.", "CLIP or SigLIP"),
+    ("transformer.resblocks.", "CLIP"),
+    ("mlp.w12", "a vision transformer with SwiGLU, as DINOv2 g"),
+    ("mlp.fc1_g", "EVA-02"),
+    ("rope.", "a vision transformer with rotary positions, as DINOv3"),
+    ("q_norm", "a vision transformer with normalised queries"),
+    ("attn.q_bias", "EVA-02 or BEiT"),
+    ("fc_norm.", "a vision transformer that averages its patches, as fine-tuned MAE"),
+)
+
+# From these tensors (and how many axes they have) the sizes of a vision transformer are read off.
+_SIZED_BY = {
+    "cls_token": 3,
+    "pos_embed": 3,
+    "patch_embed.proj.weight": 4,
+    "blocks.0.mlp.fc1.weight": 2,
+}
+_OURS = ("cls_token", "pos_embed", "patch_embed.proj.", "blocks.", "norm.")
+
+
+def infer_model(
+    trunk: Mapping[str, Tensor], told: Mapping[str, Any], num_heads: int | None, where: str
+) -> tuple[dict[str, int | float], tuple[str, ...]]:
+    """The numbers of the `VisionTransformer` that a state dict belongs to.
+
+    Args:
+        trunk: state dict in timm's names.
+        told: what the file itself says: any of the six numbers, of which only `num_heads` counts
+            against the shapes; `layer_norm_eps`; `released`: whether facebookresearch/msn wrote it.
+        num_heads: the caller's word where the file has none; where it has one, that wins.
+        where: the path, for messages.
+
+    Returns:
+        The numbers (`layer_norm_eps` where it is not ours), and what was assumed.
+
+    Raises:
+        UserError: if this is no vision transformer, or nothing tells its number of heads.
+    """
+    _check_known_layout(trunk, where)
+    model = _shapes(trunk)
+    check_trunk(trunk, model, where)
+    check_tensors(trunk, where)
+    _check_grid(trunk["pos_embed"], where)
+    width = model["embed_dim"]
+    notes: tuple[str, ...] = ()
+    heads = told.get("num_heads", num_heads)
+    if heads is None:
+        heads, source = _published_heads(trunk, bool(told.get("released")), where)
+        notes = (f"attention heads: {heads} assumed ({source}); model.num_heads overrides",)
+    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
+        raise UserError(f"{where}: num_heads must be a whole number >= 1, got {str(heads)[:80]}")
+    if width % heads:
+        raise UserError(f"{where}: width {width} is not divisible by num_heads {heads}")
+    model["num_heads"] = heads
+    eps = told.get("layer_norm_eps", LAYER_NORM_EPS)
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps <= 1:
+        raise UserError(f"{where}: layer_norm_eps must be in [0, 1], got {str(eps)[:80]}")
+    if eps != LAYER_NORM_EPS:
+        model["layer_norm_eps"] = eps
+    return model, notes
+
+
+def _shapes(trunk: Mapping[str, Tensor]) -> dict[str, int | float]:
+    """What shapes tell, with one head."""
+    patch, hidden = trunk["patch_embed.proj.weight"], trunk["blocks.0.mlp.fc1.weight"]
+    width, patch_size = patch.shape[0], patch.shape[-1]
+    return {
+        "img_size": math.isqrt(trunk["pos_embed"].shape[1] - 1) * patch_size,
+        "patch_size": patch_size,
+        "embed_dim": width,
+        "depth": len({found[1] for name in trunk if (found := re.match(r"blocks\.(\d+)\.", name))}),
+        "num_heads": 1,
+        "mlp_ratio": _mlp_ratio(hidden.shape[0], width),
+    }
+
+
+def _published_heads(trunk: Mapping[str, Tensor], released: bool, where: str) -> tuple[int, str]:
+    """Heads where neither file nor caller tells them, and whose they are."""
+    width = int(trunk["cls_token"].shape[-1])
+    if released and width % _RELEASED_HEAD == 0:
+        return width // _RELEASED_HEAD, "64 wide, as all of facebookresearch/msn"
+    known = _PUBLISHED_HEADS.get(width, {})
+    if len(known) > 1 and _has_positions_of_moco(trunk["pos_embed"]):
+        known = {12: known[12]}
+    if len(known) == 1:
+        ((heads, source),) = known.items()
+        return heads, source
+    choices = " or ".join(f"{heads} ({source})" for heads, source in known.items())
+    why = f"width {width} is published with {choices}" if known else f"width {width} is not usual"
+    raise UserError(
+        f"{where}: does not tell its number of attention heads, and {why}: give model.num_heads"
+    )
+
+
+def _has_positions_of_moco(pos_embed: Tensor) -> bool:
+    """Whether these are the fixed position embeddings of MoCo v3 (its section 5).
+
+    Sines and cosines of the row, then of the column, and zeros for the class token; MAE's begin
+    with the column.
+    """
+    quarter, side = pos_embed.shape[-1] // 4, math.isqrt(pos_embed.shape[1] - 1)
+    steps = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * steps
+    wave = torch.cat([angles.sin(), angles.cos()], 1)
+    rows, columns = wave.repeat_interleave(side, 0), wave.repeat(side, 1)
+    expected = torch.cat([rows, columns], 1)
+    found = pos_embed[0].double()
+    if found.shape[-1] != expected.shape[-1] or bool(found[0].any()):
+        return False
+    return bool((found[1:] - expected).abs().max() < 1e-2)  # also where half precision rounded them
+
+
+def _check_grid(pos_embed: Tensor, where: str) -> None:
+    """Refuse a grid of patches that is not square, where its embeddings show it.
+
+    Within a row neighbours are alike; from the end of a row to the start of the next they are not.
+    So the similarity of patch i and i + 1 drops at every multiple of the number of columns.
+    """
+    patches = pos_embed[0, 1:].double()
+    count, side = len(patches), math.isqrt(len(patches))
+    patches = F.normalize(patches - patches.mean(0), dim=1)
+    alike = (patches[1:] * patches[:-1]).sum(1)
+    alike = F.normalize(alike - alike.mean(), dim=0)
+    drops = {side: 0.0}
+    for columns in (n for n in range(2, count // 2 + 1) if count % n == 0):
+        ends = (torch.arange(1, count) % columns == 0).double()
+        drops[columns] = -float(alike @ F.normalize(ends - ends.mean(), dim=0))
+    best = max(drops, key=lambda columns: drops[columns])
+    # Chance reaches 5 / sqrt(count) about once in a million grids.
+    if drops[best] > max(0.5, 5 / math.sqrt(count)) and drops[best] > drops[side] + 0.2:
+        raise UserError(
+            f"{where}: its position embeddings are those of {count // best} x {best} patches; "
+            "only square grids are read"
+        )
+
+
+def check_trunk(trunk: Mapping[str, Tensor], model: Mapping[str, int | float], where: str) -> None:
+    """Refuse a state dict that is not exactly one of the `VisionTransformer` of these numbers.
+
+    Raises:
+        UserError: naming at most ten differing keys and shapes.
+    """
+    depth = int(model["depth"])
+    if depth > MAX_BLOCKS:
+        raise UserError(f"{where}: {depth} blocks; at most {MAX_BLOCKS} are read")
+    with torch.device("meta"):
+        expected = VisionTransformer(**{**model, "depth": 1}).state_dict()  # type: ignore[arg-type]
+    first = strip_prefix(expected, "blocks.0.")
+    expected |= {
+        f"blocks.{i}.{name}": shape for i in range(1, depth) for name, shape in first.items()
+    }
+    found = differences(trunk, expected)
+    if found:
+        raise UserError(f"{where}: another architecture{family(trunk)}: {summary(found)}")
+
+
+def family(names: Iterable[str]) -> str:
+    """What a state dict of another architecture seems to be, for a message; or nothing."""
+    names = list(names)
+    for sign, what in _FAMILIES:
+        if any(sign in name for name in names):
+            return f" ({what}: {NOT_YET})"
+    if "pos_embed" in names and "cls_token" not in names:
+        return f" (a vision transformer without class token: {NOT_YET})"
+    return ""
+
+
+def _mlp_ratio(hidden: int, width: int) -> int | float:
+    if hidden % width == 0:
+        return hidden // width
+    ratio = hidden / width
+    # timm takes int(width * ratio), which must not fall one short by rounding.
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def _check_known_layout(trunk: Mapping[str, Tensor], where: str) -> None:
+    """Refuse what is so unlike a vision transformer that its sizes cannot be read off."""
+    wrong = []
+    for name, dims in _SIZED_BY.items():
+        if name not in trunk:
+            wrong.append(f"{name} is missing")
+        elif trunk[name].ndim != dims or 0 in trunk[name].shape:
+            wrong.append(f"{name} is {list(trunk[name].shape)}, not {dims} axes")
+    if "pos_embed" in trunk and not wrong:
+        patches = trunk["pos_embed"].shape[1] - 1
+        if patches < 1 or math.isqrt(patches) ** 2 != patches:
+            wrong.append(f"pos_embed has {patches} patches beside the class token, not a square")
+    if wrong:
+        wrong += [
+            f"{name} {list(tensor.shape)} is not expected"
+            for name, tensor in trunk.items()
+            if not name.startswith(_OURS)
+        ]
+        raise UserError(f"{where}: another architecture{family(trunk)}: {summary(wrong)}")

@@ -1,0 +1,186 @@
+"""What a file of `torch.save` would build, counted before anything of it is built."""
+
+import argparse
+import pickle
+import pickletools
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from msn.errors import UserError
+from msn.files import SEAL, damage
+
+# The first of the four pickles of files older than torch 1.6.
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_MAX_AXES = 8
+_ITEM_BYTES = {"Double": 8, "Long": 8, "Float": 4, "Int": 4, "Half": 2, "BFloat16": 2, "Short": 2}
+# numpy's names of types and the letters of `struct`.
+_NUMBERS = {
+    **{"b1": "?", "i1": "b", "u1": "B", "i2": "h", "u2": "H", "f2": "e"},
+    **{"i4": "i", "u4": "I", "f4": "f", "i8": "q", "u8": "Q", "f8": "d"},
+}
+
+
+class _NumpyType:
+    """Stands for numpy.dtype: keeps the name alone."""
+
+    def __init__(self, name: str, *_: Any) -> None:
+        self.name, self.order = name, "<"
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.order = ">" if state[1] == ">" else "<"
+
+
+def _numpy_scalar(kind: _NumpyType, data: bytes) -> Any:
+    """Stands for numpy's maker of scalars: gives Python's number."""
+    return struct.unpack(kind.order + _NUMBERS[kind.name], data)[0]
+
+
+# What training scripts of others keep beside their weights; numpy's own code never runs.
+SAFE_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    argparse.Namespace,
+    (_NumpyType, "numpy.dtype"),
+    (_numpy_scalar, "numpy.core.multiarray.scalar"),
+    (_numpy_scalar, "numpy._core.multiarray.scalar"),
+]
+
+
+def check_torch_file(path: Path) -> None:
+    """Refuse a file of `torch.save` that is damaged or claims more than it holds.
+
+    Checks the checksum of our files, the CRC-32 of everyone's, and that no tensor or record is
+    larger than the bytes behind it.
+
+    Raises:
+        UserError: in one line.
+        Exception: whatever a damaged pickle or archive raises.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\3\4":
+            file.seek(0)
+            if _counted(file, path, size) == _LEGACY_MAGIC:
+                for _ in range(3):  # protocol, system, content
+                    _counted(file, path, size)
+            return
+    with zipfile.ZipFile(path) as archive:
+        _check_archive(archive, path, size)
+        for member in archive.infolist():
+            if member.filename.endswith("/data.pkl"):
+                _counted(archive.open(member), path, size)
+
+
+def _check_archive(archive: zipfile.ZipFile, path: Path, size: int) -> None:
+    members = archive.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise UserError(
+            f"{path}: refused: its members are compressed; torch.save writes them plain"
+        )
+    if sum(member.file_size for member in members) > size:
+        raise UserError(f"{path}: damaged: its members claim more bytes than the file has")
+    if archive.comment.startswith(SEAL):
+        if (reason := damage(path)) is not None:
+            raise UserError(f"{path}: damaged ({reason})")
+        return
+    for member in members:
+        if member.CRC == 0:  # torch writes none where it is told so; without one none is checked
+            del member.CRC
+            continue
+        with archive.open(member) as file:
+            while file.read(1 << 20):
+                pass
+
+
+class _Tensor:
+    """Stands for a tensor."""
+
+    __slots__ = ()
+
+
+class _Dict(OrderedDict[Any, Any]):
+    """A state dict, whose one attribute is `_metadata`."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if set(state) - {"_metadata"}:
+            raise pickle.UnpicklingError("attributes of a dictionary")
+
+
+def _counted(file: IO[bytes], path: Path, size: int) -> Any:
+    """Read one pickle into stand-ins; the file stands behind it then."""
+    start = file.tell()
+    for opcode, argument, _ in pickletools.genops(file):
+        # Python allocates as many places as the largest memo index says.
+        if "PUT" in opcode.name and isinstance(argument, int) and argument > size:
+            raise pickle.UnpicklingError("memo")
+    file.seek(start)
+    return _Counter(file, path, size).load()
+
+
+class _Counter(pickle.Unpickler):
+    """Unpickles into stand-ins: nothing of the file runs, no storage is read."""
+
+    def __init__(self, file: IO[bytes], path: Path, size: int) -> None:
+        super().__init__(file, encoding="utf-8")
+        self._path, self._size = path, size
+        self._stored: dict[str, int] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module.replace('__builtin__', 'builtins')}.{name}"
+        is_type = name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype)
+        if module in ("torch", "torch.storage") and is_type:
+            return full  # a type of storage or of numbers
+        made = {
+            "collections.OrderedDict": _Dict,
+            "argparse.Namespace": argparse.Namespace,
+            "builtins.set": set,
+            "builtins.complex": complex,
+            "_codecs.encode": _latin1,
+            "numpy.dtype": _NumpyType,
+            "numpy.core.multiarray.scalar": _numpy_scalar,
+            "numpy._core.multiarray.scalar": _numpy_scalar,
+            "torch.Size": tuple,
+            "torch.device": str,
+            "torch._utils._rebuild_tensor": self._tensor,
+            "torch._utils._rebuild_tensor_v2": self._tensor,
+            "torch._utils._rebuild_tensor_v3": self._tensor,
+            "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+            "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
+        }
+        if full in made:
+            return made[full]
+        if full.startswith("torch._utils._rebuild_"):
+            kind = name.removeprefix("_rebuild_").replace("_", " ")
+            raise UserError(f"{self._path}: refused: holds a {kind}; only dense tensors are read")
+        raise pickle.UnpicklingError(f"GLOBAL {full}")
+
+    def persistent_load(self, pid: Any) -> int:
+        """How many numbers a storage says that it holds."""
+        _, kind, key, _, count, *_ = pid
+        bytes_each = _ITEM_BYTES.get(str(kind).rpartition(".")[2].removesuffix("Storage"), 1)
+        self._stored[str(key)] = int(count) * bytes_each
+        if int(count) < 0 or sum(self._stored.values()) > self._size:
+            raise UserError(
+                f"{self._path}: damaged: its tensors claim more bytes than the file has"
+            )
+        return int(count)
+
+    def _tensor(self, count: int, offset: int, size: Any, stride: Any, *_: Any) -> _Tensor:
+        if len(size) > _MAX_AXES or prod(size) > count:
+            raise UserError(
+                f"{self._path}: refused: a tensor of shape {str(list(size[:_MAX_AXES]))[:80]} "
+                f"repeats the {count} numbers that are stored"
+            )
+        return _Tensor()
+
+
+def _latin1(text: str, codec: str) -> bytes:
+    """How pickles of protocol 2 write bytes; other codecs can swell them without end."""
+    if codec != "latin1":
+        raise pickle.UnpicklingError("GLOBAL _codecs.encode")
+    return text.encode("latin1")
