@@ -19,6 +19,7 @@ from torch import Tensor
 from msn.data.collate import ImageBatch
 
 _CHUNK_BYTES = 1 << 28  # of images, weights and half-made crops at a time
+_LONGEST = 8  # times the short side; crops of a longer image are small beside it
 _HALF_MULTIPLE = 8  # tensor cores take rows of 16 bytes
 
 
@@ -44,7 +45,10 @@ def crop(batch: ImageBatch, views: slice, size: int, *, dtype: torch.dtype) -> T
     for numbers in _chunks(batch.sizes.numpy(), num_views * size, dtype.itemsize):
         images = _padded(batch, numbers, dtype)  # [n, h, 3, w]
         boxes = table[:, numbers, :5].transpose(0, 1)  # [n, v, 5]
-        parts.append(_resample(images, boxes, size).permute(1, 0, 3, 2, 4))
+        low, high = sorted(batch.sizes[numbers[0]].tolist())
+        apart = len(numbers) == 1 and high > _LONGEST * low
+        resample = _resample_apart if apart else _resample
+        parts.append(resample(images, boxes, size).permute(1, 0, 3, 2, 4))
         order.append(numbers)
     places = torch.from_numpy(np.concatenate(order))
     if len(parts) == 1 and bool((places == torch.arange(count)).all()):
@@ -115,6 +119,15 @@ def _resample(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     across = weights(left, wide, flip, width)  # [n * v, size, w]
     rows = rows.view(count * num_views, size * 3, width)
     return torch.bmm(rows, across.transpose(1, 2)).view(count, num_views, size, 3, size)
+
+
+def _resample_apart(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """As `_resample` for one image, each crop by itself: most of a very long image is in none."""
+    parts = []
+    for top, left, high, wide, flip in boxes[0].long().tolist():
+        part = images[:, top : top + high, :, left : left + wide].contiguous()
+        parts.append(_resample(part, boxes.new_tensor([[[0, 0, high, wide, flip]]]), size))
+    return torch.cat(parts, dim=1)
 
 
 def resize(part: np.ndarray, size: int) -> Tensor:

@@ -9,6 +9,7 @@ import sklearn
 import torch
 from sklearn.datasets import load_sample_images
 
+from msn.data import crops
 from msn.data.collate import ImageBatch, pack
 from msn.data.dataset import Subset, TrainingSet
 from msn.data.device_views import KERNELS, make_batched_views
@@ -93,7 +94,7 @@ def test_images_are_cropped_alike_whatever_lies_beside_them(monkeypatch):
     """Images of other shapes, and how many fit into the memory at a time, change nothing."""
     settings = ViewSettings(**PAPER)
     photo = load_sample_images().images[0]
-    shapes = [(427, 640), (300, 200), (90, 500), (300, 200), (640, 427)]
+    shapes = [(427, 640), (300, 200), (90, 500), (20, 700), (640, 27)]
     batch = make_batch(settings, [np.resize(photo, (*shape, 3)) for shape in shapes])
     together = make_batched_views(batch, settings, dtype=torch.float32, kernel="whole")
     for budget in (1, 12_000_000):
@@ -101,6 +102,26 @@ def test_images_are_cropped_alike_whatever_lies_beside_them(monkeypatch):
         apart = make_batched_views(batch, settings, dtype=torch.float32, kernel="whole")
         for a, b in zip(together, apart, strict=True):
             assert (a - b).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kernel", ["whole", "half"])
+def test_a_very_long_image_is_not_resampled_whole(kernel, monkeypatch):
+    """Weights for all of 40,000 px would take hundreds of megabytes an image."""
+    settings = ViewSettings(**{**PAPER, **NOTHING})
+    rows = np.arange(40_000, dtype=np.uint8)[None, :, None]
+    batch = make_batch(settings, [np.repeat(rows, 3, 2), load_sample_images().images[0]])
+    seen, resample = [], crops._resample
+
+    def watching(images, boxes, size):
+        seen.append(images.shape[3] * boxes.shape[1])
+        return resample(images, boxes, size)
+
+    monkeypatch.setattr(crops, "_resample", watching)
+    ours = make_batched_views(batch, settings, dtype=torch.float32, kernel=kernel)
+    theirs = make_reference_views(batch, settings, device=torch.device("cpu"), dtype=torch.float32)
+    assert max(seen) <= 640 * settings.num_views
+    for a, b in zip(ours, theirs, strict=True):
+        assert gray_levels(a - b) < 1
 
 
 def gray_levels(difference):
