@@ -287,6 +287,17 @@ def test_the_card_names_and_links_other_licences(licence, lines, weights, tmp_pa
     assert card.split("---")[1].strip().splitlines()[: len(lines)] == lines
 
 
+@pytest.mark.parametrize("format", ["timm", "torch"])
+def test_the_card_says_what_a_library_leaves_to_the_user(format, weights, tmp_path):
+    weights.meta["data_depth"] = 12
+    run(weights, tmp_path / "out", format)
+    card = (tmp_path / "out" / "README.md").read_text()
+    left = format == "timm"  # our own transform turns and scales
+    assert ("`PIL.ImageOps.exif_transpose(image)`" in card) == left
+    assert ("0 as black and 4095 as white" in card) == left
+    assert read_weights(tmp_path / "out").meta["data_depth"] == 12
+
+
 @pytest.mark.parametrize(
     "format", ["timm", "torch", "official", pytest.param("onnx", marks=pytest.mark.slow)]
 )
