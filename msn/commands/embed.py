@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from msn.commands.entry import to_plain
 from msn.commands.eval_lowshot import choose_device
@@ -26,9 +26,10 @@ from msn.data.dataset import Subset
 from msn.data.decode import BadImageError
 from msn.data.depth import RECORDED, check_depth, trained_depth
 from msn.data.sources import Source, find_depth, folder_source, list_source
+from msn.data.workers import in_one_line, make_loader
 from msn.errors import UserError
 from msn.evaluation.cache import digest_of, images_key, weights_key
-from msn.evaluation.features import check_feature, forward_feature
+from msn.evaluation.features import check_feature, forward_feature, less_memory
 from msn.evaluation.progress import Progress
 from msn.files import write_bytes, writing_to
 from msn.weights import Backbone, load_backbone
@@ -71,7 +72,10 @@ def run(config: DictConfig) -> None:
         raise UserError(f"data.root={root}: too many images for one file; embed its folders apart")
     pieces = out.parent / f".{out.name}.{_digest(backbone, source, settings['feature'])}.part"
     try:
-        _embed(backbone, _Images(source, backbone), settings, pieces)
+        with in_one_line(
+            lambda: less_memory("batch_size", settings["batch_size"]), "; the same command goes on"
+        ):
+            _embed(backbone, _Images(source, backbone), settings, pieces)
         missing = _join(pieces, names, out, _header(backbone, source, settings))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
@@ -129,7 +133,9 @@ def _embed(backbone: Backbone, images: _Images, settings: dict[str, Any], pieces
         for indices in left:
             rows, reasons = [], []
             size = settings["batch_size"]
-            for batch, unread in DataLoader(images, size, sampler=indices, num_workers=workers):
+            for batch, unread in make_loader(
+                images, batch_size=size, sampler=indices, num_workers=workers
+            ):
                 features = forward_feature(
                     backbone, batch.to(device, backbone.cls_token.dtype), settings["feature"]
                 )

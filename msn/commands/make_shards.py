@@ -5,7 +5,6 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from msn.commands.entry import to_plain
-from msn.data.folder_labels import UNLABELLED
 from msn.data.layout import find_parts
 from msn.data.pools import refuse_shared
 from msn.data.shard_writer import write_shards
@@ -51,7 +50,4 @@ def _refuse_used(out: Path) -> None:
 def _source(root: str, use_labels: bool) -> FileSource:
     if Path(root).is_file():
         return list_source(root, key="root", root=None, use_labels=use_labels)
-    source = folder_source(root, key="root", use_labels=use_labels)
-    if source.labels is not None and (source.labels == UNLABELLED).any():
-        raise UserError(f"root={root}: some images have labels; use_labels=false packs all without")
-    return source
+    return folder_source(root, key="root", use_labels=use_labels)

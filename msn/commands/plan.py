@@ -185,6 +185,38 @@ def _peaks(module: MSNModule, plan: Plan) -> dict[int | None, float]:
     }
 
 
+def less_memory(
+    settings: dict[str, Any], module: MSNModule, device: torch.device, processes: int
+) -> str:
+    """What a training whose step has run out of memory may lower, by the forecast.
+
+    Args:
+        settings: resolved configuration of `train`.
+        module: that was trained.
+        device: of this process.
+        processes: that train together.
+    """
+    batch_size = settings["data"]["global_batch_size"]
+    case = _case(settings, batch_size // processes, device)
+    sharded = settings["trainer"]["strategy"] == "fsdp2" and processes > 1
+
+    def peak(chunk: int | None) -> float:
+        return _forecast(module, case._replace(chunk_size=chunk), processes, sharded).peak
+
+    now, before = case.chunk_size or case.batch_size, peak(case.chunk_size)
+    limit = _SPARE * (_memory_of(device) or before) if device.type == "cuda" else before
+    peaks = {2**k: peak(2**k) for k in range(now.bit_length()) if 2**k < now}
+    fitting = [chunk for chunk, needed in peaks.items() if needed < min(before, limit)]
+    if not fitting:
+        return f"a data.global_batch_size below {batch_size}, or a smaller model, takes less"
+    chunk = max(fitting)
+    return (
+        f"chunk_size={chunk} changes no number and takes {peaks[chunk] / 2**30:.1f} GiB a device "
+        f"by the forecast, instead of {before / 2**30:.1f}; a lower data.global_batch_size, of a "
+        "new run, takes less too"
+    )
+
+
 def _images(config: DictConfig, settings: dict[str, Any]) -> int:
     """Training images of an epoch: as stated, ImageNet's where it is not here yet, or counted."""
     if settings["planning"]["images"] is not None:

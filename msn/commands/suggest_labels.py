@@ -24,10 +24,11 @@ from msn.data.depth import trained_depth
 from msn.data.pools import build_pools
 from msn.data.sources import FileSource
 from msn.data.subsets import write_names
+from msn.data.workers import in_one_line
 from msn.errors import UserError
 from msn.evaluation.backbones import FrozenBackbone, open_backbone
 from msn.evaluation.contact_sheet import contact_sheet
-from msn.evaluation.features import FeatureSettings, Runtime
+from msn.evaluation.features import FeatureSettings, Runtime, less_memory
 from msn.evaluation.frozen import Logistic, logistic_results
 from msn.evaluation.label_choice import METHODS, Choice, cover_prototypes, k_medoids
 from msn.evaluation.sets import FeatureSet, LabelSet, held_out_features
@@ -121,7 +122,8 @@ class _Chooser:
         workers = resolve_workers(config["data"]["num_workers"], in_memory=False)
         self.runtime = Runtime((device,), workers, cache_directory(config["cache_dir"]))
         images = _Unlabelled(pool)
-        self.features = subject.features(images, self.settings, self.runtime, "pool").rows
+        with in_one_line(lambda: less_memory("features.batch_size", self.settings.batch_size)):
+            self.features = subject.features(images, self.settings, self.runtime, "pool").rows
         self.cosines = self._cosines(images) if config["choose"] == "prototypes" else None
 
     def choose(self, budget: int) -> Choice:

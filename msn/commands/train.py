@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from msn.commands import plan
-from msn.commands.entry import build, one_line, to_plain
+from msn.commands.entry import build, to_plain
 from msn.commands.eval_lowshot import check_baselines
 from msn.commands.result import evaluated, finish
 from msn.commands.run_directory import (
@@ -26,6 +26,7 @@ from msn.commands.run_directory import (
 from msn.commands.run_loggers import build_loggers
 from msn.data.datamodule import MSNDataModule
 from msn.data.depth import RECORDED
+from msn.data.workers import in_one_line
 from msn.errors import UserError
 from msn.evaluation.protocol import Protocol
 from msn.method.distributed import process_index
@@ -90,7 +91,7 @@ def _run(config: DictConfig, settings: dict[str, Any], preemption: Preemption) -
     for logger in trainer.loggers:
         logger.log_hyperparams(settings)
     _describe_run(trainer, directory, data, module)
-    _fit(trainer, module, data, directory)
+    _fit(settings, trainer, module, data, directory)
     if trainer.interrupted:
         return
     module.make_whole()
@@ -131,17 +132,21 @@ def _set_up(
         directory.write_status("unfinished", facts=facts(trainer, data, module))
 
 
-def _fit(trainer: Trainer, module: MSNModule, data: MSNDataModule, directory: RunDirectory) -> None:
-    """Train; a data worker that was killed ends the run in one line, as the system may do again."""
-    try:
+def _fit(
+    settings: dict[str, Any],
+    trainer: Trainer,
+    module: MSNModule,
+    data: MSNDataModule,
+    directory: RunDirectory,
+) -> None:
+    """Train; what is the machine's fault ends the run in one line that says how it goes on."""
+    with in_one_line(
+        lambda: plan.less_memory(
+            settings, module, trainer.strategy.root_device, trainer.world_size
+        ),
+        f"; the same command with run.dir={directory.path} goes on from its last checkpoint",
+    ):
         trainer.fit(module, datamodule=data, ckpt_path=directory.resume_from)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(
-            f"{one_line(error)} (out of memory? data.num_workers=N takes fewer); the same command "
-            f"with run.dir={directory.path} goes on"
-        ) from None
 
 
 def _build_trainer(config: DictConfig, data: MSNDataModule, module: MSNModule) -> Trainer:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
+
+from msn.data.workers import empty
 
 
 class BadImage(NamedTuple):
@@ -53,8 +54,8 @@ class PixelBuffer:
     """Takes images of different sizes one after the other into one buffer.
 
     Each image is copied while it is still in the cache, and its own memory is free for the next. In
-    a worker process the buffer is shared memory, so that sending it copies nothing. Room that is
-    not used is never touched and costs nothing.
+    a worker process the buffer is shared memory where there is room, so that sending it copies
+    nothing. Room that is not used is never touched and costs nothing.
 
     Args:
         count: images that are expected.
@@ -84,7 +85,7 @@ class PixelBuffer:
         return self._pixels[: self._end], areas.cumsum(0) - areas, sizes
 
     def _grow(self, num_pixels: int) -> None:
-        larger = _buffer(num_pixels)
+        larger = empty((num_pixels, 3), torch.uint8)
         larger[: self._end] = self._pixels[: self._end]
         self._pixels = larger
 
@@ -102,11 +103,3 @@ def pack(images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
     for image in images:
         buffer.add(image)
     return buffer.packed()
-
-
-def _buffer(num_pixels: int) -> Tensor:
-    if get_worker_info() is None:
-        # NumPy asks the kernel for huge pages, which are cheaper to touch for the first time.
-        return torch.from_numpy(np.empty((num_pixels, 3), np.uint8))
-    storage = torch.UntypedStorage._new_shared(num_pixels * 3)
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (num_pixels, 3), (3, 1))

@@ -25,8 +25,8 @@ from msn.data.reference_views import make_reference_views
 from msn.data.sampler import EpochSampler
 from msn.data.sources import ArraySource
 from msn.data.views import Views, view_settings
+from msn.data.workers import make_loader
 from msn.errors import UserError
-from msn.method.host_memory import keep_photographs
 
 log = logging.getLogger(__name__)
 
@@ -190,18 +190,17 @@ class MSNDataModule(LightningDataModule):
             self.pools.train, self.settings, seed=self.seed, reduce=not self.use_reference
         )
         several = self.num_workers > 0
-        return DataLoader(
+        return make_loader(
             images,
+            num_workers=self.num_workers,
+            collate=_as_it_is,
             sampler=sampler,
             batch_size=None,
-            num_workers=self.num_workers,
-            collate_fn=_as_it_is,  # type: ignore[arg-type]
             pin_memory=torch.cuda.is_available(),
             # Its own, so that making an iterator draws nothing from the run's global generator.
             generator=torch.Generator(),
             persistent_workers=several,
             prefetch_factor=self.prefetch_batches if several else None,
-            worker_init_fn=_prepare_worker,
         )
 
     def transfer_batch_to_device(
@@ -336,10 +335,6 @@ def _to_device(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
 def copy_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream on which batches travel to a CUDA device."""
     return torch.cuda.Stream(device)
-
-
-def _prepare_worker(number: int) -> None:
-    keep_photographs()
 
 
 def _as_it_is(batch: ImageBatch) -> ImageBatch:

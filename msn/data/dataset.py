@@ -20,6 +20,7 @@ from msn.data.randomness import counter_hash
 from msn.data.sampler import BatchKey
 from msn.data.sources import ArraySource, Source
 from msn.data.views import ViewParameters, ViewSettings, draw_parameters
+from msn.data.workers import shared_flags
 from msn.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -210,7 +211,7 @@ class LabelledImages(Dataset[Image.Image]):
         self.labels = torch.from_numpy(labels)
         self.classes = images.source.classes
         # Shared with workers, of which there are new ones for every reading.
-        self._reported = torch.zeros(len(labels), dtype=torch.bool).share_memory_()
+        self._reported = shared_flags(len(labels))
 
     @property
     def names(self) -> list[str]:

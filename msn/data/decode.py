@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -20,6 +21,7 @@ from torch.utils.data import get_worker_info
 
 from msn.data.depth import SIXTEEN_BITS, Deep, Levels, find_deep, is_gray, to_eight_bits
 from msn.data.kinds import BadImageError, open_image
+from msn.data.workers import TOO_MANY_OPEN
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +69,7 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     Raises:
         BadImageError: it is no regular file, larger than 1 GiB or than the memory, or cannot be
             read.
+        OSError: too many files are open, or memory is short.
     """
     try:
         with open(path, "rb", opener=_open_at_once) as file:
@@ -77,9 +80,25 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
                 raise BadImageError(f"{status.st_size} bytes: files above 1 GiB are not read")
             return file.read()
     except OSError as error:
-        raise BadImageError(error.strerror or type(error).__name__) from error
+        raise unreadable(error) from error
     except MemoryError:
         raise BadImageError("does not fit into memory") from None
+
+
+def unreadable(error: OSError, where: str = "") -> BadImageError:
+    """Why the bytes of an image cannot be read.
+
+    Args:
+        error: of the system.
+        where: what it speaks of, where that is not the image's own file.
+
+    Raises:
+        OSError: the image is not to blame: too many files are open, or memory is short.
+    """
+    if error.errno in (*TOO_MANY_OPEN, errno.ENOMEM):
+        raise error
+    reason = error.strerror or type(error).__name__
+    return BadImageError(f"{where}: {reason}" if where else reason)
 
 
 def _open_at_once(path: str, flags: int) -> int:

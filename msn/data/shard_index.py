@@ -45,7 +45,9 @@ def find_shards(root: str, *, key: str) -> list[str]:
     if os.path.isfile(root):
         return [root]
     if not os.path.isdir(root):
-        raise UserError(f"{key}={root}: there is no such folder or tar file")
+        gone = "there is no such folder or tar file"
+        odd = "is a pipe, a socket or a device, must be a tar file"
+        raise UserError(f"{key}={root}: {odd if os.path.exists(root) else gone}")
     found = _tar_files(root)
     shards = [path for path in found if path.endswith(".tar")]
     if not shards and found:
@@ -75,8 +77,19 @@ def _tar_files(root: str) -> list[str]:
         folders[:] = [name for name in sorted(folders) if is_new(os.path.join(folder, name))]
         tars = [name for name in names if name.endswith((".tar", *_COMPRESSED))]
         paths = [os.path.join(folder, name) for name in sorted(tars) if not name.startswith(".")]
-        found += [path for path in paths if is_new(path)]
+        found += [path for path in paths if is_new(path) and _is_file(path)]
     return sorted(found)
+
+
+def _is_file(path: str) -> bool:
+    """Whether it is a regular file; a pipe would be waited for, a device never ends."""
+    if os.path.isfile(path):
+        return True
+    if os.path.exists(path):
+        log.warning("%s: is a pipe, a socket or a device and is passed over", path)
+    else:
+        log.warning("%s: is a link to nothing and is passed over", path)
+    return False
 
 
 def _pass_over(error: OSError) -> None:
@@ -108,7 +121,8 @@ def index_shards(root: str, shards: list[str]) -> Members:
             return Members(shard, offset, size, label, names, folders, without_cls)
     contents = _read_shards(root, shards)
     members = _members(contents)
-    whole = all(found.damage is None for found in contents)  # else it is said at every start
+    # Else it is said at every start.
+    whole = all(found.damage is None and not found.links for found in contents)
     if whole and (stamps[:, 1] < started - SETTLED_NS).all():
         arrays = {name: getattr(members, name) for name in _COLUMNS}
         for name in _TEXTS:
@@ -140,6 +154,9 @@ def _read_shards(root: str, shards: list[str]) -> list[ShardContents]:
             advance(f"indexing shards: {images} images")
             if found.damage is not None:
                 log.warning("%s: is damaged from %s; what lies before is used", path, found.damage)
+    links = sum(found.links for found in contents)
+    if links:
+        log.warning("%s: %d images are links to others and are passed over", root, links)
     further = sum(found.further for found in contents)
     if further:
         log.info(

@@ -9,9 +9,12 @@ import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
+from msn.data.index import system_name
+from msn.data.kinds import SUFFIXES, BadImageError, open_image
 from msn.data.progress import progress_bar
-from msn.data.shards import CLASSES_FILE
+from msn.data.shards import CLASSES_FILE, class_line
 from msn.data.sources import FileSource
+from msn.data.tar_members import member_name
 from msn.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -31,7 +34,8 @@ def write_shards(source: FileSource, out: Path, *, images_per_shard: int) -> Wri
     """Copy every file of a source, as it is, into shards; with labels, `.cls` files beside them.
 
     The order stays, so that a run on the shards sees the batches of a run on the folder. Files that
-    cannot be opened are left out and named. Nothing stands under its final name before it is whole.
+    a run on the shards would not read are left out and named. Nothing stands under its final name
+    before it is whole.
 
     Args:
         source: image files.
@@ -47,7 +51,7 @@ def write_shards(source: FileSource, out: Path, *, images_per_shard: int) -> Wri
         raise UserError(f"out={out}: holds shards already, or is a file; choose a new folder")
     out.mkdir(parents=True, exist_ok=True)
     if source.labels is not None:
-        names = "".join(f"{name}\n" for name in source.classes)
+        names = "".join(f"{class_line(name)}\n" for name in source.classes)
         (out / CLASSES_FILE).write_bytes(os.fsencode(names))
     above = _UNLABELLED if _would_get_labels(source) else ""
     shards: list[Path] = []
@@ -57,7 +61,7 @@ def write_shards(source: FileSource, out: Path, *, images_per_shard: int) -> Wri
             path = out / SHARD_NAME.format(len(shards))
             partial = path.with_suffix(".partial")
             try:
-                with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as tar:
+                with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT, encoding="utf-8") as tar:
                     for i in range(begin, min(begin + images_per_shard, len(source))):
                         _add(tar, source, i, above, taken)
                         advance("writing shards")
@@ -71,15 +75,27 @@ def write_shards(source: FileSource, out: Path, *, images_per_shard: int) -> Wri
 
 def _add(tar: tarfile.TarFile, source: FileSource, i: int, above: str, taken: set[str]) -> None:
     try:
-        data = Path(source.root, source.name(i)).read_bytes()
-    except OSError as error:
-        log.warning("left out: %s (%s)", source.name(i), error.strerror or error)
+        data = source.read(i)
+        stem, extension = _split(above + _relative(source, i), data)
+    except BadImageError as error:
+        log.warning("left out: %s (%s)", source.name(i), error)
         return
-    stem, extension = os.path.splitext(above + _relative(source, i))
     key = _key(stem, taken)
     _add_bytes(tar, key + extension, data)
     if source.labels is not None:
         _add_bytes(tar, key + ".cls", b"%d" % source.labels[i])
+
+
+def _split(name: str, data: bytes) -> tuple[str, str]:
+    """Name and extension; a list may name images without one, which readers would not see."""
+    stem, extension = os.path.splitext(name)
+    if extension.lower() in SUFFIXES:
+        return stem, extension
+    try:
+        kind = str(open_image(data).format).lower()
+    except Exception as error:  # noqa: BLE001 - decoders raise anything on damaged files
+        raise BadImageError("no image, by its name and its bytes") from error
+    return name, f".{kind}" if f".{kind}" in SUFFIXES else ".jpg"  # of several pictures, say
 
 
 def _would_get_labels(source: FileSource) -> bool:
@@ -88,9 +104,9 @@ def _would_get_labels(source: FileSource) -> bool:
 
 
 def _relative(source: FileSource, i: int) -> str:
-    """The name inside the shard: a list may name absolute paths or climb up, a tar must not."""
-    parts = [part for part in source.name(i).split("/") if part not in ("", ".", "..")]
-    return "/".join(parts)
+    """The name inside the shard: a list may name what readers of shards pass over."""
+    parts = member_name(source.name(i)).split("/")
+    return "/".join(f"_{part}" if system_name(part) else part for part in parts)
 
 
 def _key(stem: str, taken: set[str]) -> str:

@@ -2,27 +2,42 @@
 
 A sample is a run of members that differ in their extension alone: `cat/17.jpg`, `cat/17.cls`. The
 image is what has an image's extension, of several the shortest; `.cls`, where every image has one,
-is the number of its class, and `classes.txt` beside the shards names the classes, a line each. Else
-the first folder of the members is the class, as it is for a folder of images.
+is the number of its class, -1 for none, and `classes.txt` beside the shards names the classes, a
+line each (a name that is no line is a JSON string). Else the first folder of the members is the
+class, as it is for a folder of images.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+from contextlib import suppress
 
 import numpy as np
 
-from msn.data.decode import MOST_BYTES, BadImageError
+from msn.data.decode import MOST_BYTES, BadImageError, unreadable
+from msn.data.folder_labels import UNLABELLED
 from msn.data.shard_index import Members, find_shards, index_shards, stamp
 from msn.data.sources import Source
 from msn.data.tar_members import NO_CLASS
+from msn.data.workers import TOO_MANY_OPEN, open_files_limit
 from msn.errors import UserError
 
 log = logging.getLogger(__name__)
 
 CLASSES_FILE = "classes.txt"
-_MOST_OPEN = 256  # shards that a process keeps open
+_MOST_OPEN = 256  # shards that a process keeps open; fewer where few files may be open
+
+
+class _OpenShard:
+    """A shard that is open; it closes when nobody reads it any more, also in another thread."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
 
 
 class ShardSource(Source):
@@ -52,8 +67,7 @@ class ShardSource(Source):
     ) -> None:
         self.where, self.shards, self.members = where, shards, members
         self.labels, self.classes = labels, classes
-        self._open: dict[int, int] = {}
-        self._process = os.getpid()
+        self._open: dict[int, _OpenShard] = {}
 
     def __len__(self) -> int:
         """Number of images."""
@@ -75,23 +89,31 @@ class ShardSource(Source):
         if size > MOST_BYTES:
             raise BadImageError(f"{size} bytes: files above 1 GiB are not read")
         try:
-            data = os.pread(self._descriptor(shard), size, int(self.members.offset[i]))
+            opened = self._opened(shard)
+            data = os.pread(opened.descriptor, size, int(self.members.offset[i]))
         except OSError as error:
-            reason = error.strerror or type(error).__name__
-            raise BadImageError(f"{os.path.basename(self.shards[shard])}: {reason}") from error
+            raise unreadable(error, os.path.basename(self.shards[shard])) from error
         if len(data) < size:
             raise BadImageError(f"{os.path.basename(self.shards[shard])} ends before it")
         return data
 
-    def _descriptor(self, shard: int) -> int:
-        """A file descriptor of a shard, opened by this process."""
-        if self._process != os.getpid():  # forked: what the parent opened is the parent's to close
-            self._open, self._process = {}, os.getpid()
-        if shard not in self._open:
-            if len(self._open) >= _MOST_OPEN:
-                os.close(self._open.pop(next(iter(self._open))))
-            self._open[shard] = os.open(self.shards[shard], os.O_RDONLY)
-        return self._open[shard]
+    def _opened(self, shard: int) -> _OpenShard:
+        """A shard, opened when it is first needed; the one that is open longest makes room."""
+        opened = self._open.get(shard)
+        if opened is not None:
+            return opened
+        if len(self._open) >= min(_MOST_OPEN, open_files_limit() // 4):
+            self._open.pop(next(iter(list(self._open))), None)
+        flags = os.O_RDONLY | os.O_NONBLOCK  # what has become a pipe since is not waited for
+        try:
+            descriptor = os.open(self.shards[shard], flags)
+        except OSError as error:
+            if error.errno not in TOO_MANY_OPEN or not self._open:
+                raise
+            self._open.clear()
+            descriptor = os.open(self.shards[shard], flags)
+        opened = self._open[shard] = _OpenShard(descriptor)
+        return opened
 
     def __getstate__(self) -> dict[str, object]:
         """Descriptors do not travel to other processes."""
@@ -137,18 +159,44 @@ def _labels(root: str, members: Members, *, key: str) -> tuple[np.ndarray | None
             f"{count - 1}"
         )
     # Classes without an image are left out, as they are where folders are the classes.
-    used = np.unique(numbers)
+    used = np.unique(numbers[numbers != UNLABELLED])
     if len(used) < 2:
         return None, []
-    return np.searchsorted(used, numbers), [listed[i] if listed else str(i) for i in used]
+    labels = np.where(numbers == UNLABELLED, UNLABELLED, np.searchsorted(used, numbers))
+    return labels, [listed[i] if listed else str(i) for i in used]
+
+
+def class_line(name: str) -> str:
+    """A class in `classes.txt`: as it is, or as a JSON string where a line cannot hold it so."""
+    plain = name.isprintable() and name.strip() == name and name[:1] not in ("", '"')
+    return name if plain else json.dumps(name)
 
 
 def _listed_classes(root: str) -> list[str]:
+    """The classes that `classes.txt` names, none where there is no such file.
+
+    Raises:
+        UserError: a line is empty, so that it is not clear what the next ones number, or two lines
+            name the same class.
+    """
     folder = root if os.path.isdir(root) else os.path.dirname(os.path.abspath(root))
-    try:
-        with open(
-            os.path.join(folder, CLASSES_FILE), encoding="utf-8-sig", errors="surrogateescape"
-        ) as file:
-            return [line.strip() for line in file if line.strip()]
-    except OSError:
+    path = os.path.join(folder, CLASSES_FILE)
+    if not os.path.isfile(path):
         return []
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        names = [_class_name(line.strip()) for line in file.read().rstrip().split("\n")]
+    first: dict[str, int] = {}
+    for number, name in enumerate(names, 1):
+        if name is None:
+            raise UserError(f"{path}: line {number} is empty; each line names a class, from 0 on")
+        if name in first:
+            raise UserError(f"{path}: lines {first[name]} and {number} both name {ascii(name)}")
+        first[name] = number
+    return list(first)
+
+
+def _class_name(line: str) -> str | None:
+    if line.startswith('"'):
+        with suppress(ValueError):
+            return str(json.loads(line))
+    return line or None

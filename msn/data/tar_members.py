@@ -1,19 +1,36 @@
-"""What one tar shard holds: its samples, as WebDataset counts them, and where it is damaged."""
+"""What one tar shard holds: its samples, as WebDataset counts them, and where it is damaged.
+
+Headers are read here and not by `tarfile`, which allocates what a header claims, goes backwards
+where a size is negative, and recurses where one long name follows another.
+"""
 
 from __future__ import annotations
 
 import os
-import tarfile
+from collections.abc import Iterator
 from typing import NamedTuple
 
+from msn.data.folder_labels import UNLABELLED
 from msn.data.index import system_name
 from msn.data.kinds import SUFFIXES
 from msn.errors import UserError
 
-NO_CLASS = -1
+NO_CLASS = -2  # no .cls member, or no number in it; UNLABELLED is a number that says so
+_LARGEST_META = 1 << 20  # bytes of a long name or of a PAX header
+_LOOKED_BEHIND = 64 << 20  # bytes behind the end of an archive that may hold another one
 _MOST_CLASSES = 1 << 31  # a greater number in a .cls member is a mistake
-_BLOCK = tarfile.BLOCKSIZE
+_LONGEST_NUMBER = 32  # bytes of a .cls member
+_BLOCK = 512
 _CHUNK = 1 << 20  # bytes read at a time
+
+# Kinds of members, as the byte in their header says.
+_FILES, _LINKS, _SPARSE = (b"0", b"\0", b"7"), (b"1", b"2"), b"S"
+_WITHOUT_DATA = (*_LINKS, b"3", b"4", b"5", b"6")  # devices, folders, pipes
+_LONG_NAME, _LONG_LINK, _PAX, _PAX_OF_ALL = b"L", b"K", (b"x", b"X"), b"g"
+_META = (_LONG_NAME, _LONG_LINK, *_PAX, _PAX_OF_ALL)  # they speak of the next member
+
+_IS_SPARSE = "a sparse file, whose bytes are not as they are read"
+_WRONG_SIZE = "the size of a member is no number >= 0"
 
 
 class ShardImage(NamedTuple):
@@ -31,12 +48,30 @@ class ShardContents(NamedTuple):
     Attributes:
         images: one a sample, in the order of the members.
         further: images that lie beside a chosen one in its sample.
+        links: images that are links to others and are passed over.
         damage: from which byte on the shard cannot be read and why; None for a whole one.
     """
 
     images: list[ShardImage]
     further: int
+    links: int
     damage: str | None
+
+
+class _Member(NamedTuple):
+    """A member's name, kind, byte where its data begin, and their size."""
+
+    name: str
+    kind: bytes
+    offset: int
+    size: int
+
+
+class _Damage(Exception):
+    """From a byte of the shard on nothing is read."""
+
+    def __init__(self, at: int, why: str) -> None:
+        super().__init__(f"byte {at} ({why})")
 
 
 def read_shard(path: str) -> ShardContents:
@@ -44,20 +79,28 @@ def read_shard(path: str) -> ShardContents:
 
     Raises:
         UserError: it is no uncompressed tar file.
+        OSError: it cannot be read.
     """
     samples = _Samples()
+    damage = None
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        with tarfile.open(path, "r:") as tar:
-            try:
-                for member in tar:
-                    samples.add(tar, member)
-                damage = _unread(path, tar.offset)
-            except tarfile.TarError as error:
-                damage = f"byte {min(tar.offset, os.path.getsize(path))} ({error})"
-    except tarfile.TarError as error:
-        raise UserError(f"{path}: is no uncompressed tar file ({error})") from None
-    samples.close()
-    return ShardContents(samples.images, samples.further, damage)
+        first = os.pread(descriptor, _BLOCK, 0)
+        if not _is_header(first) and (first.strip(b"\0") or not first):
+            raise UserError(f"{path}: is no uncompressed tar file")
+        for member in _members(descriptor):
+            samples.add(descriptor, member)
+    except _Damage as found:
+        damage = str(found)
+    finally:
+        os.close(descriptor)
+    samples.close(cut_off=damage is not None)
+    return ShardContents(samples.images, samples.further, samples.links, damage)
+
+
+def member_name(name: str) -> str:
+    """A name inside a shard: without what lists' paths and others' tars have to climb or begin."""
+    return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
 
 
 class _Samples:
@@ -65,7 +108,8 @@ class _Samples:
 
     def __init__(self) -> None:
         self.images: list[ShardImage] = []
-        self.further = 0
+        self.further = self.links = 0
+        self._had_number = False
         self._begin("")
 
     def _begin(self, key: str) -> None:
@@ -73,62 +117,194 @@ class _Samples:
         self._extensions: set[str] = set()
         self._found: list[tuple[int, ShardImage]] = []
 
-    def add(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    def add(self, descriptor: int, member: _Member) -> None:
         """Take the next member of the shard.
 
         An extension that is there already begins a sample of the same name, so nothing is lost.
         """
-        folder, slash, file = member.name.removeprefix("./").rpartition("/")
-        if not member.isreg() or _is_system(member.name):
-            return
+        name = member_name(member.name)
+        folder, slash, file = name.rpartition("/")
         stem, _, extension = file.partition(".")
         key, extension = folder + slash + stem, extension.lower()
+        is_image = f".{extension}".endswith(SUFFIXES)
+        if member.kind not in (*_FILES, *_LINKS) or any(map(system_name, name.split("/"))):
+            return
+        if member.kind in _LINKS:
+            self.links += is_image
+            return
         if key != self._key or extension in self._extensions:
             self.close()
             self._begin(key)
         self._extensions.add(extension)
         if extension == "cls":
-            self._label = _read_label(tar, member)
-        elif f".{extension}".endswith(SUFFIXES):
-            name = folder + slash + file
-            image = ShardImage(member.offset_data, member.size, NO_CLASS, name)
+            self._label = _read_label(descriptor, member)
+        elif is_image:
+            image = ShardImage(member.offset, member.size, NO_CLASS, name)
             self._found.append((len(extension), image))
 
-    def close(self) -> None:
-        """End the sample: `1.jpg` is its image, `1.seg.png` what somebody made of it."""
-        if self._found:
-            image = min(self._found, key=lambda found: found[0])[1]
-            self.images.append(image._replace(label=self._label))
-            self.further += len(self._found) - 1
+    def close(self, *, cut_off: bool = False) -> None:
+        """End the sample: `1.jpg` is its image, `1.seg.png` what somebody made of it.
+
+        Args:
+            cut_off: whether the shard is damaged behind it. Its number may lie there: without one
+                it is not taken where the sample before has one.
+        """
+        if not self._found:
+            return
+        if cut_off and self._label == NO_CLASS and self._had_number:
+            return
+        image = min(self._found, key=lambda found: found[0])[1]
+        self.images.append(image._replace(label=self._label))
+        self._had_number = self._label != NO_CLASS
+        self.further += len(self._found) - 1
 
 
-def _is_system(name: str) -> bool:
-    """Whether a member lies in a folder, or is a file, that is no image in a folder either."""
-    return any(system_name(part) for part in name.split("/") if part not in (".", ".."))
+def _read_label(descriptor: int, member: _Member) -> int:
+    """The number in a `.cls` member, or NO_CLASS.
 
-
-def _read_label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> int:
-    file = tar.extractfile(member)
-    text = file.read(32).strip() if file is not None else b""
+    Raises:
+        _Damage: its block does not end in zeros: it is another one, whose first bytes a number
+            might be too.
+    """
+    if member.size > _LONGEST_NUMBER:
+        return NO_CLASS
+    block = os.pread(descriptor, _BLOCK, member.offset)
+    if member.size and block[member.size :].strip(b"\0"):
+        raise _Damage(member.offset, "another block where a class number should be")
+    text = block[: member.size].strip()
+    if text == b"%d" % UNLABELLED:
+        return UNLABELLED
     number = int(text) if text.isdigit() else NO_CLASS
     return number if number < _MOST_CLASSES else NO_CLASS
 
 
-def _unread(path: str, end: int) -> str | None:
-    """What `tarfile` passes over silently: bytes that are not zero where it found the end.
+def _members(descriptor: int) -> Iterator[_Member]:
+    """The members of a tar file up to the end of the archive, each with all its bytes there.
+
+    Raises:
+        _Damage: what follows is no member.
+    """
+    file_size = os.fstat(descriptor).st_size
+    begin = at = 0  # the member begins with the first of the headers that speak of it
+    long_name, pax_size, is_link = None, None, False
+    while (block := os.pread(descriptor, _BLOCK, at)).strip(b"\0"):
+        name, kind, size = _header(block, begin)
+        data = at + _BLOCK
+        if kind in _WITHOUT_DATA:
+            size = 0
+        elif kind not in _META and pax_size is not None:
+            size = pax_size
+        if data + size > file_size:
+            there = max(0, file_size - data)
+            raise _Damage(begin, f"{_shown(name)} claims {size} bytes, {there} are there")
+        if kind in _META and size > _LARGEST_META:
+            raise _Damage(begin, f"a header claims {size} bytes")
+        at = data + -(-size // _BLOCK) * _BLOCK
+        if kind == _LONG_NAME:
+            long_name = os.pread(descriptor, size, data).partition(b"\0")[0]
+        elif kind in _PAX:
+            path, pax_size = _read_pax(os.pread(descriptor, size, data), begin)
+            long_name = path or long_name
+        elif kind == _PAX_OF_ALL:
+            if _read_pax(os.pread(descriptor, size, data), begin) != (None, None):
+                raise _Damage(begin, "a header gives all members one name or size")
+        elif kind == _LONG_LINK:
+            is_link = True
+        elif is_link and kind not in _LINKS:
+            raise _Damage(begin, "a header speaks of a link, a file follows")
+        else:
+            whole = name if long_name is None else long_name
+            if kind == b"\0" and whole.endswith(b"/"):  # how folders were written once
+                kind = b"5"
+            yield _Member(whole.decode("utf-8", "surrogateescape"), kind, data, size)
+            begin, long_name, pax_size, is_link = at, None, None, False
+    if begin != at:
+        raise _Damage(begin, "the member that a header speaks of is missing")
+    if not block:
+        raise _Damage(min(at, file_size), "the end of the archive is missing, it may be cut off")
+    _refuse_more(descriptor, at)
+
+
+def _header(block: bytes, at: int) -> tuple[bytes, bytes, int]:
+    """Name, kind and size of a header [512 bytes].
+
+    Raises:
+        _Damage: it is none, its size is negative, or its data are those of a sparse file.
+    """
+    if not _is_header(block):
+        raise _Damage(at, "no header of a member")
+    name, kind, size = block[:100].partition(b"\0")[0], block[156:157], _number(block[124:136])
+    if size is None or size < 0:
+        raise _Damage(at, _WRONG_SIZE)
+    if kind == _SPARSE:
+        raise _Damage(at, _IS_SPARSE)
+    if block[257:263] == b"ustar\0":  # others keep times where the POSIX format has a prefix
+        prefix = block[345:500].partition(b"\0")[0]
+        name = prefix + b"/" + name if prefix else name
+    return name, kind, size
+
+
+def _is_header(block: bytes) -> bool:
+    """Whether the checksum is right, of bytes with or without a sign: programs differ."""
+    if len(block) < _BLOCK:
+        return False
+    said = _number(block[148:156])
+    rest = block[:148] + b" " * 8 + block[156:]
+    return said in (sum(rest), sum(rest) - 256 * sum(byte > 127 for byte in rest))
+
+
+def _number(field: bytes) -> int | None:
+    """An octal number, or one to base 256 where the first bit is set; None for anything else."""
+    if field[0] in (0x80, 0xFF):
+        return int.from_bytes(field[1:], "big", signed=field[0] == 0xFF)
+    text = field.partition(b"\0")[0].strip()
+    return None if text.strip(b"01234567") else int(text or b"0", 8)
+
+
+def _read_pax(data: bytes, at: int) -> tuple[bytes | None, int | None]:
+    """Path and size that the records `LENGTH KEY=VALUE` of a PAX header give, each or None.
+
+    Raises:
+        _Damage: a record is damaged, or says that the file is sparse.
+    """
+    path = size = None
+    begin = 0
+    while begin < len(data) and data[begin] != 0:
+        length, _, _ = data[begin : begin + 8].partition(b" ")
+        end = begin + int(length) if length.isdigit() else 0
+        key, equals, value = data[begin + len(length) + 1 : max(0, end - 1)].partition(b"=")
+        if not equals or data[end - 1 : end] != b"\n":
+            raise _Damage(at, "a PAX header is damaged")
+        if key.startswith(b"GNU.sparse"):
+            raise _Damage(at, _IS_SPARSE)
+        if key == b"path":
+            path = value
+        elif key == b"size":
+            if not value.isdigit() or len(value) > _LONGEST_NUMBER:
+                raise _Damage(at, _WRONG_SIZE)
+            size = int(value)
+        begin = end
+    return path, size
+
+
+def _shown(name: bytes) -> str:
+    return ascii(name[:100].decode("utf-8", "surrogateescape"))
+
+
+def _refuse_more(descriptor: int, end: int) -> None:
+    """What `tar` passes over silently: bytes that are not zero behind the end of the archive.
 
     Args:
-        path: the shard.
-        end: byte where the next header was looked for.
+        descriptor: of the shard.
+        end: byte where the archive ends.
+
+    Raises:
+        _Damage: there are some.
     """
-    with open(path, "rb") as file:
-        at = file.seek(end)
-        while chunk := file.read(_CHUNK):
-            rest = chunk.lstrip(b"\0")
-            if rest:
-                found = at + len(chunk) - len(rest)
-                if found < end + _BLOCK:  # an end mark would be a block of zeros
-                    return f"byte {end} (no header of a member)"
-                return f"byte {found} (something follows the archive's end, another one perhaps)"
-            at += len(chunk)
-    return None
+    for at in range(end, end + _LOOKED_BEHIND, _CHUNK):
+        chunk = os.pread(descriptor, _CHUNK, at)
+        if rest := chunk.lstrip(b"\0"):
+            found = at + len(chunk) - len(rest)
+            raise _Damage(found, "something follows the archive's end, another one perhaps")
+        if not chunk:
+            return

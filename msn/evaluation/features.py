@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from msn.data.dataset import REPLACED
+from msn.data.workers import make_loader
 from msn.errors import UserError
 from msn.evaluation.cache import FeatureCache, images_key, weights_key
 from msn.evaluation.progress import Progress
@@ -160,6 +161,13 @@ def extract_features(
     return found
 
 
+def less_memory(key: str, batch_size: int) -> str:
+    """What takes less memory where batches of images, set by a key, go through a trunk."""
+    if batch_size == 1:
+        return f"{key} is 1 already; another device or a smaller backbone takes less"
+    return f"{key}={batch_size // 2} takes less"
+
+
 def warn_of_idle(runtime: Runtime, what: str) -> None:
     """Say so where training on images leaves all devices but the first idle."""
     if len(runtime.devices) > 1:
@@ -283,7 +291,7 @@ class _Job:
             return {}
         trunk = deepcopy(self.trunk).to(device).eval()
         batches = [batch for part in parts for batch in self._batches(part)]
-        loader = DataLoader(
+        loader = make_loader(
             self.images,
             batch_sampler=batches,
             num_workers=self.runtime.num_workers,

@@ -11,9 +11,9 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from msn.data.subsets import fraction_of_each_class, k_shot
+from msn.data.workers import make_loader
 from msn.errors import UserError
 from msn.evaluation.augment import (
     AugmentedImages,
@@ -223,7 +223,7 @@ class FineTuning:
         """Classes of the centre crops of some images, and which cannot be read: [m] each."""
         views = TransformedImages(test, self.subject.transform)
         mine = range(self.rank, len(test), self.world)  # each process its share
-        loader = DataLoader(
+        loader = make_loader(
             views,
             batch_sampler=in_pieces(mine, self.piece_size),
             num_workers=self.runtime.num_workers,
@@ -259,7 +259,7 @@ class FineTuning:
         batches = epoch_batches(len(self.images), self.batch_size, seed=self.seed, epoch=epoch)
         pieces = [in_pieces(batch[self.rank :: self.world], self.piece_size) for batch in batches]
         loader = iter(
-            DataLoader(
+            make_loader(
                 views,
                 batch_sampler=[piece for batch in pieces for piece in batch],
                 num_workers=self.runtime.num_workers,

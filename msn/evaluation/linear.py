@@ -10,9 +10,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
+from msn.data.workers import make_loader
 from msn.errors import UserError
 from msn.evaluation.augment import AugmentedImages, epoch_batches, in_pieces, over_processes
 from msn.evaluation.backbones import FrozenBackbone, Subject
@@ -259,7 +259,7 @@ def augmented_batches(
             batches = epoch_batches(count, size, seed=probe.seed, epoch=epoch)
             pieces = [in_pieces(batch[rank::world], features.batch_size) for batch in batches]
             loader = iter(
-                DataLoader(
+                make_loader(
                     views,
                     batch_sampler=[piece for batch in pieces for piece in batch],
                     num_workers=runtime.num_workers,

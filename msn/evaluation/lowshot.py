@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
+from msn.data.workers import in_one_line
 from msn.evaluation.backbones import FrozenBackbone, Subject
 from msn.evaluation.cache import weights_key
-from msn.evaluation.features import LabelledSet, Runtime
+from msn.evaluation.features import LabelledSet, Runtime, less_memory
 from msn.evaluation.paper import is_imagenet, paper_figure
 from msn.evaluation.protocol import Protocol
 from msn.evaluation.rows import Result
@@ -51,9 +52,11 @@ def evaluate(
     runtime = Runtime(devices, num_workers, cache_dir, shared)
     plan = protocol.plan(train)
     comparable = protocol.is_the_papers and is_imagenet(train.classes)
+    batch_size = protocol.features.batch_size
     results = []
     for subject in subjects:
-        found = protocol.run(subject, plan, held_out, runtime)
+        with in_one_line(lambda: less_memory("protocol.features.batch_size", batch_size)):
+            found = protocol.run(subject, plan, held_out, runtime)
         _say_what(found, subject)
         _set_beside_paper(found, subject if comparable else None)
         results += found

@@ -8,13 +8,20 @@ bounds that.
 """
 
 import ctypes
+import errno
 import sys
 from functools import cache
 from typing import Any
 
+import torch
+
 # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_MMAP_MAX of malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _PHOTOGRAPH = 32 << 20  # bytes, ten megapixels; older glibc allows no more
+
+
+# What allocators of torch say in a plain RuntimeError: the CPU's, MPS', those of CUDA's libraries.
+_NO_MEMORY = ("DefaultCPUAllocator", "out of memory", "_STATUS_ALLOC_FAILED", "std::bad_alloc")
 
 
 def keep_freed_memory() -> bool:
@@ -50,6 +57,15 @@ def give_back_free_memory() -> None:
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of the host or of a device does not suffice."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM or "Cannot allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 @cache

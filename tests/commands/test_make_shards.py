@@ -1,5 +1,6 @@
 """`msn make_shards`: training on its shards is training on the folder they were made from."""
 
+import os
 import shutil
 
 import numpy as np
@@ -7,6 +8,9 @@ import pytest
 
 from msn.data.decode import full_size
 from msn.data.pools import build_pools
+from msn.data.shard_writer import write_shards
+from msn.data.shards import shard_source
+from msn.data.sources import list_source
 from tests.data.photos import make_folder
 from tests.data.test_pools import SETTINGS
 
@@ -73,17 +77,12 @@ def test_a_list_becomes_shards_and_what_is_left_out_is_not_counted(command, tmp_
     assert printed.startswith("4 images (2 left out), 2 classes, in 1 shards: ")
 
 
-def test_why_there_are_no_labels_is_said_and_half_of_them_are_refused(command, tmp_path):
+def test_why_there_are_no_labels_is_said(command, tmp_path):
     make_folder(tmp_path / "in", classes=2, images=2)
     (tmp_path / "in" / "class_0" / "0.jpg").rename(tmp_path / "in" / "stray.jpg")
     code, printed, _ = command("make_shards", f"root={tmp_path / 'in'}", f"out={tmp_path / 'out'}")
     why = "4 images, no labels (1 of 4 images, for instance stray.jpg, lie in no class folder"
     assert (code, printed.startswith(why)) == (0, True)
-    for part in ("labelled", "unlabelled"):
-        make_folder(tmp_path / "half" / part, classes=2, images=2)
-    code, _, err = command("make_shards", f"root={tmp_path / 'half'}", f"out={tmp_path / 'no'}")
-    assert (code, "some images have labels; use_labels=false packs" in err) == (2, True)
-    assert not (tmp_path / "no").exists()
 
 
 def test_images_that_links_hold_out_and_train_on_are_not_packed(command, tmp_path):
@@ -113,3 +112,69 @@ def test_mistakes_are_said_before_anything_is_written(command, tmp_path):
         assert line.startswith("error: ")
         assert message in line
     assert not (tmp_path / "out").exists()
+
+
+AWKWARD = [
+    " ",
+    " cat",
+    "cat",
+    "cat ",
+    "a\nb",
+    "c\rd",
+    '"cat"',
+    "\ufeffd",
+    "\u2028",
+    "\udcff",
+    "e\\n",
+]
+
+
+def test_folders_of_any_name_are_classes_of_their_own(command, tmp_path):
+    for number, name in enumerate(AWKWARD):
+        make_folder(tmp_path / "a", classes=1, images=2)
+        (tmp_path / "a" / "class_0").rename(tmp_path / "a" / name)
+        (tmp_path / "a" / name / "0.jpg").rename(tmp_path / "a" / name / f"{number}\n \x1b.jpg")
+    code, _, _ = command("make_shards", f"root={tmp_path / 'a'}", f"out={tmp_path / 'out'}")
+    assert code == 0
+    ours, theirs = pools("shards", tmp_path / "out"), pools("folder", tmp_path / "a")
+    assert sorted(ours.train.source.classes) == sorted(AWKWARD)
+    for part, folder in zip(ours[:3], theirs[:3], strict=True):
+        assert part.labels.tolist() == folder.labels.tolist()
+        assert part.source.classes == folder.source.classes
+        assert part.name(0) == folder.name(0)
+
+
+def test_an_image_without_an_ending_gets_one_that_readers_know(command, tmp_path, caplog):
+    make_folder(tmp_path, classes=1, images=2)
+    (tmp_path / "class_0" / "0.jpg").rename(tmp_path / "class_0" / "0")
+    (tmp_path / "class_0" / "text").write_text("no image")
+    os.mkfifo(tmp_path / "class_0" / "pipe.jpg")
+    listed = tmp_path / "a.txt"
+    make_folder(tmp_path / ".hidden", classes=1, images=1)
+    listed.write_text(
+        ".hidden/class_0/0.jpg\nclass_0/0\nclass_0/1.jpg\nclass_0/pipe.jpg\nclass_0/text\n"
+    )
+    source = list_source(str(listed), key="root", root=None, use_labels=True)
+    _, images = write_shards(source, tmp_path / "out", images_per_shard=9)
+    shards = shard_source(str(tmp_path / "out"), key="data.root", use_labels=True)
+    assert images == len(shards) == 3
+    names = [shards.name(i) for i in range(3)]
+    assert names[0] == "unlabelled/_.hidden/class_0/0.jpg"
+    assert names[1:] == ["unlabelled/class_0/0.jpeg", "unlabelled/class_0/1.jpg"]
+    assert [line for line in caplog.messages if line.startswith("left out")] == [
+        "left out: class_0/pipe.jpg (not a regular file)",
+        "left out: class_0/text (no image, by its name and its bytes)",
+    ]
+
+
+def test_images_without_labels_beside_labelled_ones_get_none_in_shards(command, tmp_path):
+    make_folder(tmp_path / "in" / "labelled", classes=2, images=3)
+    make_folder(tmp_path / "in" / "unlabelled", classes=1, images=2)
+    code, _, err = command("make_shards", f"root={tmp_path / 'in'}", f"out={tmp_path / 'out'}")
+    assert code == 0, err
+    ours, theirs = pools("shards", tmp_path / "out"), pools("folder", tmp_path / "in")
+    assert ours.train.source.classes == theirs.train.source.classes == ["class_0", "class_1"]
+    for part, folder in zip(ours[1:3], theirs[1:3], strict=True):
+        assert part.labels.tolist() == folder.labels.tolist()
+    for i in range(len(theirs.train)):
+        assert ours.train.name(i) == theirs.train.name(i)

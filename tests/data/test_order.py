@@ -141,7 +141,7 @@ def test_two_real_processes_with_workers_see_what_one_sees(folder, alone, tmp_pa
 def test_workers_keep_the_memory_of_everyday_images(folder, tmp_path, monkeypatch):
     module = make_datamodule(folder, num_workers=2)
     patched = lambda: (tmp_path / str(os.getpid())).touch()  # noqa: E731
-    monkeypatch.setattr("msn.data.datamodule.keep_photographs", patched)
+    monkeypatch.setattr("msn.data.workers.keep_photographs", patched)
     list(module.loader(module.sampler(rank=0, world_size=1)))
     told = {int(path.name) for path in tmp_path.iterdir()}
     assert len(told) == 2

@@ -3,7 +3,9 @@
 import io
 import os
 import pickle
+import resource
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -69,7 +71,7 @@ def test_what_systems_put_into_an_archive_is_no_image(tmp_path):
     names += ["$RECYCLE.BIN/5.jpg", "b/.hidden/6.jpg", "a/._1.jpg", "__MACOSX/7.jpg"]
     write_tar(tmp_path / "x.tar", {name: jpeg(1) for name in names})
     shards = open_shards(tmp_path)
-    assert [shards.name(i) for i in range(len(shards))] == ["a/1.jpg", "b/2.jpg", "../c/3.jpg"]
+    assert [shards.name(i) for i in range(len(shards))] == ["a/1.jpg", "b/2.jpg", "c/3.jpg"]
 
 
 def test_without_labels_shards_say_why(tmp_path):
@@ -123,6 +125,20 @@ def test_labels_come_from_cls_members_named_by_classes_txt(tmp_path):
         open_shards(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ant\n\ncat\n", "line 2 is empty"),
+        ("ant\n  cat\ncat\n", "lines 2 and 3 both name 'cat'"),
+    ],
+)
+def test_names_of_classes_that_may_mean_others_are_refused(text, message, tmp_path):
+    write_tar(tmp_path / "a.tar", {f"{i}.{k}": b"%d" % i for i in range(2) for k in ("jpg", "cls")})
+    (tmp_path / "classes.txt").write_text(text)
+    with pytest.raises(UserError, match=f"classes.txt: {message}"):
+        open_shards(tmp_path)
+
+
 def test_without_cls_the_first_folder_is_the_class_even_in_shuffled_shards(tmp_path):
     write_tar(tmp_path / "a.tar", {f"{c}/{i}.jpg": jpeg(i) for i in range(3) for c in "ba"})
     shards = open_shards(tmp_path / "a.tar")
@@ -173,15 +189,15 @@ def test_paths_of_a_list_stay_inside_the_shard(tmp_path):
     assert [shards.name(i) for i in range(len(shards))] == ["0.jpg"]
 
 
-def test_a_truncated_shard_gives_its_whole_images_and_a_bad_one(folder, tmp_path):
+def test_a_truncated_shard_gives_its_whole_images(folder, tmp_path):
     (path,), _ = write_shards(folder, tmp_path / "out", images_per_shard=12)
-    last = open_shards(path).members
-    os.truncate(path, int(last.offset[11]) + 10)
-    shards = open_shards(path)
-    assert np.array_equal(pixels(shards, 10), pixels(folder, 10))
-    assert len(shards) == 12
+    before = open_shards(path)
+    os.truncate(path, int(before.members.offset[11]) + 10)
+    after = open_shards(path)
+    assert len(after) == 11
+    assert np.array_equal(pixels(after, 10), pixels(folder, 10))
     with pytest.raises(BadImageError, match=r"ends before it"):
-        pixels(shards, 11)
+        pixels(before, 11)  # cut off since it was indexed
 
 
 def broken_header(path, members):
@@ -200,9 +216,8 @@ def second_archive(path, members):
 
 
 def cut_off(path, members):
-    size = members[2].offset_data + 10
-    os.truncate(path, size)
-    return size
+    os.truncate(path, members[2].offset_data + 10)
+    return members[2].offset
 
 
 @pytest.mark.parametrize("damage", [broken_header, second_archive, cut_off])
@@ -219,7 +234,7 @@ def test_damage_is_said_at_every_start_and_what_lies_before_is_used(
     before, why = {
         broken_header: (2, "no header"),
         second_archive: (4, "something follows"),
-        cut_off: (3, "unexpected end"),
+        cut_off: (2, "'2.jpg' claims"),
     }[damage]
     for _ in range(2):
         caplog.clear()
@@ -261,7 +276,7 @@ def test_a_sample_is_a_run_of_one_key_and_its_image_has_the_shortest_extension(t
     assert line.startswith(f"{tmp_path}: 2 images share a sample with one of a shorter extension")
 
 
-@pytest.mark.parametrize("wrong", [None, b"cat", b"-1", b"9" * 30])
+@pytest.mark.parametrize("wrong", [None, b"cat", b"-2", b"9" * 30])
 @pytest.mark.parametrize(
     ("folders", "instead"), [(("a/", "b/"), "their first folders are"), (("", ""), "there are no")]
 )
@@ -310,6 +325,46 @@ def test_compressed_shards_beside_others_are_counted(tmp_path, caplog):
     assert len(open_shards(tmp_path)) == 1
     (line,) = warnings_in(caplog)
     assert line.startswith(f"{tmp_path}: 2 compressed shards (.tar.gz, .tgz) are passed over")
+
+
+def limited_files(extra):
+    """Allow about so many more open files than there are now; the answer gives the limit back."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + extra, hard))
+    return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_more_shards_than_files_may_be_open_are_all_read(tmp_path, request):
+    for i in range(40):
+        write_tar(tmp_path / f"{i:02d}.tar", {f"{i}.jpg": jpeg(i)})
+    shards = open_shards(tmp_path)
+    for extra in (30, 2):  # with the second not even a quarter of the limit is left
+        give_back = limited_files(extra)
+        request.addfinalizer(give_back)
+        found = [pixels(shards, i) for i in (*range(40), 3)]
+        give_back()
+        assert np.array_equal(found[-1], found[3])
+        assert len({image.tobytes() for image in found}) == 40
+
+
+def test_an_image_is_not_unreadable_because_too_many_files_are_open(folder, tmp_path, request):
+    write_shards(folder, tmp_path / "out", images_per_shard=5)
+    shards = open_shards(tmp_path / "out")
+    request.addfinalizer(limited_files(-5))
+    for source in (shards, folder):
+        with pytest.raises(OSError, match="Too many open files"):
+            source.decode(0, full_size)
+
+
+def test_a_shard_that_another_thread_closes_is_read_to_its_end(folder, tmp_path, monkeypatch):
+    """With several devices as many threads read; what one opens may make another's go."""
+    write_shards(folder, tmp_path / "out", images_per_shard=1)
+    monkeypatch.setattr("msn.data.shards._MOST_OPEN", 1)
+    shards = open_shards(tmp_path / "out")
+    with ThreadPoolExecutor(4) as pool:
+        order = [i % 12 for i in range(400)]
+        for i, found in zip(order, pool.map(lambda i: pixels(shards, i), order), strict=True):
+            assert np.array_equal(found, pixels(folder, i))
 
 
 def test_a_vanished_shard_is_a_bad_image(folder, tmp_path):

@@ -1,0 +1,243 @@
+"""Worker processes of a loader: how batches leave them, and what ends them, in one line.
+
+A batch travels in shared memory, which copies nothing. Where that is full (a container's is often
+64 MB) or few files may be open, it travels through the worker's pipe, which is slower.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import mmap
+import os
+import re
+import resource
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from msn.errors import UserError
+from msn.method.host_memory import is_out_of_memory, keep_photographs
+
+log = logging.getLogger(__name__)
+
+TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
+_SHARED_MEMORY = "/dev/shm"
+_SPARE = 4 << 20  # bytes of shared memory left to others: locks lie there too
+_FILES_A_WORKER = 4  # that this process keeps open: two pipes
+_FILES_BESIDE = 16  # for logs, checkpoints and what reads images
+_may_share = True  # whether this worker's batches may lie in shared memory
+_said = mmap.mmap(-1, 1)  # whether some process has said that it is short
+
+
+def make_loader(
+    images: Dataset[Any],
+    *,
+    num_workers: int,
+    collate: Callable[[Any], Any] | None = None,
+    **options: Any,
+) -> DataLoader:
+    """A loader whose batches leave its workers by shared memory or, where that is short, by pipe.
+
+    Args:
+        images: the data set.
+        num_workers: processes; 0 reads in this one.
+        collate: from what the data set gives to a batch; None takes `stack`.
+        options: of `DataLoader`.
+
+    Raises:
+        UserError: fewer files may be open than so many workers need.
+    """
+    free = open_files_limit() - _open_files()
+    most = max(0, free - _FILES_BESIDE) // _FILES_A_WORKER
+    if num_workers > most:
+        raise UserError(
+            f"data.num_workers={num_workers}: too many for the {open_files_limit()} files that may "
+            f"be open ({max(0, free)} are left); {most} is the most, or raise `ulimit -n`"
+        )
+    # Each batch on its way in shared memory is an open file, here and in its worker.
+    batches = num_workers * (options.get("prefetch_factor") or 2)
+    shared = free >= 2 * (_FILES_BESIDE + _FILES_A_WORKER * num_workers + batches)
+    return DataLoader(
+        images,
+        num_workers=num_workers,
+        collate_fn=_Send(collate or stack),
+        worker_init_fn=partial(_prepare, may_share=shared),
+        **options,
+    )
+
+
+def _prepare(number: int, *, may_share: bool) -> None:
+    global _may_share
+    _may_share = may_share
+    keep_photographs()
+
+
+def open_files_limit() -> int:
+    """How many files this process may have open."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1 << 20 if limit == resource.RLIM_INFINITY else limit
+
+
+def _open_files() -> int:
+    with suppress(OSError):
+        return len(os.listdir("/dev/fd"))
+    return 0
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for a batch: in a worker shared memory, where there is room, else its own."""
+    count = math.prod(shape) * dtype.itemsize
+    if get_worker_info() is not None and _may_share and _fits(count):
+        with suppress(RuntimeError):  # another worker has just taken the room
+            storage = torch.UntypedStorage._new_shared(count)
+            return torch.empty(0, dtype=dtype).set_(storage).view(shape)
+    # NumPy asks the kernel for huge pages, which are cheaper to touch for the first time.
+    return torch.from_numpy(np.empty(count, np.uint8)).view(dtype).view(shape)
+
+
+def _fits(count: int) -> bool:
+    try:
+        status = os.statvfs(_SHARED_MEMORY)
+    except OSError:  # elsewhere it lies elsewhere
+        return True
+    if status.f_bavail * status.f_frsize >= count + _SPARE:
+        return True
+    if not _said[0]:
+        _said[0] = 1
+        log.warning(
+            "shared memory (%s) is too small: batches travel through pipes, which is slower "
+            "(docker: --shm-size=8g gives it more)",
+            shared_memory(),
+        )
+    return False
+
+
+def shared_memory() -> str:
+    """Where shared memory is and its size."""
+    try:
+        status = os.statvfs(_SHARED_MEMORY)
+    except OSError:
+        return "of unknown size"
+    return f"{_SHARED_MEMORY}, {status.f_blocks * status.f_frsize >> 20} MiB"
+
+
+def shared_flags(count: int) -> Tensor:
+    """False for each of some things, bool [count], seen by all workers where that can be had."""
+    flags = torch.zeros(count, dtype=torch.bool)
+    with suppress(RuntimeError):
+        flags.share_memory_()
+    return flags
+
+
+def stack(rows: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """Columns of rows of tensors of one shape, numbers and texts; those of texts are lists."""
+    return tuple(_column(column) for column in zip(*rows, strict=True))
+
+
+def _column(values: tuple[Any, ...]) -> Tensor | list[str]:
+    first = values[0]
+    if isinstance(first, str):
+        return list(values)
+    if not isinstance(first, Tensor):
+        return torch.tensor(values)
+    return torch.stack(values, out=empty((len(values), *first.shape), first.dtype))
+
+
+class _Send:
+    """Makes a batch of what a data set gives and, in a worker, chooses the way of each tensor.
+
+    What does not lie in shared memory goes through the pipe as bytes: torch would make a file in
+    shared memory for each small tensor too.
+    """
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, given: Any) -> Any:
+        batch = self.collate(given)
+        if get_worker_info() is None:
+            return batch
+        values = [_by_pipe(value) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else tuple(values)
+
+
+class _ByPipe:
+    """A tensor that arrives as one."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return torch.from_numpy, (self.tensor.numpy(),)
+
+
+def _by_pipe(value: Any) -> Any:
+    return _ByPipe(value) if isinstance(value, Tensor) and not value.is_shared() else value
+
+
+@contextmanager
+def in_one_line(lower: Callable[[], str], then: str = "") -> Iterator[None]:
+    """Turn what ends workers, and too little memory, into a line that says what to do.
+
+    Args:
+        lower: says what takes less memory in this process.
+        then: how the work goes on.
+
+    Raises:
+        UserError: in the place of such an error.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError, MemoryError, UserError) as error:
+        line = explain(error, lower)
+        if line is None:
+            raise
+        raise UserError(f"{line}{then}") from None
+
+
+def explain(error: BaseException, lower: Callable[[], str]) -> str | None:
+    """What ended a worker or took too much memory, with what to do; None for anything else.
+
+    Args:
+        error: in this process, or in a worker, which sends its type and its traceback as text.
+        lower: see `in_one_line`.
+    """
+    text = str(error)
+    in_worker = "DataLoader worker" in text
+    fewer = "data.num_workers=N takes fewer"
+    if isinstance(error, UserError):
+        return text.rstrip().rpartition("UserError: ")[2] if text.startswith("Caught ") else None
+    number = error.errno if isinstance(error, OSError) else None
+    if number in TOO_MANY_OPEN or re.search("Too many open files|items of ancdata", text):
+        return f"too many open files, the limit is {open_files_limit()} (`ulimit -n`): {fewer}"
+    if re.search("shared memory|Bus error", text):
+        return (
+            f"a data worker found no room in shared memory ({shared_memory()}): `docker run "
+            "--shm-size=8g` gives more, data.num_workers=0 needs none"
+        )
+    if re.search("can't start new thread|Resource temporarily unavailable", text):
+        return f"too many processes and threads (`ulimit -u`): {fewer}"
+    if is_out_of_memory(error):
+        where = " in a data worker" if in_worker else ""
+        advice = "data.num_workers=N takes fewer of them" if in_worker else lower()
+        return f"out of memory{where}{_wanted(text)}: {advice}"
+    if in_worker and isinstance(error, RuntimeError) and not text.startswith("Caught "):
+        return f"{text.splitlines()[0].strip()} (out of memory? {fewer})"
+    return None
+
+
+def _wanted(text: str) -> str:
+    found = re.search(r"[Tt]ried to allocate ([\d.]+) (\w+)", text)
+    if found is None:
+        return ""
+    if found[2] == "bytes":
+        return f" ({int(found[1]) / 2**30:.2f} GiB more were wanted)"
+    return f" ({found[1]} {found[2]} more were wanted)"
