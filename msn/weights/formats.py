@@ -69,7 +69,10 @@ def _write_huggingface(export: Export, directory: Path) -> None:
     tensors, prefix = huggingface.to_huggingface(trunk), "" if head is None else "vit."
     tensors = {prefix + name: tensor for name, tensor in tensors.items()} | extra
     model, classes = header["model"], None if head is None else head.classes
-    write_json(directory / "config.json", huggingface.model_config(model, classes))
+    config = huggingface.model_config(model, classes)
+    # The header of the weights says it too, but transformers drops that when it saves the model.
+    config["msn"] = {key: header[key] for key in ("licence", "norm") if key in header}
+    write_json(directory / "config.json", config)
     preprocessing = huggingface.preprocessor_config(
         model["img_size"], mean=header["mean"], std=header["std"]
     )

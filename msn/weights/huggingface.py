@@ -201,6 +201,9 @@ def told_by_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
     if str(config.get("_name_or_path", "")).startswith(_PUBLISHED):
         told["licence"] = PUBLISHED_LICENCE
+    own = config.get("msn")
+    if isinstance(own, dict) and isinstance(own.get("licence"), str):
+        told["licence"] = own["licence"]
     return told
 
 

@@ -136,6 +136,7 @@ def _read_model_directory(path: Path, key: str | None) -> _Parts:
             content = _read_json(preprocessing)
             told |= huggingface.told_by_preprocessor(content, str(preprocessing))
     parts = _read_file(found[0], {**_told_by_card(path / "README.md"), **told}, key)
+    _restore_norm(parts.trunk, config.get("msn"), path / "config.json")
     notes = parts.notes
     if not {"mean", "std"} <= parts.meta.keys():
         notes += (f"mean and std of ImageNet assumed: {preprocessing.name} says none",)
@@ -150,7 +151,9 @@ def _told_by_card(path: Path) -> dict[str, str]:
         return {}
     with path.open(encoding="utf-8", errors="replace") as file:
         head = file.read(10_000)
-    found = re.match(r"---\n(?:.*\n)*?license: *[\"']?([\w. +-]+)[\"']? *\n", head)
+    # Beside `license: other` stands its name.
+    entry = r"---\n(?:.*\n)*?%s:(?! *[\"']?other\b) *[\"']?([\w. +-]+)[\"']? *\n"
+    found = re.match(entry % "license", head) or re.match(entry % "license_name", head)
     return {} if found is None else {"licence": found[1].strip()}
 
 
@@ -234,6 +237,18 @@ def _original_norm(norm: Any, path: Path) -> dict[str, Tensor]:
         return {f"norm.{kind}": torch.tensor(norm[kind]) for kind in ("weight", "bias")}
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
         raise UserError(f"{path}: damaged header (norm: {repr(error)[:80]})") from error
+
+
+def _restore_norm(trunk: dict[str, Tensor], own: Any, path: Path) -> None:
+    """Put the final norm back that an export with a folded head replaced by the identity.
+
+    A norm that is none any more was trained further: it stays.
+    """
+    identity = {"norm.weight": 1, "norm.bias": 0}
+    if not isinstance(own, dict) or "norm" not in own:
+        return
+    if all(name in trunk and bool((trunk[name] == kept).all()) for name, kept in identity.items()):
+        trunk.update(_original_norm(own["norm"], path))
 
 
 def _interpret(

@@ -31,7 +31,16 @@ ARCHITECTURE = "vit_small_patch16_224"
 def config(
     model: Mapping[str, int | float], *, mean: Sequence[float], std: Sequence[float], licence: str
 ) -> dict[str, Any]:
-    """`config.json` that `timm.create_model("local-dir:DIR", pretrained=True)` rebuilds."""
+    """`config.json` that `timm.create_model("local-dir:DIR", pretrained=True)` rebuilds.
+
+    Raises:
+        UserError: if the norms have another eps than timm's: its configurations cannot say so.
+    """
+    if "layer_norm_eps" in model:
+        raise UserError(
+            f"format=timm: cannot say layer_norm_eps={model['layer_norm_eps']:g}; "
+            "format=huggingface can"
+        )
     size = int(model["img_size"])
     return {
         "architecture": ARCHITECTURE,

@@ -58,6 +58,25 @@ def test_digits_head_predicts_the_same_through_auto_model_for_image_classificati
     assert_same(read_weights(tmp_path / "hf").trunk, weights.trunk)
 
 
+def test_the_norm_and_the_licence_survive_saving_by_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    weights = make_weights("patch7")
+    head = Classifier(torch.randn(3, 64), None, ("a", "b", "c"), "class_token", True, True)
+    settings = {"image_size": None, "overwrite": False, "lowshot": None}
+    export(weights, format="huggingface", out=tmp_path / "hf", head=head, **settings)
+    model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "hf")
+    model.save_pretrained(tmp_path / "again")
+    again = read_weights(tmp_path / "again")
+    assert_same(again.trunk, weights.trunk)
+    assert again.meta["licence"] == "Apache-2.0"
+    with torch.no_grad():  # who trains on means the norm as it is then
+        model.vit.layernorm.weight.mul_(1.5)
+    model.save_pretrained(tmp_path / "trained")
+    found = read_weights(tmp_path / "trained").trunk
+    assert torch.equal(found["norm.weight"], torch.full((64,), 1.5))
+    assert torch.equal(found["norm.bias"], torch.zeros(64))
+
+
 def test_folding_an_unnormalised_head_after_the_norm_keeps_norm_and_intercept():
     torch.manual_seed(0)
     trunk = build_trunk(make_weights())
