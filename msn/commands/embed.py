@@ -139,6 +139,8 @@ def _embed(backbone: Backbone, images: _Images, settings: dict[str, Any], pieces
                 features = forward_feature(
                     backbone, batch.to(device, backbone.cls_token.dtype), settings["feature"]
                 )
+                if not bool(features.isfinite().all()):
+                    raise UserError(f"checkpoint={settings['checkpoint']}: makes NaN or infinity")
                 rows.append(features.float().cpu())
                 reasons += unread
                 progress.advance(len(batch))

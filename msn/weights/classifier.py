@@ -21,6 +21,7 @@ from torch import Tensor
 from msn.errors import UserError
 from msn.method.vit import LAYER_NORM_EPS
 from msn.weights.files import open_weights
+from msn.weights.weights import check_tensors
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,11 @@ def read_classifier(path: str | Path, embed_dim: int) -> Classifier:
         weight, bias = tensors["weight"].float(), tensors.get("bias")
         classes = tuple(str(name) for name in header["classes"])
         settings = {key: header[key] for key in ("feature", "centred", "normalised")}
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"head {path}: not a head of the low-shot evaluation ({error!r})"
+            f"head {path}: not a head of the low-shot evaluation ({repr(error)[:80]})"
         ) from error
+    check_tensors(tensors, f"head {path}")
     if weight.ndim != 2 or weight.shape[1] != embed_dim or weight.shape[0] != len(classes):
         want = [len(classes), embed_dim]
         raise UserError(f"head {path}: weight is {list(weight.shape)}, this backbone needs {want}")

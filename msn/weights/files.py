@@ -69,7 +69,7 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata() or {}
-    if CHECKSUM in metadata and metadata[CHECKSUM] != _checksum(tensors, metadata):
+    if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(tensors, metadata):
         raise UserError(f"{path}: damaged, or changed by another tool: its checksum does not match")
     return tensors, metadata
 
@@ -81,11 +81,12 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt", **metadata}
-    metadata[CHECKSUM] = _checksum(content, metadata)
+    metadata[CHECKSUM] = checksum(content, metadata)
     write_bytes(path, safetensors.torch.save(content, metadata))
 
 
-def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of tensors and of the metadata beside them, the checksum itself apart."""
     said = {key: value for key, value in metadata.items() if key != CHECKSUM}
     text = json.dumps(said, sort_keys=True) + trunk_digest(tensors)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,14 +1,11 @@
 """What each kind of export consists of, and which library checks it."""
 
-import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from msn.files import write_bytes
+from msn.files import write_bytes, write_checkpoint, writing_to
 from msn.weights import huggingface, loading, timm
 from msn.weights.backbone import save_backbone
 from msn.weights.classifier import Classifier, fold
@@ -92,10 +89,9 @@ def _write_official(export: Export, directory: Path) -> None:
 
 
 def _save(path: Path, content: dict[str, Any]) -> None:
-    """`torch.save` by way of memory: of a full disk it would say nothing but RuntimeError."""
-    data = io.BytesIO()
-    torch.save(content, data)
-    write_bytes(path, data.getvalue())
+    """As `torch.save`, with a checksum."""
+    with writing_to(path):
+        write_checkpoint(path, content)
 
 
 def _write_onnx(export: Export, directory: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from msn.errors import UserError
 from msn.files import write_bytes
+from msn.weights.files import CHECKSUM, checksum
 from msn.weights.timm import plain_timm
 from msn.weights.weights import Weights, strip_prefix
 
@@ -54,8 +55,11 @@ def write_onnx(path: Path, weights: Weights, header: Mapping[str, Any]) -> None:
     for graph in (proto.graph, *proto.functions):
         for node in graph.node:
             del node.metadata_props[:]  # torch's stack traces, with paths of this machine
-    entry = proto.metadata_props.add()
-    entry.key, entry.value = "msn", json.dumps(header)
+    metadata = {"msn": json.dumps(header)}
+    metadata[CHECKSUM] = checksum(_tensors(proto), metadata)
+    for key, value in metadata.items():
+        entry = proto.metadata_props.add()
+        entry.key, entry.value = key, value
     write_bytes(path, proto.SerializeToString())
 
 
@@ -73,13 +77,21 @@ def read_onnx(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     try:
         proto = onnx.load(path, load_external_data=False)
-        tensors = {
-            item.name: torch.from_numpy(onnx.numpy_helper.to_array(item).copy())
-            for item in proto.graph.initializer
-        }
+        tensors = _tensors(proto)
     # The bytes are not ours, and protobuf's own exception is a plain Exception.
     except Exception as error:
-        raise UserError(f"{path}: damaged or not an ONNX file ({error})") from error
-    return strip_prefix(tensors, _PREFIX), {
-        entry.key: entry.value for entry in proto.metadata_props
+        reason = " ".join(str(error).split())[:80]
+        raise UserError(f"{path}: damaged or not an ONNX file ({reason})") from error
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(tensors, metadata):
+        raise UserError(f"{path}: damaged, or changed by another tool: its checksum does not match")
+    return strip_prefix(tensors, _PREFIX), metadata
+
+
+def _tensors(proto: Any) -> dict[str, Tensor]:
+    import onnx
+
+    return {
+        item.name: torch.from_numpy(onnx.numpy_helper.to_array(item).copy())
+        for item in proto.graph.initializer
     }

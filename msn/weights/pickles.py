@@ -1,6 +1,7 @@
 """What a file of `torch.save` would build, counted before anything of it is built."""
 
 import argparse
+import io
 import pickle
 import pickletools
 import struct
@@ -73,7 +74,7 @@ def check_torch_file(path: Path) -> None:
         _check_archive(archive, path, size)
         for member in archive.infolist():
             if member.filename.endswith("/data.pkl"):
-                _counted(archive.open(member), path, size)
+                _counted(io.BytesIO(archive.open(member).read()), path, size)
 
 
 def _check_archive(archive: zipfile.ZipFile, path: Path, size: int) -> None:

@@ -116,3 +116,14 @@ def test_a_head_of_another_width_and_a_file_that_is_no_head_are_refused(weights,
     save_tensors(tmp_path / "net.safetensors", weights.trunk, {})
     with pytest.raises(UserError, match="not a head of the low-shot evaluation"):
         read_classifier(tmp_path / "net.safetensors", 32)
+
+
+def test_a_head_that_is_not_finite_is_refused(tmp_path):
+    header = {"classes": ["a", "b"], "feature": "class_token", "centred": 1, "normalised": 1}
+    weight = torch.full((2, 4), float("nan"))
+    save_tensors(tmp_path / "a.safetensors", {"weight": weight}, {"msn": json.dumps(header)})
+    with pytest.raises(UserError, match="weight holds NaN"):
+        read_classifier(tmp_path / "a.safetensors", 4)
+    save_tensors(tmp_path / "a.safetensors", {"weight": weight}, {"msn": "[" * 200_000})
+    with pytest.raises(UserError, match="not a head"):
+        read_classifier(tmp_path / "a.safetensors", 4)

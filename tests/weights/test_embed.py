@@ -253,3 +253,14 @@ def test_an_existing_file_is_kept(folder):
     with pytest.raises(UserError, match="overwrite=true"):
         run(folder)
     assert (folder / "features.safetensors").read_text() == "mine"
+
+
+def test_features_that_are_not_finite_are_not_written(folder):
+    trunk = make_trunk()
+    with torch.no_grad():
+        trunk.cls_token.fill_(3e38)
+        trunk.blocks[0].mlp.fc2.bias.fill_(3e38)
+    save_run(folder / "run", trunk)
+    with pytest.raises(UserError, match="makes NaN or infinity"):
+        run(folder)
+    assert not (folder / "features.safetensors").exists()

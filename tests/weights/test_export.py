@@ -389,3 +389,28 @@ def test_damaged_onnx_files_are_refused_in_one_line(weights, tmp_path):
         with pytest.raises(UserError, match=r"a\.onnx") as caught:
             read_weights(tmp_path / "a.onnx")
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("format", ["timm", "official", "torch"])
+def test_another_eps_travels_or_is_refused(tmp_path, weights, format):
+    found = dataclasses.replace(weights, model={**weights.model, "layer_norm_eps": 1e-3})
+    arguments = {"format": format, "out": tmp_path / "out", "image_size": None, "head": None}
+    if format == "torch":
+        export(found, **arguments, overwrite=False, lowshot=None)
+        assert read_weights(tmp_path / "out").model["layer_norm_eps"] == 1e-3
+        return
+    with pytest.raises(UserError, match=r"no place for LayerNorm's eps 0\.001"):
+        export(found, **arguments, overwrite=False, lowshot=None)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", ["timm", "official", "torch"])
+def test_a_flipped_bit_in_an_export_is_refused(tmp_path, weights, format):
+    arguments = {"format": format, "out": tmp_path / "out", "image_size": None, "head": None}
+    export(weights, **arguments, overwrite=False, lowshot=None)
+    for path in tmp_path.glob("out/*.[ps]*"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(UserError, match="checksum does not match"):
+            read_weights(path, num_heads=2)
