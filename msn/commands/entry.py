@@ -56,6 +56,7 @@ def run_command(config_name: str, job: Job, arguments: list[str]) -> None:
         sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("msn").setLevel(logging.INFO)
+    logging.getLogger("hydra").setLevel(logging.CRITICAL)  # it tells what it also raises
     try:
         flags = parse_flags(arguments)
         if flags.help:

@@ -52,6 +52,7 @@ def run(config: DictConfig) -> None:
     settings = to_plain(config)
     protocol: Protocol = build(config, "protocol", Protocol)
     _check(settings)
+    check_seed(settings["seed"])
     wanted = check_baselines(settings["baselines"], protocol)
     with _processes() as (rank, processes):
         directory = choose_run_directory(config) if rank == 0 else None
@@ -125,6 +126,17 @@ def check_baselines(setting: Any, protocol: Protocol) -> list[str]:
     return wanted
 
 
+def check_seed(seed: Any) -> int:
+    """The `seed` of a command.
+
+    Raises:
+        UserError: if it is none.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise UserError(f"seed must be a whole number in [0, 2^32), got {seed!r}")
+    return seed
+
+
 def baselines(wanted: list[str], like: FrozenBackbone, seed: int) -> list[Subject]:
     """A random network of the same shape and raw pixels, as far as wanted."""
     found: list[Subject] = []
@@ -145,10 +157,13 @@ def choose_device(name: str) -> torch.device:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator if accelerator is not None else torch.device("cpu")
     try:
-        torch.empty(0, device=name)
+        torch.empty(0, device=str(name))
+        device = torch.device(str(name))
     except (RuntimeError, AssertionError):
-        raise UserError(f"device={name} is not to be had on this machine") from None
-    return torch.device(name)  # as it was named: cuda without a number stands for all
+        device = torch.device("meta")
+    if device.type == "meta":  # which holds no numbers
+        raise UserError(f"device={name} is not available on this machine")
+    return device  # as it was named: cuda without a number stands for all
 
 
 def choose_devices(name: str, processes: int) -> tuple[torch.device, ...]:

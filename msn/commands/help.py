@@ -12,7 +12,10 @@ _PARTS = {"data": ("base",), "protocol": ("base", "logistic")}
 _FLAGS = """Flags:
   --help            this text
   --cfg job         what the command would use; with --resolve resolved, with --package KEY a part
-  --multirun        one run for each choice: key=a,b"""
+  --multirun        one run for each choice: key=a,b
+
+Paths and names (data.root, checkpoint, init, out, run.name, ...) are taken as they stand after the
+=, so quote them for the shell alone: "data.root=~/my photos (1)". null is none; ~ is your home."""
 
 
 def options(directory: Path, group: str) -> list[str]:

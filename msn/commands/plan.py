@@ -107,7 +107,7 @@ def refuse_beyond_reason(config: DictConfig, settings: dict[str, Any]) -> None:
     check_trainer(settings["trainer"])
     module = _outline(config, settings)
     device = planned_device(settings["trainer"]["accelerator"])
-    processes = count_processes(settings["trainer"], device)
+    processes = max(1, count_processes(settings["trainer"], device))  # fewer: the trainer refuses
     batch_size = max(1, settings["data"]["global_batch_size"] // processes)
     sharded = settings["trainer"]["strategy"] == "fsdp2"
     memory = _forecast(module, _case(settings, batch_size, device), processes, sharded)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from msn.commands import plan
 from msn.commands.entry import build, to_plain
-from msn.commands.eval_lowshot import check_baselines
+from msn.commands.eval_lowshot import check_baselines, check_seed
 from msn.commands.result import evaluated, finish
 from msn.commands.run_directory import (
     RunDirectory,
@@ -50,7 +50,7 @@ def run(config: DictConfig) -> None:
     """
     settings = to_plain(config)
     _quieten()
-    seed_everything(_seed(settings["seed"]), verbose=False)
+    seed_everything(check_seed(settings["seed"]), verbose=False)
     _check_switch("report", settings["report"])
     _check_switch("plan", settings["plan"])
     _check_switch("resume.force", settings["resume"]["force"])
@@ -255,12 +255,6 @@ def _describe_run(
         print(f"no labels, so no low-shot table in the end: {data.pools.why}")
     if directory.resume_from is not None:
         print(f"resuming from {directory.resume_from}")
-
-
-def _seed(seed: Any) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise UserError(f"seed must be a whole number in [0, 2^32), got {seed!r}")
-    return seed
 
 
 def _check_switch(key: str, value: Any) -> None:

@@ -25,7 +25,7 @@ def test_rows_are_written_as_a_list_of_objects(command, tmp_path):
         ([*SMALL, "n=1"], "n=1: must be a whole number >= 2"),
         ([*SMALL, "lambd=abc"], "lambd=abc: must be a number > 0"),
         ([*SMALL, "seed=x"], "seed=x: must be a whole number >= 0"),
-        ([*SMALL, "device=gpu"], "device=gpu is not to be had on this machine"),
+        ([*SMALL, "device=gpu"], "device=gpu is not available on this machine"),
         ([*SMALL, "features=/no/such.safetensors"], "no such file"),
         ([*SMALL, "json=/no/such/rows.json"], "json=/no/such/rows.json"),
         (["what=inference", "model=nope"], "allowed are"),

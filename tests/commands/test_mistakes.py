@@ -91,6 +91,7 @@ SETTINGS = [
     ("trainer.max_epochs", "abc", "trainer.max_epochs must be a whole number"),
     ("trainer.max_epochs", 0, "trainer.max_epochs must be >= 1"),
     ("trainer.devices", "abc", "trainer.devices=abc: must be auto"),
+    ("trainer.num_nodes", 0, "trainer.num_nodes must be >= 1"),
     ("trainer.limit_train_batches", 0.5, "trainer.limit_train_batches must be a whole number"),
     ("trainer.limit_train_batches", 0, "trainer.limit_train_batches must be >= 1"),
     ("trainer.accumulate_grad_batches", 2, "chunk_size=N"),
@@ -315,6 +316,7 @@ def test_checkpoints_that_are_none(command, tmp_path):
         (["checkpoint=x", "logger=tensorboard"], "logger must be wandb"),
         (["checkpoint=x", "protocol.splits=0"], "protocol.splits must be in [1, 10000], got 0"),
         (["checkpoint=x", "protocol.logistic.lambd=0"], "lambd must be > 0"),
+        (["checkpoint=x", "seed={a:b}"], "seed must be a whole number"),
         (["checkpont=x"], "unknown key checkpont"),
     ],
 )

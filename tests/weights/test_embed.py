@@ -237,7 +237,7 @@ def test_a_list_of_paths_keeps_its_order(folder):
         ({"feature": "pixels"}, "feature must be class_token"),
         ({"feature": "last_9"}, "this backbone has 2 blocks"),
         ({"batch_size": 0}, "batch_size must be a whole number >= 1"),
-        ({"device": "abacus"}, "device=abacus is not to be had"),
+        ({"device": "abacus"}, "device=abacus is not available"),
         ({"data": {"root": "nowhere", "depth": "auto", "num_workers": 0}}, "no such folder"),
         ({"checkpoint": "nowhere"}, "no such file"),
     ],
