@@ -57,12 +57,6 @@ def export(
     _check_same_backbone(weights, head)
     out = out.resolve()
     _check_free(out, overwrite)
-    if "layer_norm_eps" in weights.model and format in ("timm", "official"):
-        eps = weights.model["layer_norm_eps"]
-        raise UserError(
-            f"format={format} has no place for LayerNorm's eps {eps:g} of these weights and would "
-            "compute with 1e-6: format=huggingface, torch or onnx has one"
-        )
     resized = _at_size(weights, image_size)
     header = _without_paths(complete_meta({**weights.meta, "model": resized.model}))
     content = Export(resized, header, head)

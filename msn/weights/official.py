@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from msn.errors import UserError
 from msn.weights.weights import Weights, strip_prefix
 
 HEAD_PREFIX = "fc."
@@ -40,7 +41,13 @@ def official_layout(weights: Weights) -> dict[str, Any]:
     """What to `torch.save` so that the reference's loaders find their keys.
 
     `encoder` is there where the weights have an anchor; `epoch` where they say one.
+
+    Raises:
+        UserError: if the norms have another eps than the reference's, which the layout cannot say.
     """
+    if "layer_norm_eps" in weights.model:
+        eps = weights.model["layer_norm_eps"]
+        raise UserError(f"format=official: cannot say layer_norm_eps={eps:g}; format=torch can")
     layout: dict[str, Any] = {}
     if weights.anchor_trunk is not None:
         layout["encoder"] = _joined(weights.anchor_trunk, weights.anchor_head)

@@ -235,7 +235,7 @@ def _original_norm(norm: Any, path: Path) -> dict[str, Tensor]:
     """The final norm that an export with a folded head replaced by the identity."""
     try:
         return {f"norm.{kind}": torch.tensor(norm[kind]) for kind in ("weight", "bias")}
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError, RuntimeError) as error:
         raise UserError(f"{path}: damaged header (norm: {repr(error)[:80]})") from error
 
 

@@ -1,6 +1,7 @@
 """`eval_lowshot.py`: every kind of backbone in one table, the same digits however it is run."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -21,6 +22,7 @@ from msn.commands.eval_lowshot import (
 )
 from msn.weights import read_weights, save_backbone
 from msn.weights.export import export
+from msn.weights.weights import trunk_digest
 from tests.conftest import ROOT
 from tests.weights.builders import MODEL, make_trunk
 
@@ -226,3 +228,29 @@ def test_a_numbered_run_is_finished_before_it_is_logged(
     where = tmp_path / "runs" / "eval_lowshot" / "0"
     assert json.loads((where / "run.json").read_text())["status"] == "finished"
     assert len(rows_of(where)) == 3
+
+
+def test_a_key_chooses_the_half_of_a_file_here_and_in_training(command, tmp_path, images):
+    halves = {"model": make_trunk(), "model_ema": make_trunk(1)}
+    torch.save({name: trunk.state_dict() for name, trunk in halves.items()}, tmp_path / "a.pth")
+    heads, where = f"model.num_heads={MODEL['num_heads']}", tmp_path / "out"
+    evaluate = ["eval_lowshot", f"run.dir={where}", f"data.root={images}", "baselines=[]", *SMALL]
+    evaluate += [f"checkpoint={tmp_path / 'a.pth'}", "cache_dir=null", heads]
+    code, _, err = command(*evaluate)
+    assert code == 2
+    assert "holds several backbones, model, model_ema: init_key=NAME chooses one" in err
+    assert command(*evaluate, "init_key=model_ema")[0] == 0
+    weights = read_weights(tmp_path / "a.pth", num_heads=3, key="model_ema")
+    (digest,) = {row["weights"] for row in rows_of(where)}
+    assert digest == trunk_digest(weights.trunk)
+    sizes = [f"model.{name}={value}" for name, value in MODEL.items() if name != "num_heads"]
+    train = ["train", f"init={tmp_path / 'a.pth'}", f"run.dir={tmp_path / 'run'}", heads, *sizes]
+    train += ["data=folder", f"data.root={images}", "data.global_batch_size=8"]
+    train += ["trainer.accelerator=cpu", "report=false"]
+    code, _, err = command(*train)
+    assert (code, err.count("init_key=NAME chooses one")) == (2, 1), err
+    assert not (tmp_path / "run").exists()
+    halves["model_ema"].norm.bias.data[0] = math.nan
+    torch.save({"net": halves["model_ema"].state_dict()}, tmp_path / "a.pth")
+    code, _, err = command(*train, "init_key=net")
+    assert (code, "norm.bias holds NaN or infinity" in err) == (2, True)
