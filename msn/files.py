@@ -1,14 +1,16 @@
-"""Crash-safe writes, with a checksum in checkpoints."""
+"""Crash-safe writes, checksums in checkpoints, and what can be read of damaged tables."""
 
 import contextlib
+import csv
 import errno
 import hashlib
+import logging
 import os
 import secrets
 import shutil
 import stat
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -16,6 +18,8 @@ import torch
 from torch import Tensor
 
 from msn.errors import UserError
+
+log = logging.getLogger(__name__)
 
 SLACK = 1 << 20  # bytes that must stay free beside a checkpoint: names, tables, other small files
 SEAL = b"sha256:"  # begins the comment of an archive with a checksum
@@ -168,6 +172,44 @@ def tensor_bytes(data: Any) -> int:
     if isinstance(data, (list, tuple)):
         return sum(tensor_bytes(value) for value in data)
     return 0
+
+
+def read_rows(path: Path, *, text: Collection[str] = ()) -> list[dict[str, str]]:
+    """Rows of a CSV file with a header and a column `step`; none where there is no file.
+
+    Damaged rows are left out, and the log says how many.
+
+    Args:
+        path: metrics.csv or verdicts.csv of a run.
+        text: columns of any text; in all others stands a number or nothing.
+
+    Raises:
+        UserError: if it is no CSV file at all.
+    """
+    if not path.is_file():
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+            # A machine that stopped may have left zeros.
+            rows = list(csv.DictReader(line.replace("\0", "") for line in file))
+    except csv.Error as error:
+        raise UserError(f"{path}: cannot be read as CSV ({error})") from None
+    whole = [row for row in rows if _is_whole(row, text)]
+    if len(whole) < len(rows):
+        log.warning("%s: %d damaged rows are left out", path, len(rows) - len(whole))
+    return whole
+
+
+def _is_whole(row: dict[Any, Any], text: Collection[str]) -> bool:
+    if None in row or None in row.values() or not row.get("step", "").isdigit():
+        return False  # fields are missing, or there are too many
+    try:
+        for name, value in row.items():
+            if name not in text and value:
+                float(value)
+    except ValueError:
+        return False
+    return True
 
 
 def remove_stale(directory: Path) -> None:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from msn.commands.entry import build, to_plain
 from msn.commands.evaluation_log import open_log
-from msn.commands.run_directory import choose_run_directory
+from msn.commands.run_directory import choose_run_directory, forget_directory
 from msn.data.datamodule import resolve_workers
 from msn.data.dataset import LabelledImages
 from msn.data.depth import trained_depth
@@ -48,6 +48,13 @@ def run(config: DictConfig) -> None:
     Raises:
         UserError: if a setting, a path or a file is wrong, or the data have no labels.
     """
+    try:
+        _run(config)
+    finally:
+        forget_directory()
+
+
+def _run(config: DictConfig) -> None:
     config = without_views(config)
     settings = to_plain(config)
     protocol: Protocol = build(config, "protocol", Protocol)

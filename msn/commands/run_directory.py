@@ -1,8 +1,12 @@
-"""One directory a run: which one, whether it may be used, and what it says of itself."""
+"""One directory per run: which one, whether it may be used, and what it says of itself."""
 
 import contextlib
+import errno
+import fcntl
 import json
+import logging
 import os
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,9 +16,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from msn.errors import UserError
 from msn.files import write_atomically
+from msn.training.judge import VERDICTS_FILE
+from msn.training.loggers import ID_FILE
 from msn.weights.checkpoints import newest_valid_checkpoint
 
+log = logging.getLogger(__name__)
+
 STATUS_FILE = "run.json"
+LOCK_FILE = "run.lock"
+CHECKPOINTS = "checkpoints"
+# What a run that begins again from nothing must not go on with.
+_OF_BEFORE = (CHECKPOINTS, "metrics.csv", VERDICTS_FILE, "tensorboard", ID_FILE)
 # Processes that the trainer starts itself inherit the directory that the first one chose.
 ENVIRONMENT = "MSN_RUN_DIRECTORY"
 RESUME_MODES = ("auto", "never")
@@ -26,7 +38,11 @@ class RunDirectory:
 
     path: Path
     resume_from: Path | None
-    """Checkpoint of an unfinished run that stands there."""
+    """Checkpoint of an unfinished run that stands there; known once it is reserved."""
+    mode: str = "auto"
+    """One of `RESUME_MODES`."""
+    is_training: bool = True
+    """Whether it is for a pretraining run; else for an evaluation."""
     is_numbered: bool = False
     """Whether it is a new number, which another run may take first."""
     made: tuple[Path, ...] = ()
@@ -35,24 +51,33 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Path:
         """Directory of checkpoints."""
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     def reserve(self) -> "RunDirectory":
-        """Make the directory of a numbered run, the next number where another run was faster.
+        """Make the directory and lock it; a numbered run takes the next number that is free.
 
         Raises:
             OSError: if it cannot be made.
+            UserError: if another process uses it, or has finished it meanwhile.
         """
+        if is_inherited():
+            return self
         path = self.path
         made = [p for p in (path, *path.parents) if not p.exists()]
-        while self.is_numbered:
+        while True:
             try:
-                path.mkdir(parents=True)
+                path.mkdir(parents=True, exist_ok=not self.is_numbered)
                 break
             except FileExistsError:
                 path = path.with_name(str(int(path.name) + 1))
-        made = [path, *made[1:]] if self.is_numbered else []
-        return replace(self, path=path, made=tuple(made))
+        made = [path, *made[1:]] if made else []
+        reserved = replace(self, path=path, made=tuple(made))
+        with reserved.given_back_on_failure():
+            _lock(path)
+            if _is_unfinished(path, self.mode, is_training=self.is_training):
+                newest = newest_valid_checkpoint(reserved.checkpoints)
+                reserved = replace(reserved, resume_from=newest)
+        return reserved
 
     def hand_down(self) -> None:
         """Let processes that the trainer will start itself take this one, see `ENVIRONMENT`."""
@@ -65,6 +90,8 @@ class RunDirectory:
         try:
             yield
         except BaseException:
+            if self.made:
+                _unlock()
             for path in self.made:
                 with contextlib.suppress(OSError):  # not empty: it is in use
                     path.rmdir()
@@ -76,10 +103,36 @@ class RunDirectory:
         Raises:
             OSError: if it cannot be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        # First: it says that a run stands here, also where the next file finds the disk full.
+        self.write_status("unfinished")
         text = OmegaConf.to_yaml(config, resolve=True)
         write_atomically(self.path / "config.yaml", lambda file: file.write(text.encode()))
-        self.write_status("unfinished")
+
+    def begin_again(self) -> None:
+        """Keep aside what an unfinished run without a whole checkpoint has left, and say it.
+
+        Raises:
+            OSError: if it cannot be moved.
+        """
+        if not (self.path / STATUS_FILE).exists() or self.resume_from is not None:
+            return
+        left = [self.path / name for name in _OF_BEFORE]
+        left = [
+            place for place in left if place.is_file() or (place.is_dir() and any(place.iterdir()))
+        ]
+        kept = ""
+        if left:
+            number = 1
+            while (aside := self.path / f"before-{number}").exists():
+                number += 1
+            aside.mkdir()
+            for place in left:
+                place.rename(aside / place.name)
+            kept = f"; what it wrote so far is kept in {aside}"
+        log.warning(
+            "%s: an unfinished run without a whole checkpoint: it begins again from step 0%s",
+            *(self.path, kept),
+        )
 
     def write_status(self, status: str, **more: Any) -> None:
         """Keep "unfinished" or "finished" and further facts of the run in run.json."""
@@ -107,14 +160,14 @@ def choose_run_directory(config: DictConfig) -> RunDirectory:
     mode = config.resume.mode
     if mode not in RESUME_MODES:
         raise UserError(f"resume.mode={mode}: must be one of {', '.join(RESUME_MODES)}")
-    if config.run.dir is None and name is None:
-        run = RunDirectory(_new_number(parent), None, is_numbered=True)
-    else:
-        given = config.run.dir
-        path = parent / str(name) if given is None else Path(_text("run.dir", given))
-        run = _existing(path, mode) or RunDirectory(path, None)
-    _check_writable(run.path)
-    return run
+    is_numbered = config.run.dir is None and name is None
+    path = _new_number(parent) if is_numbered else parent / str(name)
+    if config.run.dir is not None:
+        path = Path(_text("run.dir", config.run.dir))
+    is_training = "trainer" in config
+    _is_unfinished(path, mode, is_training=is_training)
+    _check_writable(path)
+    return RunDirectory(path, None, mode, is_training, is_numbered)
 
 
 def is_inherited() -> bool:
@@ -123,7 +176,8 @@ def is_inherited() -> bool:
 
 
 def forget_directory() -> None:
-    """After a run: what this process starts later is no part of it."""
+    """After a run: its directory is free, and what this process starts later is no part of it."""
+    _unlock()
     if not is_inherited():
         os.environ.pop(ENVIRONMENT, None)
 
@@ -131,7 +185,14 @@ def forget_directory() -> None:
 def read_status(path: Path) -> dict[str, Any]:
     """What run.json of a run directory says, empty where there is none."""
     file = path / STATUS_FILE
-    return json.loads(file.read_text()) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        status = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        status = None
+    whole = isinstance(status, dict) and "status" in status
+    return status if whole else {"status": "damaged"}
 
 
 def _text(key: str, value: Any) -> str:
@@ -141,19 +202,73 @@ def _text(key: str, value: Any) -> str:
     return str(value)
 
 
-def _existing(path: Path, resume: str) -> RunDirectory | None:
+def _is_unfinished(path: Path, resume: str, *, is_training: bool) -> bool:
+    """Whether an unfinished run stands at a place.
+
+    Raises:
+        UserError: if something stands there that a new run must not touch.
+    """
     if not path.exists():
-        return None
+        return False
     if not path.is_dir():
         raise UserError(f"run directory {path} is a file")
     status = read_status(path).get("status")
-    if status is None and any(path.iterdir()):
+    # A process that was killed, or found the disk full, may have left these.
+    others = [p for p in path.iterdir() if p.name != LOCK_FILE and not p.match(".*.tmp")]
+    if status is None and others:
         raise UserError(f"{path} is not empty and holds no run: choose another run.dir")
     if status == "finished":
-        raise UserError(f"{path} holds a finished run: choose another run.name or run.dir")
-    if status == "unfinished" and resume == "never":
+        no_report = is_training and not (path / "report.html").exists()
+        hint = f"; python -m msn report runs=[{path}] makes its report" if no_report else ""
+        raise UserError(f"{path} holds a finished run: choose another run.name or run.dir{hint}")
+    if not is_training and (path / CHECKPOINTS).exists():
+        raise UserError(f"{path} holds a training run: choose another run.dir")
+    if status is not None and resume == "never":
         raise UserError(f"{path} holds an unfinished run and resume=never")
-    return RunDirectory(path, newest_valid_checkpoint(path / "checkpoints"))
+    if status == "damaged":
+        log.warning("%s is damaged: it is written again", path / STATUS_FILE)
+    return status is not None
+
+
+_locked: list[tuple[Path, int]] = []  # of this process; a record lock ends with it, forked or not
+
+
+def _lock(path: Path) -> None:
+    """Keep other processes out of a directory until this one ends or `_unlock` is called.
+
+    Raises:
+        UserError: if another process has it.
+    """
+    file = path / LOCK_FILE
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
+            os.close(handle)
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(
+                    f"{path} is in use by {holder}: wait for it, or choose another run.dir"
+                ) from None
+            log.warning("%s cannot be locked: %s", path, error.strerror)
+            return
+        # Else its holder has just ended and removed it, and a third process may make a new one.
+        if file.exists() and os.path.samestat(os.fstat(handle), file.stat()):
+            break
+        os.close(handle)
+    with contextlib.suppress(OSError):  # a full disk: the lock holds, without a name
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {platform.node()}\n".encode())
+    _locked.append((file, handle))
+
+
+def _unlock() -> None:
+    while _locked:
+        file, handle = _locked.pop()
+        with contextlib.suppress(OSError):
+            file.unlink()
+        os.close(handle)
 
 
 def _job_name(parent: Path) -> str | None:

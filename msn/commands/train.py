@@ -128,6 +128,7 @@ def _set_up(
     if data.depth is not None:  # what was found is what the run keeps
         config.data.depth = data.depth
     if trainer.is_global_zero:
+        directory.begin_again()
         directory.create(config)
         directory.write_status("unfinished", facts=facts(trainer, data, module))
 

@@ -1,7 +1,5 @@
 """What a run directory says of its run: the figures from which a report is made."""
 
-import csv
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -11,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from msn.errors import UserError
+from msn.files import read_rows
 
 CONFIG_FILE = "config.yaml"
+VERDICT_TEXT = ("verdict", "line")
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ def read_record(path: Path, settings: Mapping[str, Any], name: str) -> RunRecord
         settings=settings,
         config_text=(path / CONFIG_FILE).read_text(encoding="utf-8", errors="replace"),
         status=_read_json(path / "run.json") or {},
-        metrics=[row for row in map(_numbers, _read_csv(path / "metrics.csv")) if "step" in row],
-        verdicts=[row for row in _read_csv(path / "verdicts.csv") if _is_verdict(row)],
+        metrics=[_numbers(row) for row in read_rows(path / "metrics.csv")],
+        verdicts=list(filter(_is_verdict, read_rows(path / "verdicts.csv", text=VERDICT_TEXT))),
         lowshot=_read_json(path / "lowshot.json"),
     )
 
@@ -85,17 +85,6 @@ def _numbers(row: Mapping[str, str]) -> dict[str, float]:
 
 def _is_verdict(row: Mapping[str, str]) -> bool:
     return all(row.get(name) for name in ("verdict", "line")) and (row.get("epoch") or "").isdigit()
-
-
-def _read_csv(path: Path) -> list[dict[str, str]]:
-    """Rows of a table; a stopped machine may leave zeros at its end, which are passed over."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")
-    try:
-        return list(csv.DictReader(io.StringIO(text, newline="")))
-    except csv.Error as error:
-        raise UserError(f"{path}: cannot be read as CSV ({error})") from error
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -1,15 +1,20 @@
 """The verdict at every epoch's end: kept in the run directory, and at wish the end of the run."""
 
 import csv
+import io
+import logging
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from msn.errors import UserError
+from msn.files import read_rows, write_atomically
 from msn.training.module import MSNModule
 from msn.training.monitors import Monitors
 from msn.training.verdict import Facts, Verdict, agreement, is_patient, judge, mean_row
+
+log = logging.getLogger(__name__)
 
 VERDICTS_FILE = "verdicts.csv"
 _COLUMNS = ("step", "epoch", "verdict", "line")
@@ -39,18 +44,16 @@ class Judge(Callback):
         self._stops = on_collapse == "stop"
         self._failures = 0
         self._first_agreement: float | None = None
+        self._rows: list[dict[str, str]] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget verdicts on epochs that a resumed run takes again."""
         assert isinstance(pl_module, MSNModule)
         self._facts = facts_of(pl_module, epochs=trainer.max_epochs or 0)
         if trainer.is_global_zero:
-            kept = read_verdicts(self._path) if self._path.exists() else []
-            kept = [row for row in kept if int(row["step"]) <= trainer.global_step]
-            with self._path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, _COLUMNS)
-                writer.writeheader()
-                writer.writerows(kept)
+            kept = read_verdicts(self._path)
+            self._rows = [row for row in kept if int(row["step"]) <= trainer.global_step]
+            self._write()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         rows = next(c.rows for c in trainer.callbacks if isinstance(c, Monitors))  # type: ignore[attr-defined]
@@ -63,14 +66,28 @@ class Judge(Callback):
         if self._first_agreement is None and not is_patient(self._facts, epoch, step):
             self._first_agreement = agreement(mean_row(rows), self._facts)
         if trainer.is_global_zero:
-            with self._path.open("a", newline="") as file:
-                csv.writer(file).writerow([step, epoch, self.latest.kind, self.latest.line])
+            values = (str(step), str(epoch), self.latest.kind, self.latest.line)
+            self._rows.append(dict(zip(_COLUMNS, values, strict=True)))
+            self._write()
         self._failures = self._failures + 1 if self.latest.is_failure else 0
         # All processes have the same rows, so that all of them stop.
         if self._stops and self._failures >= STOP_AFTER:
             raise UserError(
                 f"stopped after epoch {epoch} (on_collapse=stop): {self.latest.line}; "
                 f"its record is in {self._path.parent}"
+            )
+
+    def _write(self) -> None:
+        """Write all verdicts; on a full disk training goes on, the next epoch tries again."""
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(self._rows)
+        try:
+            write_atomically(self._path, lambda file: file.write(text.getvalue().encode()))
+        except OSError as error:
+            log.error(
+                "%s cannot be written: %s; training goes on", self._path, error.strerror or error
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -104,6 +121,5 @@ def facts_of(module: MSNModule, *, epochs: int) -> Facts:
 
 
 def read_verdicts(path: Path) -> list[dict[str, str]]:
-    """Rows of a verdicts.csv: step, epoch, verdict, line."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    """Rows of a verdicts.csv: step, epoch, verdict, line; none where there is no file."""
+    return read_rows(path, text=("verdict", "line"))

@@ -37,7 +37,7 @@ def tables(directory: Path) -> dict[str, Table]:
     """The verdicts and the low-shot table of a run directory, as far as they are there."""
     found = {}
     verdicts, lowshot = directory / VERDICTS_FILE, directory / "lowshot.json"
-    if verdicts.is_file() and (kept := read_verdicts(verdicts)):
+    if kept := read_verdicts(verdicts):
         found["verdicts"] = Table(list(kept[0]), [list(row.values()) for row in kept])
     if lowshot.is_file():
         rows = json.loads(lowshot.read_text())["rows"]

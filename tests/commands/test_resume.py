@@ -16,8 +16,8 @@ from lightning.pytorch import Callback
 
 from benchmarks.kill_resume import CLOCKS, differing
 from msn.commands import train
+from msn.files import read_rows
 from msn.training.checkpointing import checkpoints, newest_checkpoint
-from msn.training.metrics import read_metrics
 from msn.training.preemption import EXIT_CODE
 from tests.commands.conftest import TINY
 from tests.conftest import ROOT
@@ -95,7 +95,7 @@ def test_a_run_stopped_at_an_epoch_s_end_and_in_its_middle_ends_bit_equal(run, t
     straight, resumed = end_state(tmp_path / "straight"), end_state(directory)
     assert straight["global_step"] == 9
     assert set(differing(straight, resumed)) <= CLOCKS
-    rows = [read_metrics(path / "metrics.csv") for path in (tmp_path / "straight", directory)]
+    rows = [read_rows(path / "metrics.csv") for path in (tmp_path / "straight", directory)]
     assert [row["step"] for row in rows[1]] == [row["step"] for row in rows[0]]
     assert [row["train/loss"] for row in rows[1]] == [row["train/loss"] for row in rows[0]]
 

@@ -8,9 +8,10 @@ from PIL import Image
 from msn.commands.entry import build, compose
 from msn.errors import UserError
 from msn.evaluation.knn import knn_predictions
+from msn.files import read_rows
 from msn.method.geometry import rankme
 from msn.training.judge import Judge
-from msn.training.metrics import MetricsCSV, read_metrics
+from msn.training.metrics import MetricsCSV
 from msn.training.monitors import Monitors
 from msn.training.probe import Probe
 from msn.weights.preprocessing import image_transform
@@ -27,7 +28,7 @@ def train(directory, *overrides, epochs=2, **probe):
     trainer = build(config, "trainer", callbacks=callbacks, loggers=[log], run_dir=directory)
     module.plan_schedule(epochs=epochs, steps_per_epoch=2)
     trainer.fit(module, datamodule=data)
-    return data, module, read_metrics(directory / "metrics.csv")
+    return data, module, read_rows(directory / "metrics.csv")
 
 
 def test_knn_is_that_of_the_target_on_held_out_images(tmp_path):
