@@ -20,12 +20,11 @@ def open_log(directory: RunDirectory, settings: dict[str, Any]) -> "WandbLog":
     Raises:
         UserError: wandb knows no login or does not answer; the directory is gone again then.
     """
-    existed = directory.path.exists()
     directory.create(OmegaConf.create(settings))
     try:
         return WandbLog(directory.path, settings)
     except UserError:
-        if not existed:
+        if directory.made:
             shutil.rmtree(directory.path, ignore_errors=True)
         raise
 
