@@ -1,15 +1,19 @@
 """`python train.py`: compose -> build -> fit -> result."""
 
+import contextlib
 import logging
 import os
+import signal
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -22,6 +26,7 @@ from msn.commands.run_directory import (
     choose_run_directory,
     forget_directory,
     is_inherited,
+    read_status,
 )
 from msn.commands.run_loggers import build_loggers
 from msn.data.datamodule import MSNDataModule
@@ -58,14 +63,15 @@ def run(config: DictConfig) -> None:
         plan.run(config, settings, Console())
         return
     preemption: Preemption = build(config, "callbacks.preemption", Preemption)
-    preemption.install()
-    try:
-        _run(config, settings, preemption)
-    except Preempted as stop:
-        _leave(stop)
-    finally:
-        preemption.uninstall()
-        forget_directory()
+    with without_readers():
+        preemption.install()
+        try:
+            _run(config, settings, preemption)
+        except Preempted as stop:
+            _leave(stop)
+        finally:
+            preemption.uninstall()
+            forget_directory()
 
 
 def _run(config: DictConfig, settings: dict[str, Any], preemption: Preemption) -> None:
@@ -92,11 +98,15 @@ def _run(config: DictConfig, settings: dict[str, Any], preemption: Preemption) -
         logger.log_hyperparams(settings)
     _describe_run(trainer, directory, data, module)
     _fit(settings, trainer, module, data, directory)
-    if trainer.interrupted:
-        return
-    module.make_whole()
-    finish(settings, directory, trainer, data, module, protocol)
-    trainer.strategy.barrier()
+    try:
+        preemption.check()
+        module.make_whole()
+        finish(settings, directory, trainer, data, module, protocol)
+        trainer.strategy.barrier()
+    except Preempted as stop:
+        if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+            trainer.strategy.launcher.kill(signal.SIGTERM)
+        _leave(stop, directory)
 
 
 def _set_up(
@@ -201,18 +211,78 @@ def _attach(
     trainer.callbacks.sort(key=lambda callback: isinstance(callback, Checkpoint))  # type: ignore[attr-defined]
 
 
-def _leave(stop: Preempted) -> None:
-    """Say what was saved, requeue, and end the process with its documented code."""
+def _leave(stop: Preempted, trained: RunDirectory | None = None) -> None:
+    """Say what was saved and what goes on, requeue, and end the process with its documented code.
+
+    Args:
+        stop: what the signal asked for.
+        trained: the directory, where all steps were taken before.
+    """
     if is_inherited():
         sys.exit(0)  # the process that started this one speaks, and its observer expects a 0
+    path = None if trained is None else trained.path
+    is_finished = path is not None and read_status(path).get("status") == "finished"
+    if stop.checkpoint is not None:
+        path = stop.checkpoint.parent.parent
+        said = f"saved {stop.checkpoint}; the same command with its run.name or run.dir goes on"
+    elif path is None:
+        said = "before the first step; the same command begins where this one did"
+    elif is_finished:
+        said = f"the run is finished, without its report: python -m msn report runs=[{path}]"
+    else:
+        said = (
+            "after the last step, which is saved; the same command with its run.name or run.dir "
+            f"makes the table, or python eval_lowshot.py checkpoint={path}"
+        )
     if process_index() == 0:
-        print(f"interrupted: {stop}; the same command with its run.name or run.dir goes on")
-        print(f"run directory: {stop.checkpoint.parent.parent}", flush=True)
-        if stop.requeue and (said := requeue_slurm_job()) is not None:
-            print(said, flush=True)
+        print(f"interrupted: {said}", flush=True)
+        if path is not None:
+            print(f"run directory: {path}", flush=True)
+        if stop.requeue and not is_finished and (requeued := requeue_slurm_job()) is not None:
+            print(requeued, flush=True)
+    code = 0 if is_finished else EXIT_CODE
     if "SUBMITIT_EXECUTOR" in os.environ:
-        os._exit(EXIT_CODE)  # else submitit keeps the exit as this run's result and asks no more
-    sys.exit(EXIT_CODE)
+        os._exit(code)  # else submitit keeps the exit as this run's result and asks no more
+    sys.exit(code)
+
+
+class _LongLived:
+    """An output stream that may lose its reader: what is printed then goes nowhere."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._reader():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._reader():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
+@contextlib.contextmanager
+def without_readers() -> Iterator[None]:
+    """Within, `train.py | head -1` ends no work: a lost reader is no error."""
+    out, err = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _LongLived(out), _LongLived(err)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = out, err
 
 
 def _is_multirun() -> bool:

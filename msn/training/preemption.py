@@ -1,4 +1,4 @@
-"""Signals of a cluster: a flag, an agreement of all processes, a checkpoint, an exit code."""
+"""Signals of a cluster or a keyboard: a flag, an agreement, a checkpoint, an exit code."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from msn.method.distributed import num_processes
+from msn.method.distributed import num_processes, process_index
 from msn.training.checkpointing import PeriodicCheckpoint
 
 log = logging.getLogger(__name__)
@@ -25,28 +25,33 @@ EXIT_CODE = 75
 
 # Larger wins where processes got different ones: SIGUSR1, and submitit's SIGUSR2, also ask for a
 # requeue; after SIGTERM the cluster itself decides.
-_SIGNALS = {signal.SIGTERM: 1, signal.SIGUSR1: 2, signal.SIGUSR2: 2}
-# Launchers and clusters deliver one wish several times (to the group, by srun, by the agent).
+_SIGNALS = {
+    **{signal.SIGTERM: 1, signal.SIGINT: 1, signal.SIGHUP: 1},
+    **{signal.SIGUSR1: 2, signal.SIGUSR2: 2},
+}
+# Launchers and clusters send the same signal several times (to the group, by srun, by the agent).
 _SAME_WISH_SECONDS = 0.5
 
 
-class Preempted(Exception):  # noqa: N818
-    """The run was asked to stop, and all of it is saved.
+class Preempted(BaseException):
+    """The run was asked to stop. Not an `Exception`, which whoever saves a part's failure catches.
 
     Attributes:
-        checkpoint: what was saved.
+        checkpoint: what was saved; None before the first step and after the last one.
         requeue: whether the signal asks for a requeue.
     """
 
-    def __init__(self, checkpoint: Path, *, requeue: bool) -> None:
-        super().__init__(f"saved {checkpoint}")
+    def __init__(self, checkpoint: Path | None, *, requeue: bool) -> None:
+        super().__init__()
         self.checkpoint, self.requeue = checkpoint, requeue
 
 
 class Preemption(Callback):
-    """On SIGTERM, SIGUSR1 or SIGUSR2 save at the next step boundary, in all processes, and stop.
+    """On a signal save at the next step boundary, in all processes, and stop.
 
-    The handler only sets a flag. Flags are exchanged in the background of the next step, over a
+    Signals are SIGTERM, SIGINT (Ctrl-C), SIGHUP, SIGUSR1 and SIGUSR2, unless they were ignored
+    (nohup). During the fit the handler only sets a flag; before and after it there is nothing to
+    save, and it raises `Preempted`. Flags are exchanged in the background of the next step, over a
     group of the CPU, so that neither a host waits for a device nor a step for a message. A second
     signal ends the process at once; the last checkpoint stays whole.
 
@@ -61,14 +66,18 @@ class Preemption(Callback):
         self.requeue = requeue
         self.received = 0
         self._at = 0.0
+        self._is_fitting = self._is_own = False
+        self._process = os.getpid()
         self._before: dict[signal.Signals, Any] = {}
         self._group: Any = None
         self._exchange: tuple[Any, torch.Tensor] | None = None
 
     def install(self) -> None:
         """Listen from now on, so that a signal that comes while data are read is not lost."""
+        self._process = os.getpid()
         for number in _SIGNALS:
-            self._before[number] = signal.signal(number, self._on_signal)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._on_signal)
 
     def uninstall(self) -> None:
         """Give the signals back to whom they belonged."""
@@ -81,11 +90,24 @@ class Preemption(Callback):
         # loop broadcasts process 0's flag, and waits for the device, in each step.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-        if not self._before:
+        self._is_own = not self._before
+        if self._is_own:
             self.install()
+        self._is_fitting = True
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
-        self.uninstall()
+        self._is_fitting = False
+        if self._is_own:
+            self.uninstall()
+
+    def check(self) -> None:
+        """Stop if a signal came after the last step.
+
+        Raises:
+            Preempted: if so.
+        """
+        if self.received:
+            raise Preempted(None, requeue=self._requeues(self.received))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         if num_processes() > 1:
@@ -106,12 +128,19 @@ class Preemption(Callback):
             self._save_and_stop(trainer, wish, finished_epochs=trainer.current_epoch + 1)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a data worker, which inherits the handler and ends when it is told to
         now = time.monotonic()
         if self.received and now - self._at > _SAME_WISH_SECONDS:
             os._exit(128 + number)
-        if not self.received:
+        is_first = not self.received
+        if is_first:
             self._at = now
         self.received = max(self.received, _SIGNALS[signal.Signals(number)])
+        if is_first and not self._is_fitting:
+            self.check()
+        if is_first and process_index() == 0:  # print could be what was interrupted
+            os.write(2, b"\ninterrupted: saving after this step; once more ends at once\n")
 
     def _agreed(self, *, last: bool = False) -> int:
         """The wish that all processes know of: that of the step before, on several processes."""
@@ -134,8 +163,10 @@ class Preemption(Callback):
         (saver,) = (c for c in trainer.callbacks if isinstance(c, PeriodicCheckpoint))  # type: ignore[attr-defined]
         path = saver.save(trainer, finished_epochs=finished_epochs, wait=True)
         assert path is not None
-        requeue = self.requeue and wish == _SIGNALS[signal.SIGUSR1]
-        raise Preempted(path, requeue=requeue)
+        raise Preempted(path, requeue=self._requeues(wish))
+
+    def _requeues(self, wish: int) -> bool:
+        return self.requeue and wish == _SIGNALS[signal.SIGUSR1]
 
 
 def requeue_slurm_job() -> str | None:

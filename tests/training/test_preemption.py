@@ -7,7 +7,7 @@ import time
 import pytest
 
 from msn.training import preemption
-from msn.training.preemption import Preemption, requeue_slurm_job
+from msn.training.preemption import Preempted, Preemption, requeue_slurm_job
 
 
 def in_child(act):
@@ -19,21 +19,28 @@ def in_child(act):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def listen_and_send(*numbers, pause=0.0):
+def listen_and_send(*numbers, pause=0.0, fitting=True):
     def act():
         callback = Preemption(requeue=True)
         callback.install()
-        for number in numbers:
-            os.kill(os.getpid(), number)
-            time.sleep(pause)
+        callback._is_fitting = fitting
+        try:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+                time.sleep(pause)
+        except Preempted as stop:
+            os._exit(50 + stop.requeue)
         os._exit(40 + callback.received)
 
     return act
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+KEYBOARD_AND_CLUSTER = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("number", [*KEYBOARD_AND_CLUSTER, signal.SIGUSR1, signal.SIGUSR2])
 def test_the_first_signal_is_a_flag_and_a_second_ends_the_process_at_once(number, monkeypatch):
-    wish = 1 if number == signal.SIGTERM else 2
+    wish = 1 if number in KEYBOARD_AND_CLUSTER else 2
     assert in_child(listen_and_send(number)) == 40 + wish
     monkeypatch.setattr(preemption, "_SAME_WISH_SECONDS", 0.01)
     assert in_child(listen_and_send(number, number, pause=0.05)) == 128 + number
@@ -41,6 +48,23 @@ def test_the_first_signal_is_a_flag_and_a_second_ends_the_process_at_once(number
 
 def test_one_wish_that_comes_twice_is_one_wish():
     assert in_child(listen_and_send(signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1)) == 42
+
+
+@pytest.mark.parametrize("number", [*KEYBOARD_AND_CLUSTER, signal.SIGUSR1])
+def test_outside_of_the_fit_nothing_is_to_be_saved_and_the_process_stops_at_once(number):
+    assert in_child(listen_and_send(number, fitting=False)) == 50 + (number == signal.SIGUSR1)
+
+
+def test_what_nohup_ignores_stays_ignored_and_data_workers_hear_nothing():
+    def act():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        callback = Preemption(requeue=True)
+        callback.install()
+        os.kill(os.getpid(), signal.SIGHUP)
+        worker = in_child(lambda: os.kill(os.getpid(), signal.SIGINT))
+        os._exit(40 + callback.received + worker)
+
+    assert in_child(act) == 40
 
 
 def test_signals_are_given_back():
