@@ -341,6 +341,7 @@ def _quieten() -> None:
         ".*does not have many workers.*",
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
         ".*exists and is not empty.*",
+        ".*smaller than the logging interval.*",  # monitors log a short epoch's last step
         ".*your dataloader is not resumable.*",  # the data module holds the position
     ):
         warnings.filterwarnings("ignore", message)

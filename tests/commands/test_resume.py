@@ -100,6 +100,67 @@ def test_a_run_stopped_at_an_epoch_s_end_and_in_its_middle_ends_bit_equal(run, t
     assert [row["train/loss"] for row in rows[1]] == [row["train/loss"] for row in rows[0]]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_keyboard_or_a_closed_terminal_saves_and_names_the_way_on(run, tmp_path, number):
+    where = [*ARGUMENTS, f"run.dir={tmp_path / 'run'}"]
+    code, out, err = run(*where, step=2, act=lambda: os.kill(os.getpid(), number))
+    assert code == EXIT_CODE
+    assert "interrupted: saving after this step; once more ends at once" in err
+    checkpoint = tmp_path / "run" / "checkpoints" / "epoch-0-step-2.ckpt"
+    assert f"interrupted: saved {checkpoint}; the same command with its run.name" in out
+    assert f"run directory: {tmp_path / 'run'}" in out
+    assert checkpoint.is_file()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_signal_after_the_last_step_names_the_way_to_finish(
+    run, monkeypatch, tmp_path, number, finished
+):
+    def interrupted(settings, directory, *_):
+        if finished:
+            directory.write_status("finished")
+        os.kill(os.getpid(), number)
+        pytest.fail("went on")
+
+    monkeypatch.setattr(train, "finish", interrupted)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    directory = tmp_path / "run"
+    where = [*TINY, "trainer.limit_train_batches=1", f"run.dir={directory}"]
+    code, out, _ = run(*where)
+    assert f"run directory: {directory}" in out
+    if finished:
+        assert code == 0
+        assert f"without its report: python -m msn report runs=[{directory}]" in out
+        return
+    assert code == EXIT_CODE
+    assert f"makes the table, or python eval_lowshot.py checkpoint={directory}" in out
+    monkeypatch.setattr(train, "finish", lambda s, d, *_: d.write_status("finished"))
+    assert run(*where)[0] == 0
+    assert json.loads((directory / "run.json").read_text())["status"] == "finished"
+
+
+def test_a_signal_before_the_first_step_leaves_nothing_behind(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "_set_up", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    code, out, _ = run(*ARGUMENTS, f"run.dir={tmp_path / 'run'}")
+    assert code == EXIT_CODE
+    assert "interrupted: before the first step" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_of_the_output_that_ends_ends_no_run(monkeypatch):
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        os.close(reading)
+        with pytest.raises(BrokenPipeError):
+            print("nobody", flush=True)
+        with train.without_readers():
+            for _ in range(2):
+                print("nobody", flush=True)
+        assert sys.stdout is stream
+
+
 def test_a_run_that_was_set_up_differently_is_not_resumed(run, tmp_path):
     where = [*ARGUMENTS, f"run.dir={tmp_path / 'run'}"]
     with pytest.raises(RuntimeError, match="power cut"):
