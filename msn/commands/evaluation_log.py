@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from msn.commands.run_directory import RunDirectory
 from msn.errors import UserError
 from msn.evaluation.rows import Result, table_key
+from msn.training.loggers import wandb_refusal
 
 _COLUMNS = ("backbone", "classifier", "labels", "splits", "top1_mean", "top1_std", "lambda")
 
@@ -53,8 +54,7 @@ class WandbLog:
                 config=settings,
             )
         except Exception as error:  # of login, network or settings: wandb has many classes
-            reason = " ".join(str(error).split())
-            raise UserError(f"logger=wandb: {reason}; WANDB_MODE=offline needs no login") from None
+            raise wandb_refusal(error) from None
 
     def write(self, directory: Path, results: Sequence[Result]) -> None:
         """Log the rows as a table, each accuracy as a summary value, and the curve.

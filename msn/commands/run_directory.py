@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,12 +87,12 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def given_back_on_failure(self) -> Iterator[None]:
-        """What was reserved and is still empty does not outlive an error."""
+        """What was made for a run that could not begin does not outlive the error."""
         try:
             yield
         except BaseException:
-            if self.made:
-                _unlock()
+            if self.made and self.path / LOCK_FILE in [file for file, _ in _locked]:
+                shutil.rmtree(self.path, ignore_errors=True)  # all in it is of this process
             for path in self.made:
                 with contextlib.suppress(OSError):  # not empty: it is in use
                     path.rmdir()

@@ -1,5 +1,7 @@
-"""The loggers of a run: metrics.csv always, others at wish."""
+"""The loggers of a run: metrics.csv always, others optionally."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -29,6 +31,19 @@ def build_loggers(config: DictConfig, directory: RunDirectory) -> list[Logger]:
         for name in config.logger
     ]
     return [metrics, *others]
+
+
+@contextlib.contextmanager
+def closed_loggers(trainer: Trainer) -> Iterator[None]:
+    """Whatever happens within, no logger is left open for the next run of a sweep."""
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbRun):
+                logger.close(failed=failed)
 
 
 def log_results(trainer: Trainer) -> None:

@@ -28,7 +28,7 @@ from msn.commands.run_directory import (
     is_inherited,
     read_status,
 )
-from msn.commands.run_loggers import build_loggers
+from msn.commands.run_loggers import build_loggers, closed_loggers
 from msn.data.datamodule import MSNDataModule
 from msn.data.depth import RECORDED
 from msn.data.workers import in_one_line
@@ -92,21 +92,21 @@ def _run(config: DictConfig, settings: dict[str, Any], preemption: Preemption) -
         return chosen
 
     directory = choose() if is_inherited() else agree(trainer, module, choose)
-    with directory.given_back_on_failure():
-        _set_up(config, directory, trainer, data, module, preemption=preemption)
-    for logger in trainer.loggers:
-        logger.log_hyperparams(settings)
-    _describe_run(trainer, directory, data, module)
-    _fit(settings, trainer, module, data, directory)
-    try:
-        preemption.check()
-        module.make_whole()
-        finish(settings, directory, trainer, data, module, protocol)
-        trainer.strategy.barrier()
-    except Preempted as stop:
-        if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
-            trainer.strategy.launcher.kill(signal.SIGTERM)
-        _leave(stop, directory)
+    with closed_loggers(trainer):
+        with directory.given_back_on_failure():
+            _set_up(config, directory, trainer, data, module, preemption=preemption)
+        _describe_run(trainer, directory, data, module)
+        _fit(settings, trainer, module, data, directory)
+        try:
+            preemption.check()
+            module.make_whole()
+            finish(settings, directory, trainer, data, module, protocol)
+            trainer.strategy.barrier()
+        except Preempted as stop:
+            if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+                trainer.strategy.launcher.kill(signal.SIGTERM)
+            stop.trained = directory.path
+            raise
 
 
 def _set_up(
@@ -140,6 +140,9 @@ def _set_up(
     if trainer.is_global_zero:
         directory.begin_again()
         directory.create(config)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(settings)  # wandb begins here, or says why not
+    if trainer.is_global_zero:
         directory.write_status("unfinished", facts=facts(trainer, data, module))
 
 
@@ -211,16 +214,11 @@ def _attach(
     trainer.callbacks.sort(key=lambda callback: isinstance(callback, Checkpoint))  # type: ignore[attr-defined]
 
 
-def _leave(stop: Preempted, trained: RunDirectory | None = None) -> None:
-    """Say what was saved and what goes on, requeue, and end the process with its documented code.
-
-    Args:
-        stop: what the signal asked for.
-        trained: the directory, where all steps were taken before.
-    """
+def _leave(stop: Preempted) -> None:
+    """Say what was saved and what goes on, requeue, and end with the documented code."""
     if is_inherited():
         sys.exit(0)  # the process that started this one speaks, and its observer expects a 0
-    path = None if trained is None else trained.path
+    path = stop.trained
     is_finished = path is not None and read_status(path).get("status") == "finished"
     if stop.checkpoint is not None:
         path = stop.checkpoint.parent.parent

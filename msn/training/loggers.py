@@ -5,6 +5,7 @@ variables of wandb are honoured.
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +46,12 @@ def tables(directory: Path) -> dict[str, Table]:
     return found
 
 
+def wandb_refusal(error: Exception) -> UserError:
+    """What wandb said when it began no run, in one line."""
+    reason = " ".join(str(error).split())
+    return UserError(f"logger=wandb: {reason}; WANDB_MODE=offline needs no login")
+
+
 class WandbRun(WandbLogger):
     """A run of Weights & Biases that is the same one after a resume.
 
@@ -76,12 +83,23 @@ class WandbRun(WandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The run of wandb, begun or gone on with when it is first needed."""
+        """The run of wandb, begun or gone on with when it is first needed.
+
+        Raises:
+            UserError: if wandb knows no login or does not answer.
+        """
         if self._experiment is None:
             file = self._directory / ID_FILE
             known = file.read_text().strip() if file.is_file() else None
             self._wandb_init["id"] = known
-            run = super().experiment
+            folder = self._directory / "wandb"
+            is_new = not folder.exists()
+            try:
+                run = super().experiment
+            except Exception as error:  # of login, network or settings: wandb has many classes
+                if is_new:
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise wandb_refusal(error) from None
             if known is None:
                 file.write_text(f"{run.id}\n")
         return super().experiment
@@ -102,6 +120,12 @@ class WandbRun(WandbLogger):
                     artifact.add_file(str(file))
                 run.log_artifact(artifact)
         run.finish()
+
+    @rank_zero_only
+    def close(self, *, failed: bool) -> None:
+        """End the run of wandb, so that the next run of a sweep begins one of its own."""
+        if self._experiment is not None:
+            self._experiment.finish(exit_code=int(failed))
 
 
 class TensorBoardRun(TensorBoardLogger):

@@ -39,7 +39,10 @@ class Preempted(BaseException):
     Attributes:
         checkpoint: what was saved; None before the first step and after the last one.
         requeue: whether the signal asks for a requeue.
+        trained: the run directory, where all steps had been taken.
     """
+
+    trained: Path | None = None
 
     def __init__(self, checkpoint: Path | None, *, requeue: bool) -> None:
         super().__init__()

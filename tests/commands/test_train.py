@@ -105,6 +105,23 @@ def test_other_loggers_write_beside_the_csv(command, tmp_path, monkeypatch, logg
     assert any(name.startswith(wanted) for name in files)
 
 
+def test_a_missing_login_of_wandb_is_one_line_and_leaves_nothing(command, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def init(**settings):
+        (Path(settings["dir"]) / "wandb").mkdir()
+        raise wandb.errors.UsageError("api_key not configured (no-tty).\nCall wandb.login")
+
+    monkeypatch.setattr(wandb, "run", None)
+    monkeypatch.setattr(wandb, "init", init)
+    code, _, err = command("train", *QUICK, "logger=wandb", f"run.dir={tmp_path / 'run'}")
+    assert code == 2
+    assert "error: logger=wandb: api_key not configured" in err
+    assert "WANDB_MODE=offline" in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture(scope="module")
 def default_run(tmp_path_factory):
     """Directory of a `python train.py`; MSN_DEFAULT_RUN names one that has just been made."""

@@ -2,9 +2,12 @@
 
 import json
 import re
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 
+from msn.commands.run_loggers import closed_loggers
 from msn.errors import UserError
 from msn.training.loggers import ID_FILE, TensorBoardRun, WandbRun, tables
 
@@ -39,6 +42,41 @@ def test_the_tables_of_a_run_are_its_verdicts_and_its_lowshot_rows(run, tmp_path
 def test_an_unknown_artifact_is_refused(tmp_path):
     with pytest.raises(UserError, match="none, results, backbone, got all"):
         WandbRun(save_dir=str(tmp_path), project="msn", name=None, artifacts="results,all")
+
+
+@pytest.fixture
+def wandb_runs(monkeypatch):
+    """wandb that begins runs without a process, and goes on with one that nobody has finished."""
+    wandb = pytest.importorskip("wandb")
+    runs = []
+
+    def init(**settings):
+        runs.append(SimpleNamespace(id=f"id{len(runs)}", ended=[], config=MagicMock()))
+        runs[-1].define_metric = runs[-1].log = lambda *a, **k: None
+
+        def finish(exit_code=0):
+            runs[-1].ended.append(exit_code)
+            monkeypatch.setattr(wandb, "run", None)
+
+        runs[-1].finish = finish
+        monkeypatch.setattr(wandb, "run", runs[-1])
+        return runs[-1]
+
+    monkeypatch.setattr(wandb, "run", None)
+    monkeypatch.setattr(wandb, "init", init)
+    return runs
+
+
+def test_a_failed_run_is_closed_so_that_the_next_begins_one_of_its_own(tmp_path, wandb_runs):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        logger = WandbRun(
+            save_dir=str(tmp_path / name), project="msn", name=None, artifacts="results"
+        )
+        run = SimpleNamespace(loggers=[logger])
+        with pytest.raises(RuntimeError, match=f"id{'ab'.index(name)}"), closed_loggers(run):
+            raise RuntimeError(logger.experiment.id)
+    assert [run.ended for run in wandb_runs] == [[1], [1]]
 
 
 @pytest.mark.slow
