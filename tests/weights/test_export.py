@@ -260,15 +260,6 @@ def test_wrong_arguments_say_what_is_allowed(weights, tmp_path, more, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_norms_with_another_eps_go_where_the_format_can_say_so(weights, tmp_path):
-    weights.model["layer_norm_eps"] = 1e-12
-    with pytest.raises(UserError, match=r"format=timm: cannot say layer_norm_eps=1e-12"):
-        run(weights, tmp_path / "timm")
-    run(weights, tmp_path / "torch", "torch")
-    assert read_weights(tmp_path / "torch").model == weights.model
-    assert [path.name for path in tmp_path.iterdir()] == ["torch"]
-
-
 def test_card_of_published_weights_forbids_commercial_use(weights, tmp_path):
     weights.meta["licence"] = "CC BY-NC 4.0"
     run(weights, tmp_path / "out")
