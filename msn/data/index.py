@@ -111,8 +111,8 @@ def _notes(tree: _Tree, repeated: list[str]) -> list[_Note]:
             _Note(logging.WARNING, f"passed over images of kinds that are not read: {kinds}")
         )
     if repeated:
-        names = "name that leads" if len(repeated) == 1 else "names that lead"
-        text = f"passed over {len(repeated)} {names} by links to what is there under another"
+        which = "name that leads" if len(repeated) == 1 else "names that lead"
+        text = f"passed over {len(repeated)} {which} by links to what is there under another"
         notes.append(_Note(logging.WARNING, f"{text}: {_some(repeated, 3)}"))
     if tree.system:
         text = f"passed over system and hidden files and folders: {_counts(tree.system)}"

@@ -203,6 +203,47 @@ def test_a_killed_data_worker_ends_the_run_in_one_line_and_it_can_go_on(run, tmp
     assert "epoch-1-step-3.ckpt" in out
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: tried to allocate 2.00 GiB"),
+        MemoryError(),
+    ],
+)
+def test_a_step_out_of_memory_ends_in_one_line_and_goes_on_with_a_smaller_chunk(
+    error, run, tmp_path
+):
+    where = [*ARGUMENTS, f"run.dir={tmp_path / 'run'}"]
+
+    def full():
+        raise error
+
+    code, _, err = run(*where, step=4, act=full)
+    assert code == 2, err
+    (line,) = (line for line in err.splitlines() if "error: " in line)
+    found = re.search(r"out of memory.*: (chunk_size=\d+) changes no number and takes", line)
+    assert found, line
+    assert line.endswith(f"run.dir={tmp_path / 'run'} goes on from its last checkpoint")
+    assert "Traceback" not in err
+    code, out, _ = run(*where, found[1])
+    assert code == 0
+    assert "epoch-1-step-3.ckpt" in out
+
+
+@pytest.mark.slow
+def test_a_limit_of_the_address_space_ends_training_in_one_line(tmp_path):
+    """A batch that no machine holds, under a limit that lets everything else be."""
+    command = [sys.executable, "train.py", *TINY, "model.depth=6", "model.embed_dim=192"]
+    command += ["data.global_batch_size=1024", f"run.dir={tmp_path / 'run'}", "chunk_size=null"]
+    limited = ["bash", "-c", 'ulimit -v 6000000; exec "$@"', "bash", *command]
+    done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert re.search(r"out of memory.*: chunk_size=\d+ changes no number", line), line
+
+
 def test_a_lost_data_mount_ends_the_run_in_one_line_and_it_can_go_on(run, tmp_path, images):
     away = tmp_path / "away"
     where = [*ARGUMENTS, "data=folder", f"data.root={images}", "data.global_batch_size=4"]

@@ -44,6 +44,22 @@ def run(protocol, train, test, backbones=None):
     )
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "advice"),
+    [(64, "protocol.features.batch_size=32 takes less"), (1, "protocol.features.batch_size is 1")],
+)
+def test_features_out_of_memory_say_what_takes_less(batch_size, advice, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("msn.evaluation.features.forward_feature", full)
+    protocol = kshot(features={**FEATURES, "batch_size": batch_size})
+    with pytest.raises(UserError) as caught:
+        run(protocol, ToyImages(0), ToyImages(1))
+    said = str(caught.value)
+    assert said.startswith(f"out of memory (2.00 GiB more were wanted): {advice}")
+
+
 def kshot(**changes):
     settings = {
         "shots": [1, 2],

@@ -197,6 +197,22 @@ def test_names_that_are_no_text_pass_through_every_output(folder, capsysbinary):
     assert b"8 images embedded, 1 left out" in shown
 
 
+def test_out_of_memory_says_what_takes_less_and_keeps_the_pieces(folder, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(embed, "forward_feature", full)
+    for size, advice in ((2, "batch_size=1 takes less"), (1, "batch_size is 1 already; ")):
+        with pytest.raises(UserError) as caught:
+            run(folder, batch_size=size)
+        said = str(caught.value)
+        assert said.startswith(f"out of memory (2.00 GiB more were wanted): {advice}")
+        assert said.endswith("; the same command goes on")
+    monkeypatch.undo()
+    run(folder)
+    assert len(read(folder)[0]) == COUNT
+
+
 def test_interrupting_says_where_the_pieces_are_and_ends_with_130(folder, monkeypatch, capsys):
     monkeypatch.setattr(embed, "PIECE", 2)
     compute, computed = embed.forward_feature, []
