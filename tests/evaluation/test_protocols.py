@@ -55,7 +55,7 @@ def test_features_out_of_memory_say_what_takes_less(batch_size, advice, monkeypa
     monkeypatch.setattr("msn.evaluation.features.forward_feature", full)
     protocol = kshot(features={**FEATURES, "batch_size": batch_size})
     with pytest.raises(UserError) as caught:
-        run(protocol, ToyImages(0), ToyImages(1))
+        run(protocol, ToyImages(4), ToyImages(2))
     said = str(caught.value)
     assert said.startswith(f"out of memory (2.00 GiB more were wanted): {advice}")
 
