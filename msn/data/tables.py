@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -60,11 +61,19 @@ class StringTable(Sequence[str]):
 
 
 def cache_folder() -> Path:
-    """Where indexes are kept: $MSN_CACHE_DIR, else `msn` in the user's cache folder."""
+    """Where indexes are kept: $MSN_CACHE_DIR, else `msn` in the user's cache folder.
+
+    A user of a container may have neither HOME nor a name: then it lies with temporary files.
+    """
     given = os.environ.get("MSN_CACHE_DIR")
     if given:
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "msn"
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "msn"
+    try:
+        return Path.home() / ".cache" / "msn"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"msn-cache-{os.getuid()}"
 
 
 def cache_file(key: str) -> Path:

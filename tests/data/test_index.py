@@ -303,3 +303,10 @@ def test_labels_are_the_first_folders_however_many_images_each_has():
     labels, classes = labels_from_folders(StringTable.from_strings(names))
     assert np.array_equal(labels, np.repeat(np.arange(7), counts))
     assert classes == [f"c{c}" for c in range(7)]
+
+
+def test_a_user_without_a_home_or_a_name_has_a_cache_too(monkeypatch):
+    for name in ("HOME", "MSN_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54_321)  # nobody's
+    assert tables.cache_folder().name == "msn-cache-54321"
