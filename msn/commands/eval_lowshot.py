@@ -34,7 +34,7 @@ from msn.evaluation.protocol import Protocol
 from msn.evaluation.results import print_table, write_results
 from msn.evaluation.rows import Result
 from msn.schema import take
-from msn.training.launch import join_launched_processes
+from msn.training.launch import ignore_left_overs, join_launched_processes, meeting
 
 BASELINES = ("random", PIXELS)
 TABLE_FILE = "lowshot.json"
@@ -195,6 +195,7 @@ def cache_directory(setting: str | None) -> Path | None:
 @contextmanager
 def _processes() -> Iterator[tuple[int, int]]:
     """Rank and number of the processes that a launcher started, in one group meanwhile."""
+    ignore_left_overs(os.environ)
     join_launched_processes(os.environ)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield 0, 1
@@ -203,7 +204,8 @@ def _processes() -> Iterator[tuple[int, int]]:
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"  # gradients do not
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    dist.init_process_group(backend)
+    with meeting():
+        dist.init_process_group(backend)
     try:
         yield dist.get_rank(), dist.get_world_size()
     finally:

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -13,7 +12,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -36,7 +34,14 @@ from msn.errors import UserError
 from msn.evaluation.protocol import Protocol
 from msn.method.distributed import process_index
 from msn.training.facts import facts
-from msn.training.launch import agree, fit_devices, read_launch, starts_processes
+from msn.training.launch import (
+    agree,
+    end_started_processes,
+    fit_devices,
+    ignore_left_overs,
+    read_launch,
+    starts_processes,
+)
 from msn.training.module import MSNModule
 from msn.training.preemption import EXIT_CODE, Preempted, Preemption, requeue_slurm_job
 from msn.training.progress import build_progress
@@ -56,6 +61,8 @@ def run(config: DictConfig) -> None:
     settings = to_plain(config)
     _quieten()
     seed_everything(check_seed(settings["seed"]), verbose=False)
+    if not is_inherited():
+        ignore_left_overs(os.environ)
     _check_switch("report", settings["report"])
     _check_switch("plan", settings["plan"])
     _check_switch("resume.force", settings["resume"]["force"])
@@ -96,16 +103,18 @@ def _run(config: DictConfig, settings: dict[str, Any], preemption: Preemption) -
         with directory.given_back_on_failure():
             _set_up(config, directory, trainer, data, module, preemption=preemption)
         _describe_run(trainer, directory, data, module)
-        _fit(settings, trainer, module, data, directory)
         try:
+            _fit(settings, trainer, module, data, directory)
             preemption.check()
             module.make_whole()
             finish(settings, directory, trainer, data, module, protocol)
             trainer.strategy.barrier()
-        except Preempted as stop:
-            if isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
-                trainer.strategy.launcher.kill(signal.SIGTERM)
-            stop.trained = directory.path
+        except BaseException as error:
+            if not isinstance(error, Preempted):
+                end_started_processes(trainer)
+            elif error.checkpoint is None:  # else all processes have stopped as one
+                error.trained = directory.path
+                end_started_processes(trainer)
             raise
 
 

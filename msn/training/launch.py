@@ -1,17 +1,42 @@
-"""Who started this process, and how many decide as one."""
+"""Detect the launcher; wait for its processes, not for ever; agree across ranks."""
 
-from collections.abc import Callable, Mapping, MutableMapping
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import NamedTuple, TypeVar
 
-from lightning.fabric.plugins.environments import SLURMEnvironment
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities import rank_zero_only
 
 from msn.errors import UserError
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 _FIRST_PORT = 15_000
+# What a launcher tells each process; without a launcher it is left over from another job.
+_OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+_MEETING = ("MASTER_ADDR", "MASTER_PORT")
+SAY_AFTER, GIVE_UP_AFTER = 30.0, 600.0
+"""Seconds of waiting for other processes until it is said, and until the process ends."""
+
+
+_RANK_AND_WORLD = (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"))
 
 
 class Launch(NamedTuple):
@@ -33,7 +58,7 @@ def read_launch(environment: Mapping[str, str]) -> Launch | None:
     Raises:
         UserError: if nodes have different numbers of processes.
     """
-    if "TORCHELASTIC_RUN_ID" in environment:
+    if {"TORCHELASTIC_RUN_ID", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= environment.keys():
         launch = Launch(
             "torchrun", int(environment["WORLD_SIZE"]), int(environment["LOCAL_WORLD_SIZE"])
         )
@@ -49,6 +74,85 @@ def read_launch(environment: Mapping[str, str]) -> Launch | None:
             f"{launch.processes_per_node} on this node: every node must have the same number"
         )
     return launch
+
+
+def ignore_left_overs(environment: MutableMapping[str, str]) -> None:
+    """Forget what a launcher has told another process, and say it.
+
+    Args:
+        environment: of this process, which no trainer has started.
+    """
+    if read_launch(environment) is not None:
+        return
+    vars(rank_zero_only)["rank"] = 0  # Lightning has read the variables when it was imported
+    found = [name for name in _OF_LAUNCHERS if name in environment]
+    for name in (*found, *_MEETING):  # the trainer finds a port that is free
+        environment.pop(name, None)
+    if found:
+        log.warning(
+            "%s set, but neither torchrun (TORCHELASTIC_RUN_ID) nor srun (SLURM_STEP_ID) has "
+            "started this process: not followed",
+            ", ".join(found),
+        )
+    if "SLURM_JOB_ID" in environment and environment.get("SLURM_NTASKS", "1") != "1":
+        log.warning(
+            "SLURM job %s has %s tasks (SLURM_NTASKS), but srun has not started this process (no "
+            "SLURM_STEP_ID): the tasks are not used; srun python ... uses them",
+            *(environment["SLURM_JOB_ID"], environment["SLURM_NTASKS"]),
+        )
+
+
+def end_started_processes(trainer: Trainer) -> None:
+    """Let no process that the trainer has started outlive this one's error."""
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _SubprocessScriptLauncher):
+        launcher.kill(signal.SIGTERM)
+        for process in launcher.procs:
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:  # it waits for this one in a collective
+                process.kill()
+
+
+def cluster_environment(environment: Mapping[str, str]) -> ClusterEnvironment:
+    """Where Lightning reads ranks from; its own guess follows a job's variables without srun."""
+    launch = read_launch(environment)
+    if launch is None:
+        return LightningEnvironment()
+    return TorchElasticEnvironment() if launch.by == "torchrun" else SLURMEnvironment()
+
+
+@contextlib.contextmanager
+def meeting() -> Iterator[None]:
+    """Within, processes wait for one another: said after a while, ended in one line at last.
+
+    Raises:
+        UserError: if they cannot meet at their address.
+    """
+    env = os.environ
+    place = f"{env.get('MASTER_ADDR', '?')}:{env.get('MASTER_PORT', '?')} (MASTER_ADDR:MASTER_PORT)"
+    rank, world = (env.get(name, env.get(slurm, "?")) for name, slurm in _RANK_AND_WORLD)
+    met = threading.Event()
+
+    def watch() -> None:
+        if met.wait(SAY_AFTER):
+            return
+        who = f"process {rank} of {world} (WORLD_SIZE) waits for the others at {place}"
+        print(f"{who}; it gives up after {GIVE_UP_AFTER:.0f} s", file=sys.stderr, flush=True)
+        if not met.wait(GIVE_UP_AFTER - SAY_AFTER):
+            print(f"error: {who} in vain for {GIVE_UP_AFTER:.0f} s", file=sys.stderr, flush=True)
+            os._exit(2)  # torch's wait cannot be interrupted
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"process {rank} of {world} does not meet the others at {place}: {reason}"
+        ) from None
+    finally:
+        met.set()
 
 
 def join_launched_processes(environment: MutableMapping[str, str]) -> None:
@@ -115,7 +219,8 @@ def agree(trainer: Trainer, module: LightningModule, decide: Callable[[], T]) ->
     if trainer.world_size == 1 or starts_processes(trainer):
         return decide()
     trainer.strategy.connect(module)
-    trainer.strategy.setup_environment()
+    with meeting():
+        trainer.strategy.setup_environment()
     answer: tuple[T | None, str | None] = (None, None)
     if trainer.is_global_zero:
         try:

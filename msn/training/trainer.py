@@ -1,5 +1,6 @@
 """Lightning's Trainer, with the settings that MSN needs and no others."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lightning.pytorch.loggers import Logger
 
 from msn.errors import UserError
 from msn.training.checkpointing import DurableCheckpointIO
+from msn.training.launch import cluster_environment
 from msn.training.sharding import ShardedStrategy
 
 # Not 16-mixed: its scaled gradients would be clipped as they are, and the target move after steps
@@ -87,7 +89,7 @@ def build_trainer(
         callbacks=list(callbacks),
         logger=list(loggers),
         default_root_dir=str(run_dir),
-        plugins=[DurableCheckpointIO()],
+        plugins=[DurableCheckpointIO(), cluster_environment(os.environ)],
         # Else Lightning adds a writer of its own; ours may also come once the run has a directory.
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         # Likewise: `msn.training.progress` chooses one that fits the output, or lines.

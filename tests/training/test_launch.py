@@ -1,11 +1,27 @@
 """Who started the process, and how many devices and nodes that makes."""
 
 import os
+import socket
+import time
 
 import pytest
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from msn.errors import UserError
-from msn.training.launch import Launch, fit_devices, join_launched_processes, read_launch
+from msn.training import launch
+from msn.training.launch import (
+    Launch,
+    cluster_environment,
+    fit_devices,
+    ignore_left_overs,
+    join_launched_processes,
+    meeting,
+    read_launch,
+    starts_processes,
+)
+from tests.training.test_module import trainer_of
+from tests.training.test_preemption import in_child
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}
 SRUN = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_NODES": "2"}
@@ -52,3 +68,64 @@ def test_srun_is_told_to_torch_in_the_words_of_torchrun(monkeypatch):
     alone = {"PATH": "/bin"}
     join_launched_processes(alone)
     assert alone == {"PATH": "/bin"}
+
+
+def test_variables_of_another_job_are_forgotten_and_said(caplog, monkeypatch):
+    monkeypatch.setattr(launch.rank_zero_only, "rank", 1)
+    left = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29512"}
+    environment = {"PATH": "/bin", **left}
+    ignore_left_overs(environment)
+    assert environment == {"PATH": "/bin"}
+    assert launch.rank_zero_only.rank == 0
+    assert "RANK, WORLD_SIZE set, but neither torchrun (TORCHELASTIC_RUN_ID)" in caplog.text
+    started = {**left, **TORCHRUN}
+    ignore_left_overs(started)
+    assert started == {**left, **TORCHRUN}
+
+
+def test_a_job_without_srun_is_said_and_does_not_decide(caplog, monkeypatch):
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "msn", "SLURM_NTASKS": "2"}
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    ignore_left_overs(os.environ)
+    assert "SLURM job 7 has 2 tasks (SLURM_NTASKS), but srun has not started" in caplog.text
+    trainer = trainer_of("runs", devices=2)
+    assert trainer.world_size == 2
+    assert starts_processes(trainer)
+    assert not isinstance(cluster_environment(os.environ), SLURMEnvironment)
+
+
+def test_waiting_for_others_is_said_and_ends(monkeypatch, capfd):
+    monkeypatch.setattr(launch, "SAY_AFTER", 0.05)
+    monkeypatch.setattr(launch, "GIVE_UP_AFTER", 0.2)
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "h",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+
+    def wait():
+        with meeting():
+            time.sleep(20)
+
+    assert in_child(wait) == 2
+    said, error = capfd.readouterr().err.strip().splitlines()
+    assert said.startswith("process 0 of 2 (WORLD_SIZE) waits for the others at h:1 (MASTER_ADDR")
+    assert error.startswith("error: process 0 of 2 (WORLD_SIZE) waits")
+    assert in_child(meeting().__enter__) == 0
+
+
+def test_a_port_that_is_taken_is_one_line(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        monkeypatch.setenv("MASTER_PORT", port)
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        with (
+            pytest.raises(UserError, match=f"does not meet the others at 127.0.0.1:{port}"),
+            meeting(),
+        ):
+            dist.init_process_group("gloo", rank=0, world_size=2)
