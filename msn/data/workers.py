@@ -13,6 +13,8 @@ import mmap
 import os
 import re
 import resource
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -78,6 +80,24 @@ def _prepare(number: int, *, may_share: bool) -> None:
     global _may_share
     _may_share = may_share
     keep_photographs()
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        _heed_parent_alone()
+
+
+def _heed_parent_alone() -> None:
+    """End on SIGTERM of the process that reads the batches, not on a cluster's to all processes.
+
+    That process wants to finish its step and to save, for which it needs its workers.
+    """
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def listen() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
 
 
 def open_files_limit() -> int:

@@ -2,8 +2,10 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -176,6 +178,7 @@ def test_what_a_worker_tells_the_user_comes_through_whole():
 
 SMALL = """
 import sys
+import time
 from tests.data.test_workers import sums
 print(sums(sys.argv[1]))
 """
@@ -215,3 +218,23 @@ def test_a_container_with_8_mb_of_shared_memory_trains_on_the_same_batches(tmp_p
     assert done.stdout.splitlines()[-1] == str(sums(tmp_path / "in"))
     assert "shared memory (/dev/shm, 8 MiB) is too small: batches travel through" in done.stderr
     assert done.stderr.count("is too small") == 1
+
+
+def test_a_worker_ends_on_sigterm_of_its_parent_alone():
+    reading, writing = os.pipe()
+    worker = os.fork()
+    if worker == 0:
+        workers._prepare(0, may_share=True)
+        os.write(writing, b"1")
+        time.sleep(20)
+        os._exit(1)
+    assert os.read(reading, 1) == b"1"
+    stranger = os.fork()
+    if stranger == 0:
+        os.kill(worker, signal.SIGTERM)
+        os._exit(0)
+    os.waitpid(stranger, 0)
+    time.sleep(0.1)
+    assert os.waitpid(worker, os.WNOHANG) == (0, 0)
+    os.kill(worker, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 0
