@@ -155,6 +155,9 @@ def _has_positions_of_moco(pos_embed: Tensor) -> bool:
     return bool((found[1:] - expected).abs().max() < 1e-2)  # also where half precision rounded them
 
 
+_LONGEST_GRID = 16  # sides of a grid of patches, long to short
+
+
 def _check_grid(pos_embed: Tensor, where: str) -> None:
     """Refuse a grid of patches that is not square, where its embeddings show it.
 
@@ -167,7 +170,10 @@ def _check_grid(pos_embed: Tensor, where: str) -> None:
     alike = (patches[1:] * patches[:-1]).sum(1)
     alike = F.normalize(alike - alike.mean(), dim=0)
     drops = {side: 0.0}
-    for columns in (n for n in range(2, count // 2 + 1) if count % n == 0):
+    # Longer grids than these are nobody's; but embeddings that were enlarged 14 -> 28 repeat by 2.
+    longest = _LONGEST_GRID * count
+    shapes = (n for n in range(2, count) if count % n == 0)
+    for columns in (n for n in shapes if count <= _LONGEST_GRID * n * n and n * n <= longest):
         ends = (torch.arange(1, count) % columns == 0).double()
         drops[columns] = -float(alike @ F.normalize(ends - ends.mean(), dim=0))
     best = max(drops, key=lambda columns: drops[columns])

@@ -82,7 +82,7 @@ def test_timm_loads_the_directory_at_another_size_and_gives_our_features(tmp_pat
         ours = build_trunk(weights).forward_features(images, norm=True)
         torch.testing.assert_close(model.forward_features(images), ours, atol=1e-5, rtol=0)
     config = timm.data.resolve_model_data_config(model)
-    assert config["input_size"] == (3, 96, 96)
+    assert tuple(config["input_size"]) == (3, 96, 96)
     assert config["crop_pct"] == 96 / 110  # 96 * 256 / 224 px, rounded as Resize wants it
 
 
@@ -128,6 +128,11 @@ def test_auto_image_processor_prepares_images_as_we_do(size, width, tmp_path):
             torch.testing.assert_close(
                 found, transform(photo), atol=steps / 255 / 0.224, rtol=0, msg=str(way)
             )
+
+
+def test_enlarged_position_embeddings_read_back(tmp_path):
+    run(make_weights("s16", depth=1), tmp_path / "out", "torch", image_size=448)
+    assert read_weights(tmp_path / "out").model["img_size"] == 448
 
 
 def test_hugging_face_scripts_that_crop_to_size_fit_the_model():
