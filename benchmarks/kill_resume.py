@@ -1,11 +1,12 @@
-"""Kill training runs with SIGKILL at random moments, resume each until it is done, compare.
+"""Stop training runs by random signals at random moments, resume each until it is done, compare.
 
     python benchmarks/kill_resume.py [--runs 20] [--kills 2] [--seed 0]
 
+Signals are SIGKILL, SIGINT (Ctrl-C), SIGTERM and SIGHUP, the first as often as the others together.
 Every run is a process of its own that writes a checkpoint after every step, so that kills hit
 writes too. Weights, target, prototypes, optimiser, schedules, random states, the position in the
 data and all else in the last checkpoint must be bit-equal to those of a run that was never
-disturbed. Exit code 1 if one differs.
+disturbed, and so must the losses in metrics.csv. Exit code 1 if one differs.
 """
 
 import argparse
@@ -27,8 +28,9 @@ from omegaconf import DictConfig
 from msn.commands import train
 from msn.commands.entry import compose
 from msn.commands.run_directory import read_status
-from msn.training.checkpointing import newest_checkpoint
+from msn.files import read_rows
 from msn.training.monitors import matrix_rate
+from msn.weights.checkpoints import newest_checkpoint
 
 ARGUMENTS = [
     *("model.embed_dim=48", "model.depth=2", "method.num_prototypes=32"),
@@ -37,6 +39,7 @@ ARGUMENTS = [
     *("callbacks.checkpoint.every_n_epochs=1", "callbacks.checkpoint.every_n_steps=1"),
     *("trainer.log_every_n_steps=1", "callbacks.probe.every_n_epochs=null"),
 ]
+SIGNALS = [*[signal.SIGKILL] * 3, signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 CLOCKS = {"/callbacks/Monitors/seconds"}  # hours of a run are no bits of it
 
 
@@ -59,6 +62,7 @@ def start(config: DictConfig, directory: Path) -> int:
     child = os.fork()
     if child:
         return child
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell ignores it
     with (directory.parent / f"{directory.name}.log").open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -72,19 +76,20 @@ def start(config: DictConfig, directory: Path) -> int:
             os._exit(code)
 
 
-def kill(config: DictConfig, directory: Path, delay: float) -> str | None:
-    """Kill a run after some seconds; says what stood there then, None if it was done before."""
+def kill(config: DictConfig, directory: Path, delay: float, number: signal.Signals) -> str | None:
+    """Stop a run after some seconds; says what stood there then, None if it was done before."""
     child = start(config, directory)
     until = time.monotonic() + delay
     while time.monotonic() < until:
         if os.waitpid(child, os.WNOHANG)[0]:
             return None
         time.sleep(0.001)
-    os.kill(child, signal.SIGKILL)
+    os.kill(child, number)
     os.waitpid(child, 0)
     newest = newest_checkpoint(directory / "checkpoints")
     writing = any((directory / "checkpoints").glob(".*.tmp"))
-    return f"{newest.stem if newest else 'no file'}{' while writing' if writing else ''}"
+    where = newest.stem if newest else "no file"
+    return f"{number.name} at {where}{' while writing' if writing else ''}"
 
 
 def finish(config: DictConfig, directory: Path) -> dict[str, Any]:
@@ -95,7 +100,9 @@ def finish(config: DictConfig, directory: Path) -> dict[str, Any]:
             sys.exit(directory.with_suffix(".log").read_text())
     newest = newest_checkpoint(directory / "checkpoints")
     assert newest is not None
-    return torch.load(newest, weights_only=True)
+    rows = read_rows(directory / "metrics.csv")
+    losses = [(row["step"], row["train/loss"]) for row in rows]
+    return {"metrics.csv": losses, **torch.load(newest, weights_only=True)}
 
 
 def main() -> None:
@@ -117,7 +124,8 @@ def main() -> None:
         for number in range(options.runs):
             directory = Path(root) / f"run{number}"
             done = [
-                kill(config, directory, draw.uniform(0.1, seconds)) for _ in range(options.kills)
+                kill(config, directory, draw.uniform(0.1, seconds), draw.choice(SIGNALS))
+                for _ in range(options.kills)
             ]
             found = set(differing(straight, finish(config, directory))) - CLOCKS
             killed = [what for what in done if what is not None]
@@ -125,12 +133,12 @@ def main() -> None:
             failed += bool(found)
             verdict = f"DIFFERS in {sorted(found)[:5]}" if found else "bit-equal"
             print(
-                f"run {number}: killed at {'; '.join(killed)}: {verdict}",
+                f"run {number}: {'; '.join(killed)}: {verdict}",
                 flush=True,
             )
     print(
         f"{options.runs - failed} of {options.runs} runs bit-equal to the undisturbed one after "
-        f"{kills} kills, {writes} of them while a checkpoint was written"
+        f"{kills} signals, {writes} of them while a checkpoint was written"
     )
     sys.exit(failed > 0)
 
