@@ -34,7 +34,7 @@ TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
 _SHARED_MEMORY = "/dev/shm"
 _SPARE = 4 << 20  # bytes of shared memory left to others: locks lie there too
 _FILES_A_WORKER = 4  # that this process keeps open: two pipes
-_FILES_BESIDE = 16  # for logs, checkpoints and what reads images
+_FILES_BESIDE = 8  # for logs, checkpoints and what reads images
 _may_share = True  # whether this worker's batches may lie in shared memory
 _said = mmap.mmap(-1, 1)  # whether some process has said that it is short
 
@@ -58,7 +58,9 @@ def make_loader(
         UserError: fewer files may be open than so many workers need.
     """
     free = open_files_limit() - _open_files()
-    most = max(0, free - _FILES_BESIDE) // _FILES_A_WORKER
+    # Beside workers that stay, those of an evaluation come and go.
+    times = 2 if options.get("persistent_workers") else 1
+    most = max(0, free // times - _FILES_BESIDE) // _FILES_A_WORKER
     if num_workers > most:
         raise UserError(
             f"data.num_workers={num_workers}: too many for the {open_files_limit()} files that may "

@@ -233,15 +233,16 @@ def test_a_step_out_of_memory_ends_in_one_line_and_goes_on_with_a_smaller_chunk(
 
 @pytest.mark.slow
 def test_a_limit_of_the_address_space_ends_training_in_one_line(tmp_path):
-    """A batch that no machine holds, under a limit that lets everything else be."""
-    command = [sys.executable, "train.py", *TINY, "model.depth=6", "model.embed_dim=192"]
-    command += ["data.global_batch_size=1024", f"run.dir={tmp_path / 'run'}", "chunk_size=null"]
+    """Cosines with very many prototypes, under a limit that lets everything else be."""
+    command = [sys.executable, "train.py", *TINY, "method.num_prototypes=300000"]
+    command += ["data.global_batch_size=1024", f"run.dir={tmp_path / 'run'}"]
     limited = ["bash", "-c", 'ulimit -v 6000000; exec "$@"', "bash", *command]
     done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr[-2000:]
     assert "Traceback" not in done.stderr
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
-    assert re.search(r"out of memory.*: chunk_size=\d+ changes no number", line), line
+    assert re.search(r"out of memory \(.* GiB more were wanted\): ", line), line
+    assert "data.global_batch_size" in line
 
 
 def test_a_lost_data_mount_ends_the_run_in_one_line_and_it_can_go_on(run, tmp_path, images):

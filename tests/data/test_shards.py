@@ -338,7 +338,7 @@ def test_more_shards_than_files_may_be_open_are_all_read(tmp_path, request):
     for i in range(40):
         write_tar(tmp_path / f"{i:02d}.tar", {f"{i}.jpg": jpeg(i)})
     shards = open_shards(tmp_path)
-    for extra in (30, 2):  # with the second not even a quarter of the limit is left
+    for extra in (30, 2):  # with the second not even what they may take is left
         give_back = limited_files(extra)
         request.addfinalizer(give_back)
         found = [pixels(shards, i) for i in (*range(40), 3)]

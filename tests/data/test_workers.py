@@ -47,7 +47,7 @@ def taken(monkeypatch):
 
 def few_files(monkeypatch):
     """Few files may be open."""
-    monkeypatch.setattr(workers, "open_files_limit", lambda: len(os.listdir("/dev/fd")) + 30)
+    monkeypatch.setattr(workers, "open_files_limit", lambda: len(os.listdir("/dev/fd")) + 26)
     monkeypatch.setattr(workers, "_fits", no_room)  # is not asked
 
 
@@ -85,11 +85,11 @@ def test_rows_arrive_as_columns_with_and_without_shared_memory(short, monkeypatc
 
 def test_too_few_files_for_the_workers_are_said_before_any_is_started(monkeypatch):
     opened = len(os.listdir("/dev/fd"))
-    monkeypatch.setattr(workers, "open_files_limit", lambda: opened + 20)
+    monkeypatch.setattr(workers, "open_files_limit", lambda: opened + 14)
     with pytest.raises(UserError) as caught:
         make_loader(Rows(), num_workers=4)
     assert str(caught.value).startswith(
-        f"data.num_workers=4: too many for the {opened + 20} files that may be open ("
+        f"data.num_workers=4: too many for the {opened + 14} files that may be open ("
     )
     assert "1 is the most, or raise `ulimit -n`" in str(caught.value)
 
