@@ -4,9 +4,11 @@ Nothing is sent unless `logger=wandb` asks for it. WANDB_MODE (offline, disabled
 variables of wandb are honoured.
 """
 
+import contextlib
 import json
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +18,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from msn.errors import UserError
 from msn.training.judge import VERDICTS_FILE, read_verdicts
+
+log = logging.getLogger(__name__)
 
 ID_FILE = "wandb-id.txt"
 # What `artifacts` uploads at the end of a run.
@@ -131,6 +135,8 @@ class WandbRun(WandbLogger):
 class TensorBoardRun(TensorBoardLogger):
     """TensorBoard's files in RUN/tensorboard; a resumed run hides what it takes again.
 
+    Where they cannot be written, it is said and training goes on without them.
+
     Args:
         save_dir: the run directory.
         resume_step: step of the checkpoint that the run goes on from; None for a new run.
@@ -138,6 +144,7 @@ class TensorBoardRun(TensorBoardLogger):
 
     def __init__(self, *, save_dir: str, resume_step: int | None) -> None:
         self._directory = Path(save_dir)
+        self._is_lost = False
         purge: dict[str, Any] = {} if resume_step is None else {"purge_step": resume_step + 1}
         super().__init__(save_dir, name="", version="tensorboard", **purge)
 
@@ -147,12 +154,26 @@ class TensorBoardRun(TensorBoardLogger):
     ) -> None:
         """Show the settings as text; as "hparams" they would need a score of each run."""
         text = json.dumps(params, indent=2)
-        self.experiment.add_text("config", "\n".join(f"    {row}" for row in text.splitlines()))
+        with self._may_fail():
+            self.experiment.add_text("config", "\n".join(f"    {row}" for row in text.splitlines()))
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write the figures of a step."""
+        with self._may_fail():
+            super().log_metrics(metrics, step)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write out the rest and close the files."""
+        with self._may_fail():
+            super().finalize(status)
 
     @rank_zero_only
     def save(self) -> None:
         """Write out what is buffered, without Lightning's hparams.yaml beside config.yaml."""
-        self.experiment.flush()
+        with self._may_fail():
+            self.experiment.flush()
 
     @rank_zero_only
     def log_results(self) -> None:
@@ -160,5 +181,22 @@ class TensorBoardRun(TensorBoardLogger):
         for name, table in tables(self._directory).items():
             head = [table.columns, ["---"] * len(table.columns)]
             rows = [f"| {' | '.join(map(str, row))} |" for row in [*head, *table.rows]]
-            self.experiment.add_text(name, "\n".join(rows))
+            with self._may_fail():
+                self.experiment.add_text(name, "\n".join(rows))
         self.save()
+
+    @contextlib.contextmanager
+    def _may_fail(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # its writer repeats the first one for ever
+            if not isinstance(error, OSError) and not isinstance(error.__cause__, OSError):
+                raise
+            if not self._is_lost:
+                where = self._directory / "tensorboard"
+                log.error(
+                    "%s cannot be written: %s; training goes on without",
+                    where,
+                    error.__cause__ or error,
+                )
+            self._is_lost = True

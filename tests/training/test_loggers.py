@@ -10,6 +10,7 @@ import pytest
 from msn.commands.run_loggers import closed_loggers
 from msn.errors import UserError
 from msn.training.loggers import ID_FILE, TensorBoardRun, WandbRun, tables
+from tests.test_files import largest_file
 
 ROW = {
     "backbone": "msn",
@@ -130,3 +131,19 @@ def test_a_resumed_run_hides_what_it_takes_again_in_tensorboard(run):
     shown = events.Tags()["tensors"]
     assert {name.partition("/")[0] for name in shown} >= {"lowshot", "verdicts"}
     assert not list(run.rglob("hparams.yaml"))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_ends_tensorboard_and_not_the_run(tmp_path, caplog):
+    pytest.importorskip("tensorboard")
+    logger = TensorBoardRun(save_dir=str(tmp_path), resume_step=None)
+    logger.log_metrics({"a": 1.0}, step=1)
+    logger.save()
+    with largest_file(10):
+        for step in (2, 3):
+            logger.log_metrics({"a": 1.0}, step=step)
+            logger.save()
+    logger.log_hyperparams({"seed": 1})
+    logger.log_results()
+    logger.finalize("success")
+    assert caplog.text.count("tensorboard cannot be written") == 1
