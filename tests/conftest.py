@@ -37,3 +37,14 @@ def small_network() -> MSN:
     """Two blocks at 16 px, ten prototypes, float64."""
     torch.manual_seed(0)
     return MSN(model=SMALL_MODEL, head=SMALL_HEAD, num_prototypes=10).double()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """Captured file names may be no text, which pytest-xdist cannot send to its main process."""
+    report = yield
+    report.sections = [
+        (title, text.encode("utf-8", "backslashreplace").decode())
+        for title, text in report.sections
+    ]
+    return report
