@@ -71,7 +71,7 @@ class RunDirectory:
                 break
             except FileExistsError:
                 path = path.with_name(str(int(path.name) + 1))
-        made = [path, *made[1:]] if made else []
+        made = [path, *made[1:]] if self.is_numbered else made
         reserved = replace(self, path=path, made=tuple(made))
         with reserved.given_back_on_failure():
             _lock(path)
