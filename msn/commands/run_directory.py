@@ -76,6 +76,8 @@ class RunDirectory:
         with reserved.given_back_on_failure():
             _lock(path)
             if _is_unfinished(path, self.mode, is_training=self.is_training):
+                if read_status(path)["status"] == "damaged":
+                    log.warning("%s is damaged: it is written again", path / STATUS_FILE)
                 newest = newest_valid_checkpoint(reserved.checkpoints)
                 reserved = replace(reserved, resume_from=newest)
         return reserved
@@ -226,8 +228,6 @@ def _is_unfinished(path: Path, resume: str, *, is_training: bool) -> bool:
         raise UserError(f"{path} holds a training run: choose another run.dir")
     if status is not None and resume == "never":
         raise UserError(f"{path} holds an unfinished run and resume=never")
-    if status == "damaged":
-        log.warning("%s is damaged: it is written again", path / STATUS_FILE)
     return status is not None
 
 

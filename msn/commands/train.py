@@ -103,8 +103,10 @@ def _run(config: DictConfig, settings: dict[str, Any], preemption: Preemption) -
         with directory.given_back_on_failure():
             _set_up(config, directory, trainer, data, module, preemption=preemption)
         _describe_run(trainer, directory, data, module)
+        trained = None
         try:
             _fit(settings, trainer, module, data, directory)
+            trained = directory.path
             preemption.check()
             module.make_whole()
             finish(settings, directory, trainer, data, module, protocol)
@@ -113,7 +115,7 @@ def _run(config: DictConfig, settings: dict[str, Any], preemption: Preemption) -
             if not isinstance(error, Preempted):
                 end_started_processes(trainer)
             elif error.checkpoint is None:  # else all processes have stopped as one
-                error.trained = directory.path
+                error.trained = trained
                 end_started_processes(trainer)
             raise
 

@@ -146,6 +146,11 @@ def test_a_signal_before_the_first_step_leaves_nothing_behind(run, monkeypatch, 
     assert code == EXIT_CODE
     assert "interrupted: before the first step" in out
     assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "_describe_run", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    code, out, _ = run(*ARGUMENTS, f"run.dir={tmp_path / 'run'}")
+    assert code == EXIT_CODE
+    assert "interrupted: before the first step" in out
 
 
 def test_a_reader_of_the_output_that_ends_ends_no_run(monkeypatch):
