@@ -102,7 +102,7 @@ class ShardSource(Source):
         opened = self._open.get(shard)
         if opened is not None:
             return opened
-        if len(self._open) >= min(_MOST_OPEN, open_files_limit() // 8):
+        if self._open and len(self._open) >= min(_MOST_OPEN, open_files_limit() // 8):
             self._open.pop(next(iter(list(self._open))), None)
         flags = os.O_RDONLY | os.O_NONBLOCK  # what has become a pipe since is not waited for
         try:
