@@ -183,7 +183,7 @@ def _saying_why() -> Iterator[None]:
         raise
     except MemoryError:
         raise BadImageError("does not fit into memory") from None
-    except Exception as error:  # noqa: BLE001 - decoders raise anything on damaged files
+    except Exception as error:  # decoders raise anything on damaged files
         raise BadImageError(f"{type(error).__name__}: {error}") from error
 
 
@@ -235,7 +235,7 @@ def _orientation(image: Image.Image) -> int:
         return 1  # Pillow turns TIFF while loading; asking a JPEG without EXIF costs time
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # noqa: BLE001 - it raises anything on damaged blocks
+    except Exception:  # it raises anything on damaged blocks
         return 1
     return orientation if orientation in _ORIENTATIONS else 1
 
@@ -291,7 +291,7 @@ def _says_upright(block: bytes) -> bool:
         with _kept_warnings():  # Pillow looks again, and then they count
             exif.load(block)
         return exif.get(ExifTags.Base.Orientation) == 1
-    except Exception:  # noqa: BLE001 - it raises anything on damaged blocks
+    except Exception:  # it raises anything on damaged blocks
         return False
 
 

@@ -106,6 +106,6 @@ def _why_unidentified(data: bytes) -> str:
             samples = tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1)
             bits = max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
             return _why_not(tags) or f"a TIFF of {samples} x {bits} bits is not read"
-        except Exception:  # noqa: BLE001, S110 - it raises anything on damaged files
+        except Exception:  # it raises anything on damaged files
             pass
     return f"not an image of a kind we read ({', '.join(FORMATS)})"

@@ -93,7 +93,7 @@ def _split(name: str, data: bytes) -> tuple[str, str]:
         return stem, extension
     try:
         kind = str(open_image(data).format).lower()
-    except Exception as error:  # noqa: BLE001 - decoders raise anything on damaged files
+    except Exception as error:  # decoders raise anything on damaged files
         raise BadImageError("no image, by its name and its bytes") from error
     return name, f".{kind}" if f".{kind}" in SUFFIXES else ".jpg"  # of several pictures, say
 

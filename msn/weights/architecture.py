@@ -195,6 +195,7 @@ def check_trunk(trunk: Mapping[str, Tensor], model: Mapping[str, int | float], w
     if depth > MAX_BLOCKS:
         raise UserError(f"{where}: {depth} blocks; at most {MAX_BLOCKS} are read")
     with torch.device("meta"):
+        # One mapping holds whole numbers and the ratio, which is none.
         expected = VisionTransformer(**{**model, "depth": 1}).state_dict()  # type: ignore[arg-type]
     first = strip_prefix(expected, "blocks.0.")
     expected |= {

@@ -126,6 +126,7 @@ def named_model(name: Any, where: str) -> TimmVisionTransformer:
 
 def told_by_model(model: TimmVisionTransformer) -> dict[str, Any]:
     """What a model of timm tells beyond shapes: heads, and eps where it is not ours."""
+    # To the type checker a number of heads may be a module, as any attribute may.
     heads = int(model.blocks[0].get_submodule("attn").num_heads)  # type: ignore[arg-type]
     eps = getattr(model.blocks[0].get_submodule("norm1"), "eps", LAYER_NORM_EPS)
     return {"num_heads": heads} | ({} if eps == LAYER_NORM_EPS else {"layer_norm_eps": float(eps)})
@@ -157,6 +158,7 @@ def plain_timm(
     """A vision transformer of timm with our weights, in eval mode."""
     numbers = dict(model)
     norm = partial(nn.LayerNorm, eps=numbers.pop("layer_norm_eps", LAYER_NORM_EPS))
+    # One mapping holds whole numbers and the ratio, which is none.
     other = TimmVisionTransformer(**numbers, num_classes=0, global_pool="token", norm_layer=norm)  # type: ignore[arg-type]
     other.load_state_dict(dict(trunk), strict=True)
     return other.eval()
