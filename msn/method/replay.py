@@ -69,21 +69,34 @@ def load_golden(path: str | Path) -> Golden:
     return golden
 
 
-def replay(golden: Golden) -> Iterator[Difference]:
-    """Train the file's network through its steps in float64 on the CPU and compare every figure.
+def replay(
+    golden: Golden, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64
+) -> Iterator[Difference]:
+    """Train the file's network through its steps and compare every figure.
+
+    Args:
+        golden: the reference figures, which were computed in float64.
+        device: where to train.
+        dtype: of weights and views. Tolerances are those of float64: in float32 the differences
+            tell, not whether they are within.
 
     Raises:
         UserError: if the file lacks a figure that its layout promises.
     """
+    moved = {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else None)
+        for name, tensor in golden.tensors.items()
+    }
     try:
-        yield from _replay(golden)
+        yield from _replay(golden._replace(tensors=moved), device, dtype)
     except KeyError as error:
         raise UserError(f"reference figures lack {error}") from None
 
 
-def _replay(golden: Golden) -> Iterator[Difference]:
+def _replay(golden: Golden, device: torch.device | str, dtype: torch.dtype) -> Iterator[Difference]:
     config, tensors = golden.config, golden.tensors
     network, loss, schedule = build(config)
+    network.to(device, dtype)
     load_network(network, tensors)
     optimizer = optim.build_optimizer(network, betas=(0.9, 0.999), eps=1e-8, fused=False)
     for step, figures in enumerate(golden.steps):
@@ -178,8 +191,9 @@ def compare(name: str, ours: Tensor, reference: Tensor, atol: float | Tensor = A
     if ours.shape != reference.shape:
         shapes = f"{list(ours.shape)} against {list(reference.shape)}"
         raise UserError(f"reference figure {name} has another shape: {shapes}")
-    gap = (ours.detach().double() - reference.double()).abs()
-    excess = gap / (atol + RTOL * reference.double().abs())
+    reference = reference.double().cpu()
+    gap = (ours.detach().double().cpu() - reference).abs()
+    excess = gap / (atol + RTOL * reference.abs())
     return Difference(name, gap.max().item(), excess.max().item())
 
 
