@@ -1,6 +1,6 @@
 """All that wants a GPU, in one command of at most nine minutes on an H100.
 
-    python benchmarks/gpu_day.py [--out gpu_day] [--parts machine,step_s16,...] [--images DIR] [--small]
+    python benchmarks/gpu_day.py [--out gpu_day] [--parts machine,tests] [--images DIR] [--small]
 
 Every part is a process of its own with a time limit, so that one that fails loses nothing, and
 writes OUT/PART.json; OUT/gpu_day.md is written again after each. The same command goes on where it
@@ -24,7 +24,6 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 
 import numpy as np
 import torch
@@ -33,11 +32,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from msn.commands.bench_step import case_of
 from msn.commands.entry import compose, to_plain
-from msn.commands.step_methods import Case, MsnStep, product_type, step_flops
+from msn.commands.step_methods import Case, MsnStep, step_flops
 from msn.data.views import ViewSettings
 from msn.training.memory import forecast_memory
 from msn.training.rate import measure_matrix_rate, synchronise
 
+# The parts' processes find this checkout, installed or not.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PEAK = 989e12  # operations/s of an H100, bf16, by its data sheet
 TINY = [
