@@ -22,8 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
@@ -37,6 +36,7 @@ from msn.data.views import ViewSettings
 from msn.training.memory import forecast_memory
 from msn.training.rate import measure_matrix_rate, synchronise
 
+ROOT = Path(__file__).parents[1]
 # The parts' processes find this checkout, installed or not.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
