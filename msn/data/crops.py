@@ -1,9 +1,9 @@
 """Antialiased crops of many images at once: bilinear with Pillow's support, by two kernels.
 
 Both resample with a triangle as wide as the reduction, as Pillow and torchvision do, and agree up
-to rounding: on a CPU torch's uint8 kernel one crop after the other (`resize`), elsewhere, and for
-small images, two matrix products for all crops of an image at once (`crop`). What was measured
-stands in `benchmarks/data.md`.
+to rounding: on a CPU torch's uint8 kernel one crop after the other (`resize`), and for small images
+two matrix products for all crops of an image at once (`crop`). CUDA has `msn.data.cuda_views`. What
+was measured stands in `benchmarks/data.md`.
 """
 
 from __future__ import annotations
@@ -20,30 +20,28 @@ from msn.data.collate import ImageBatch
 
 _CHUNK_BYTES = 1 << 28  # of images, weights and half-made crops at a time
 _LONGEST = 8  # times the short side; crops of a longer image are small beside it
-_HALF_MULTIPLE = 8  # tensor cores take rows of 16 bytes
 
 
-def crop(batch: ImageBatch, views: slice, size: int, *, dtype: torch.dtype) -> Tensor:
+def crop(batch: ImageBatch, views: slice, size: int) -> Tensor:
     """Crop, resize and flip the views of a batch.
 
     All views of an image come out of its whole picture by two products of matrices, most of whose
-    entries are zero: on a GPU that moves less memory than collecting the pixels of every crop.
+    entries are zero.
     Images of different sizes are padded, those of like shape together.
 
     Args:
         batch: decoded images; table and sizes on the CPU, the pixels on any device.
         views: which rows of the table; all become `size` px.
         size: side of the result in px.
-        dtype: to compute in; float16 is off by less than a tenth of a gray level.
 
     Returns:
-        Values 0 to 255, not rounded, `dtype` [v, B, 3, size, size].
+        Values 0 to 255, not rounded, float32 [v, B, 3, size, size].
     """
     table = batch.table[views]
     num_views, count = table.shape[:2]
     parts, order = [], []
-    for numbers in _chunks(batch.sizes.numpy(), num_views * size, dtype.itemsize):
-        images = _padded(batch, numbers, dtype)  # [n, h, 3, w]
+    for numbers in _chunks(batch.sizes.numpy(), num_views * size):
+        images = _padded(batch, numbers)  # [n, h, 3, w]
         boxes = table[:, numbers, :5].transpose(0, 1)  # [n, v, 5]
         low, high = sorted(batch.sizes[numbers[0]].tolist())
         apart = len(numbers) == 1 and high > _LONGEST * low
@@ -60,13 +58,12 @@ def crop(batch: ImageBatch, views: slice, size: int, *, dtype: torch.dtype) -> T
     return out
 
 
-def _chunks(sizes: np.ndarray, rows: int, itemsize: int) -> Iterator[np.ndarray]:
+def _chunks(sizes: np.ndarray, rows: int) -> Iterator[np.ndarray]:
     """Numbers of images that are cropped together: of like shape, and few enough for the memory.
 
     Args:
         sizes: heights and widths, int64 [B, 2].
         rows: that the crops of an image have together.
-        itemsize: bytes of a value.
     """
     heights, widths = sizes.T
     order = np.lexsort((heights * widths, heights > widths))
@@ -74,18 +71,17 @@ def _chunks(sizes: np.ndarray, rows: int, itemsize: int) -> Iterator[np.ndarray]
     for at, number in enumerate(order.tolist()):
         height, width = max(height, sizes[number, 0]), max(width, sizes[number, 1])
         values = 3 * height * width + rows * (4 * width + height)
-        if at > begin and (at + 1 - begin) * values * itemsize > _CHUNK_BYTES:
+        if at > begin and (at + 1 - begin) * values * 4 > _CHUNK_BYTES:
             yield order[begin:at]
             begin, (height, width) = at, sizes[number]
     if begin < len(order):
         yield order[begin:]
 
 
-def _padded(batch: ImageBatch, numbers: np.ndarray, dtype: torch.dtype) -> Tensor:
+def _padded(batch: ImageBatch, numbers: np.ndarray) -> Tensor:
     """The images with these numbers, rows of planes, [n, h, 3, w]; what is added is arbitrary."""
     device, sizes = batch.pixels.device, batch.sizes[numbers]
-    multiple = _HALF_MULTIPLE if dtype == torch.float16 else 1
-    height, width = (-(-side // multiple) * multiple for side in sizes.amax(0).tolist())
+    height, width = sizes.amax(0).tolist()
     if bool((sizes == sizes.new_tensor([height, width])).all()) and (np.diff(numbers) == 1).all():
         begin = int(batch.starts[numbers[0]])
         images = batch.pixels[begin : begin + len(numbers) * height * width]
@@ -97,7 +93,7 @@ def _padded(batch: ImageBatch, numbers: np.ndarray, dtype: torch.dtype) -> Tenso
         across = torch.arange(width, device=device).minimum(wide[:, None] - 1)
         lines = starts[:, None] + down * wide[:, None]
         images = batch.pixels[lines[:, :, None] + across[:, None]]
-    return images.transpose(2, 3).to(dtype, memory_format=torch.contiguous_format)
+    return images.transpose(2, 3).to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def _resample(images: Tensor, boxes: Tensor, size: int) -> Tensor:
@@ -112,7 +108,7 @@ def _resample(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     def weights(begin: Tensor, length: Tensor, flip: Tensor | None, span: int) -> Tensor:
         taken, places = resampling_weights(begin, length, flip, size=size, span=span, taps=taps)
         dense = images.new_zeros(len(flat), size, span)
-        return dense.scatter_(-1, places, taken.to(images.dtype))
+        return dense.scatter_(-1, places, taken)
 
     down = weights(top, high, None, height).view(count, num_views * size, height)
     rows = down @ images.view(count, height, 3 * width)  # [n, v * size, 3 * w]

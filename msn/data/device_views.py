@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import cache
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from msn.compilers import missing_compiler
 from msn.data.blur import blur_matrices, blur_taps
 from msn.data.collate import ImageBatch
 from msn.data.colour import (
@@ -36,18 +38,29 @@ from msn.data.views import (
     ViewSettings,
 )
 
-KERNELS = ("native", "whole", "half")
+log = logging.getLogger(__name__)
+
+KERNELS = ("native", "whole", "cuda")
 _CACHED_PIXELS = 1 << 18  # measured best of 2**12 to 2**18, 2-core CPU
 _WHOLE_UP_TO = 64  # px
 
 
 def choose_kernel(batch: ImageBatch) -> str:
     """The kernel for a batch's device and image sizes; on a CPU the one that measured fastest."""
-    if batch.pixels.device.type != "cpu":
-        return "half"
+    device = batch.pixels.device
+    if device.type == "cuda" and _can_compile():
+        return "cuda"
     height, width = batch.sizes[0].tolist()
     same = bool((batch.sizes == batch.sizes[0]).all())
-    return "whole" if same and max(height, width) <= _WHOLE_UP_TO else "native"
+    small = same and max(height, width) <= _WHOLE_UP_TO
+    return "whole" if small or device.type != "cpu" else "native"
+
+
+@cache
+def _can_compile() -> bool:
+    if missing := missing_compiler("cuda"):
+        log.warning("views: there is no %s; without it they take several times longer", missing)
+    return missing is None
 
 
 def make_batched_views(
@@ -60,35 +73,35 @@ def make_batched_views(
         settings: of the views.
         dtype: of the views.
         kernel: `native` (some views at a time, CPU only), `whole` (all together, by products of
-            matrices) or `half` (the same in float16, for GPUs: a tenth of a gray level less exact,
-            half the memory to move); None chooses.
+            matrices) or `cuda` (`msn.data.cuda_views`); None chooses.
 
     Returns:
         Normalised views.
     """
     kernel = choose_kernel(batch) if kernel is None else kernel
+    if kernel == "cuda":
+        from msn.data.cuda_views import make_cuda_views  # where there is Triton
+
+        return make_cuda_views(batch, settings, dtype=dtype)
     rand, blur = 1 + settings.rand_views, settings.blur_radius[1]
 
     def make(views: slice, size: int) -> Tensor:
         if kernel == "native":
             return make_chunk_by_chunk(batch, views, size, greatest_blur=blur).to(dtype)
-        inner = torch.float16 if kernel == "half" else torch.float32
-        return _make_together(batch, views, size, greatest_blur=blur, dtype=inner).to(dtype)
+        return _make_together(batch, views, size, greatest_blur=blur).to(dtype)
 
     large = make(slice(0, rand), settings.rand_size)
     small = make(slice(rand, None), settings.focal_size)
     return Views(target=large[0], rand=large[1:], focal=small)
 
 
-def _make_together(
-    batch: ImageBatch, views: slice, size: int, *, greatest_blur: float, dtype: torch.dtype
-) -> Tensor:
+def _make_together(batch: ImageBatch, views: slice, size: int, *, greatest_blur: float) -> Tensor:
     table = batch.table[views]
     shape = (*table.shape[:2], 3, size, size)
     device = batch.pixels.device
     if table.shape[0] == 0:
         return torch.empty(shape, device=device)
-    pixels = crop(batch, views, size, dtype=dtype).view(-1, 3, size, size)
+    pixels = crop(batch, views, size).view(-1, 3, size, size)
     rows = table.reshape(-1, len(COLUMNS))
     # On a CPU a change is cheap only while its pixels stay in the cache.
     step = max(1, _CACHED_PIXELS // size**2) if device.type == "cpu" else len(pixels)
@@ -96,15 +109,15 @@ def _make_together(
         part = rows[at : at + step]
         columns = dict(zip(COLUMNS, part.unbind(-1), strict=True))
         _recolour(pixels[at : at + step], columns, greatest_blur)
-    scale, shift = _normalisation(device, dtype)
+    scale, shift = _normalisation(device)
     return pixels.mul_(scale).sub_(shift).view(shape)
 
 
 @cache
-def _normalisation(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
     """Factor of values 0 to 255 and what is then taken off; copied to the device only once."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return (1 / (255 * std)).to(device, dtype), (mean / std).to(device, dtype)
+    return (1 / (255 * std)).to(device), (mean / std).to(device)
 
 
 def _recolour(pixels: Tensor, columns: dict[str, Tensor], greatest_blur: float) -> None:
@@ -115,7 +128,7 @@ def _recolour(pixels: Tensor, columns: dict[str, Tensor], greatest_blur: float) 
     def blur(part: Tensor, rows: Tensor) -> None:
         taps = torch.from_numpy(blur_taps(columns["blur"][rows].numpy(), greatest_blur))
         taps = taps.to(part.device, non_blocking=True)
-        across = blur_matrices(taps, part.shape[-1]).unsqueeze(1).to(part.dtype)  # [n, 1, S, S]
+        across = blur_matrices(taps, part.shape[-1]).unsqueeze(1)  # [n, 1, S, S]
         part.copy_(across @ part @ across.mT)
 
     _change(pixels, columns["blur"] > 0, blur)
@@ -149,7 +162,7 @@ def _apply(part: Tensor, change: int, factor: Tensor) -> None:
         base = mean_gray(part)
     elif change == SATURATION:
         base = gray_image(channels_of(part))
-    blend(part, base, factor.to(part.dtype))
+    blend(part, base, factor)
 
 
 def _change(pixels: Tensor, mask: Tensor, change: Callable[[Tensor, Tensor], object]) -> None:

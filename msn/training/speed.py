@@ -1,12 +1,10 @@
 """What makes a step fast without changing it: compiled blocks, kernels, kept memory."""
 
-import importlib.util
 import logging
-import os
-import shutil
 
 import torch
 
+from msn.compilers import missing_compiler
 from msn.errors import UserError
 from msn.method.host_memory import keep_freed_memory
 from msn.method.network import MSN
@@ -51,7 +49,7 @@ def make_fast(
     if device.type == "cpu":
         keep_freed_memory()
     compiles = device.type == "cuda" if compile_wish is None else compile_wish
-    if compiles and (missing := _missing_compiler(device)):
+    if compiles and (missing := missing_compiler(device.type)):
         log.warning("compile: there is no %s; the blocks are not compiled", missing)
         compiles = False
     if compiles:
@@ -73,17 +71,3 @@ def compile_blocks(network: MSN, *, backend: str = "inductor") -> None:
     for encoder in (network.anchor, network.target):
         for block in encoder.trunk.blocks:
             block.compile(backend=backend, dynamic=False)
-
-
-def _missing_compiler(device: torch.device) -> str | None:
-    """What torch.compile calls and this machine lacks: many CUDA images come without a compiler."""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        return "Triton"
-    kind, variable, names = _C if device.type == "cuda" else _CXX
-    if any(shutil.which(name) for name in (os.environ.get(variable), *names) if name):
-        return None
-    return f"{kind} compiler ({', '.join(names)}, or what {variable} names)"
-
-
-_C = ("C", "CC", ("gcc", "clang"))  # for Triton's launchers
-_CXX = ("C++", "CXX", ("g++", "clang++"))

@@ -103,7 +103,7 @@ def test_without_a_compiler_training_goes_on(monkeypatch, caplog, device, missin
 
 
 def test_without_triton_training_on_cuda_goes_on(monkeypatch, caplog):
-    monkeypatch.setattr("msn.training.speed.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("msn.compilers.importlib.util.find_spec", lambda name: None)
     with caplog.at_level("INFO", logger="msn"):
         assert (
             make_fast(network(), torch.device("cuda"), compile_wish=None, use_kernels=True) is False
