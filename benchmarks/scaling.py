@@ -24,7 +24,9 @@ MODELS = {
 }
 GPUS = (8, 16, 32, 64, 128, 256, 512)
 GPUS_A_NODE = 8
-MATRIX_RATE = 0.4 * 989e12  # operations/s: H100, bf16 dense, 40 % of the peak
+# Operations/s of an H100 in bf16: shares of its 989 TFLOP/s. S/16 and B/16 measured (gpu.md), the
+# rest estimated from them.
+RATES = {name: share * 989e12 for name, share in {"S": 0.217, "B": 0.356, "L": 0.38}.items()}
 INSIDE, BETWEEN = 450e9, 50e9  # bytes/s of a GPU and direction: NVLink; one 400 Gb/s NIC a GPU
 LATENCY_INSIDE, LATENCY_BETWEEN = 20e-6, 10e-6  # s a call; and for each doubling of the nodes
 
@@ -59,7 +61,7 @@ def seconds(collective: Collective, processes: int) -> float:
     return wire + collective.calls * (LATENCY_INSIDE + LATENCY_BETWEEN * math.log2(nodes))
 
 
-def step(settings: dict[str, Any], processes: int) -> tuple[float, float, float]:
+def step(settings: dict[str, Any], processes: int, rate: float) -> tuple[float, float, float]:
     """Seconds of computing, of gradients that the backward pass does not hide, of the rest."""
     views, method = settings["data"]["views"], settings["method"]
     focal = views["focal_size"] or settings["model"]["patch_size"] * round(
@@ -76,8 +78,8 @@ def step(settings: dict[str, Any], processes: int) -> tuple[float, float, float]
         focal_size=focal,
     )
     images = settings["data"]["global_batch_size"] / processes
-    computing = images * flops.total / MATRIX_RATE
-    backward = images * (flops.rand + flops.focal) * 2 / 3 / MATRIX_RATE
+    computing = images * flops.total / rate
+    backward = images * (flops.rand + flops.focal) * 2 / 3 / rate
     gradients, *rest = traffic(settings, processes)
     shown = max(0.0, seconds(gradients, processes) - backward)
     return computing, shown, sum(seconds(part, processes) for part in rest)
@@ -104,7 +106,7 @@ def main() -> None:
     for name, preset in presets.items():
         cells = []
         for n in GPUS:
-            computing, shown, rest = step(preset, n)
+            computing, shown, rest = step(preset, n, RATES[name[0]])
             total = computing + shown + rest
             cells.append(f"{total * 1e3:.1f} ({computing / total:.0%})")
         print(f"| {name} | " + " | ".join(cells) + " |")
