@@ -35,8 +35,8 @@ def check_settings(settings: dict[str, Any]) -> None:
     here = device.type == "cpu" or torch.cuda.is_available()
     if not here and settings["planning"]["rate"] is None:
         raise UserError(
-            "planning.rate must be given, e.g. planning.rate=3.5e14 for ViT-B on an H100, 2.1e14 for "
-            "ViT-S: there is no GPU here to measure"
+            "planning.rate must be given, e.g. planning.rate=3.5e14 for ViT-B on an H100, 2.1e14 "
+            "for ViT-S: there is no GPU here to measure"
         )
 
 
