@@ -312,7 +312,6 @@ def _forecast(case: Case) -> float:
     with torch.device("meta"):
         module = MSNModule(
             model=case.model, method=case.method, seed=0, chunk_size=None, compile=False,
-            kernels=False,
         )  # fmt: skip
     return forecast_memory(
         module.network,
@@ -321,7 +320,6 @@ def _forecast(case: Case) -> float:
         chunk_size=case.chunk_size,
         patch_drop=case.method["patch_drop"],
         precision=case.precision,
-        use_kernels=False,
     ).peak
 
 

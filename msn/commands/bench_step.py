@@ -32,7 +32,7 @@ def run(settings: dict[str, Any], console: Console) -> list[dict[str, Any]]:
 
     Args:
         settings: `model`, `method`, `data`, `trainer` as for training, `batch_size`, `rounds`,
-            `chunk_size`, `compile`, `kernels`, `against`.
+            `chunk_size`, `compile`, `against`.
         console: where the tables are shown.
 
     Returns:
@@ -67,8 +67,6 @@ def case_of(settings: dict[str, Any]) -> Case:
     if settings["chunk_size"] is not None:
         _check_whole("chunk_size", settings["chunk_size"], 1)
     compilation(settings["compile"])
-    if not isinstance(settings["kernels"], bool):
-        raise UserError(f"kernels must be true or false, got {settings['kernels']!r}")
     against = settings["against"]
     if not isinstance(against, list) or any(name not in _COMPARISONS for name in against):
         raise UserError(
@@ -83,7 +81,6 @@ def case_of(settings: dict[str, Any]) -> Case:
         batch_size=batch,
         chunk_size=settings["chunk_size"],
         compile=settings["compile"],
-        kernels=settings["kernels"],
         precision=resolve_precision(settings["trainer"]["precision"], "auto"),
         device=device,
     )

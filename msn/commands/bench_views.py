@@ -23,8 +23,8 @@ from msn.data.sources import FileSource, folder_source
 from msn.data.tables import StringTable
 from msn.data.views import ViewSettings, view_settings
 from msn.errors import UserError
-from msn.method.host_memory import keep_freed_memory
 from msn.training.rate import synchronise
+from msn.training.speed import keep_freed_memory
 
 DECODING = ("decode", "worker", "pil_recipe")
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ def measure_and_show(
     settings: dict[str, Any], console: Console, *, only: tuple[str, ...] | None
 ) -> list[dict[str, Any]]:
     """Measure the named ways, or all of them."""
-    keep_freed_memory()  # as training on a CPU does, and workers do for images of everyday size
+    keep_freed_memory()  # as training and its workers do
     views = view_settings(settings["views"])
     source = _photos(settings["images"])
     threads = torch.get_num_threads()

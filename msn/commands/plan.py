@@ -167,7 +167,6 @@ def _forecast(module: MSNModule, case: Case, processes: int = 1, sharded: bool =
         chunk_size=case.chunk_size,
         patch_drop=case.method["patch_drop"],
         precision=case.precision,
-        use_kernels=case.kernels and case.device == "cpu",
         compiled=case.device == "cuda" if wish is None else wish,
         processes=processes,
         sharded=sharded,
@@ -240,7 +239,6 @@ def _case(settings: dict[str, Any], batch_size: int, device: torch.device) -> Ca
         batch_size=batch_size,
         chunk_size=settings["chunk_size"],
         compile=settings["compile"],
-        kernels=settings["kernels"],
         precision=resolve_precision(precision, trainer["accelerator"]),
         device=device.type,
     )

@@ -40,7 +40,6 @@ class Case(NamedTuple):
     batch_size: int
     chunk_size: int | None
     compile: bool | str
-    kernels: bool
     precision: str
     device: str
 
@@ -79,7 +78,6 @@ class MsnStep:
             seed=0,
             chunk_size=case.chunk_size,
             compile=case.compile,
-            kernels=case.kernels,
         ).to(self.device, weight_type(case.precision))
         self.module.plan_schedule(epochs=_EPOCHS, steps_per_epoch=_STEPS_PER_EPOCH)
         self.module.network.train()

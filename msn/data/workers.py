@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from msn.errors import UserError
-from msn.method.host_memory import is_out_of_memory, keep_photographs
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +34,8 @@ _SHARED_MEMORY = "/dev/shm"
 _SPARE = 4 << 20  # bytes of shared memory left to others: locks lie there too
 _FILES_A_WORKER = 4  # that this process keeps open: two pipes
 _FILES_BESIDE = 8  # for logs, checkpoints and what reads images
+# What allocators of torch say in a plain RuntimeError: the CPU's, MPS', those of CUDA's libraries.
+_NO_MEMORY = ("DefaultCPUAllocator", "out of memory", "_STATUS_ALLOC_FAILED", "std::bad_alloc")
 _may_share = True  # whether this worker's batches may lie in shared memory
 _said = mmap.mmap(-1, 1)  # whether some process has said that it is short
 
@@ -81,7 +82,6 @@ def make_loader(
 def _prepare(number: int, *, may_share: bool) -> None:
     global _may_share
     _may_share = may_share
-    keep_photographs()
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         _heed_parent_alone()
 
@@ -254,6 +254,15 @@ def explain(error: BaseException, lower: Callable[[], str]) -> str | None:
     if in_worker and isinstance(error, RuntimeError) and not text.startswith("Caught "):
         return f"{text.splitlines()[0].strip()} (out of memory? {fewer})"
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of the host or of a device does not suffice."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM or "Cannot allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 def _wanted(text: str) -> str:

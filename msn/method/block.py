@@ -11,23 +11,16 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Attention
 from timm.models.vision_transformer import Block as TimmBlock
-from torch import Tensor, nn
-
-from msn.method import kernels
+from torch import Tensor
 
 # (number of images, tokens an image) of each view size in a packed [T, D] matrix.
 Groups = Sequence[tuple[int, int]]
 
 
 class Block(TimmBlock):
-    """timm's pre-norm block, applied to packed tokens [T, D] with attention inside each image.
-
-    Attributes:
-        use_kernels: take `msn.method.kernels` where they are faster; False is the plain formula.
-    """
+    """timm's pre-norm block, applied to packed tokens [T, D] with attention inside each image."""
 
     attn: Attention
-    use_kernels = True
 
     def forward(  # type: ignore[override]
         self, tokens: Tensor, groups: Groups, class_only: bool = False
@@ -38,8 +31,6 @@ class Block(TimmBlock):
         """
         if class_only:
             return self.class_tokens(tokens, groups)
-        if self.use_kernels and kernels.wins(tokens, groups):
-            return self._forward_by_kernels(tokens, groups)
         tokens = tokens + self._attend(self.norm1(tokens), groups)
         return tokens + self.mlp(self.norm2(tokens))
 
@@ -89,17 +80,6 @@ class Block(TimmBlock):
             out = F.scaled_dot_product_attention(*by_head)
             attended.append(out.transpose(1, 2).reshape(batch * length, -1))
         return self.attn.proj(torch.cat(attended))
-
-    def _forward_by_kernels(self, tokens: Tensor, groups: Groups) -> Tensor:
-        attn, first, second = self.attn, self.mlp.fc1, self.mlp.fc2
-        assert isinstance(first, nn.Linear)
-        assert isinstance(second, nn.Linear)
-        normed = self.norm1(tokens)
-        mixed = kernels.attend(normed, attn.qkv.weight, attn.qkv.bias, groups, attn.num_heads)
-        tokens = kernels.project_and_add(mixed, attn.proj.weight, attn.proj.bias, tokens)
-        return kernels.mlp_and_add(
-            self.norm2(tokens), (first.weight, first.bias), (second.weight, second.bias), tokens
-        )
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[object]:

@@ -6,7 +6,8 @@ width, K prototypes.
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 from msn.errors import UserError
 from msn.method.distributed import BatchNorm
-from msn.method.host_memory import give_back_free_memory
 from msn.method.vit import VisionTransformer, init_linear
 
 
@@ -92,46 +92,25 @@ class Encoder(nn.Module):
         Args:
             views: one tensor a view size, each [views, B, 3, h, w].
             kept: patches to keep for each, see `VisionTransformer.forward`.
-            chunk_size: images a trunk pass; the trunk has no batch statistics, so chunks (whose
-                activations are recomputed in the backward pass, but for the last one's, which
-                comes first there) change memory, not numbers.
+            chunk_size: images per trunk pass; the trunk has no batch statistics, so chunks (whose
+                activations are recomputed in the backward pass) change memory, not numbers.
 
         Returns:
             For each of `views` its projections, [views, B, P].
         """
         if chunk_size is None:
             return [self.head(tokens) for tokens in self.trunk(views, kept)]
-        _give_back_holes(views[0])
-        starts = range(0, views[0].shape[1], chunk_size)
-        parts = [
-            self._trunk_chunk(
-                list(views), list(kept), slice(start, start + chunk_size), keep=start == starts[-1]
+        run: Callable[..., list[Tensor]] = self.trunk
+        if torch.is_grad_enabled():  # nothing in the trunk is random
+            run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+        parts = []
+        for start in range(0, views[0].shape[1], chunk_size):
+            images = slice(start, start + chunk_size)
+            chunk = [view[:, images] for view in views]
+            parts.append(
+                run(chunk, [k if k is None or k.ndim == 1 else k[:, images] for k in kept])
             )
-            for start in starts
-        ]
         return [self.head(torch.cat(tokens, dim=1)) for tokens in zip(*parts, strict=True)]
-
-    def _trunk_chunk(
-        self, views: list[Tensor], kept: list[Tensor | None], images: slice, *, keep: bool
-    ) -> list[Tensor]:
-        """Some images through the trunk; unless `keep`, activations are made again later."""
-        chunk = [view[:, images] for view in views]
-        chunk_kept = [k if k is None or k.ndim == 1 else k[:, images] for k in kept]
-        if not torch.is_grad_enabled():
-            return self.trunk(chunk, chunk_kept)
-        stays = keep  # what this pass makes stays until its backward pass
-
-        def run(chunk: list[Tensor], kept: list[Tensor | None]) -> list[Tensor]:
-            nonlocal stays
-            if stays:
-                _give_back_holes(chunk[0])
-            stays = True
-            return self.trunk(chunk, kept)
-
-        if keep:
-            return run(chunk, chunk_kept)
-        # Run now and again in the backward pass; nothing in the trunk is random.
-        return checkpoint(run, chunk, chunk_kept, use_reentrant=False, preserve_rng_state=False)
 
 
 class MSN(nn.Module):
@@ -211,12 +190,6 @@ class MSN(nn.Module):
             torch._foreach_lerp_(target, anchor, 1 - momentum)
         elif skip.device.type != "cpu":
             lerp_unless(skip, target, anchor, 1 - momentum)
-
-
-def _give_back_holes(views: Tensor) -> None:
-    """Before chunks and before passes whose activations stay: they would lie beside holes."""
-    if views.device.type == "cpu":
-        give_back_free_memory()
 
 
 def lerp_unless(skip: Tensor, start: list[Tensor], end: list[Tensor], weight: float) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from msn.data.views import ViewSettings
-from msn.method import kernels
 from msn.method.masking import num_kept_patches
 from msn.method.network import MSN
 
@@ -29,7 +28,7 @@ class Memory(NamedTuple):
     activations: float
     """Kept for the backward pass: of the trunk for a chunk (or the batch), of head and loss."""
     workspace: float
-    """Passing tensors of one block's backward pass; on the CPU also holes in the heap."""
+    """Passing tensors of one block's backward pass."""
     peak: float
     """The most at any moment."""
 
@@ -42,7 +41,6 @@ def forecast_memory(
     chunk_size: int | None,
     patch_drop: float,
     precision: str,
-    use_kernels: bool,
     compiled: bool = True,
     processes: int = 1,
     sharded: bool = False,
@@ -56,26 +54,19 @@ def forecast_memory(
         chunk_size: images a trunk pass, None for all.
         patch_drop: of rand views.
         precision: as Lightning names it, resolved: "32-true", "bf16-mixed", ...
-        use_kernels: whether blocks may train by `msn.method.kernels` (on the CPU); in mixed
-            precision they never do.
         compiled: whether the blocks are; it makes a difference in mixed precision.
         processes: that train together, each on a device of its own.
         sharded: whether the network is cut over them (`msn.training.sharding`); else it is DDP's.
     """
-    use_kernels = use_kernels and precision not in _MIXED
     size = 8 if precision == "64-true" else 2 if precision == "bf16-true" else 4
     held = _held_bytes(network, size, processes, sharded)
     pixels = (1 + views.rand_views) * views.rand_size**2 + views.focal_views * views.focal_size**2
     view_bytes = batch_size * 3 * pixels * (2 if precision in _MIXED else size)
     images = batch_size if chunk_size is None else min(chunk_size, batch_size)
-    trunk, workspace = _trunk_bytes(network, views, patch_drop, precision, use_kernels, compiled)
+    trunk, workspace = _trunk_bytes(network, views, patch_drop, precision, compiled)
     rows = batch_size * (views.rand_views + views.focal_views)
     beyond = _head_and_loss_bytes(network, rows) + _cast_weights_bytes(network, precision)
     activations, workspace = images * trunk + beyond, images * workspace
-    if use_kernels:
-        # The CPU's heap keeps what is freed and has holes: measured as twice the passing tensors,
-        # and as four times under chunks.
-        workspace *= 3 if chunk_size is None else 5
     standing = held.weights + held.optimiser + held.buckets + view_bytes
     # Unchunked, gradients grow while activations go; chunked, they stand beside the next chunk's.
     passing = activations + workspace + (held.gradients if chunk_size is not None else 0)
@@ -141,7 +132,6 @@ def _trunk_bytes(
     views: ViewSettings,
     patch_drop: float,
     precision: str,
-    use_kernels: bool,
     compiled: bool,
 ) -> tuple[float, float]:
     """Kept and passing bytes of the anchor trunk for one image with all its views."""
@@ -151,8 +141,6 @@ def _trunk_bytes(
     kept = num_kept_patches(large**2, patch_drop)
     groups = [(views.rand_views, 1 + kept), (views.focal_views, 1 + small**2)]
     tokens = sum(count * length for count, length in groups)
-    scores = sum(count * length**2 for count, length in groups) * trunk.num_heads
-    use_kernels = use_kernels and max(length for _, length in groups) <= kernels.MAX_LENGTH
     size = 8 if precision == "64-true" else 4
     # Beside the blocks: cut patches, the last block's tokens and their norm.
     ends = tokens * size * (3 * trunk.patch_size**2 + 3 * width)
@@ -169,11 +157,6 @@ def _trunk_bytes(
         passing = tokens * width * 2 * (2 * ratio + 4)
         # The last block takes its scores in float32, eager from a copy of the normed tokens.
         ends = tokens * (2 * 3 * trunk.patch_size**2 + (8 if compiled else 12) * width)
-    elif use_kernels:
-        # Inputs of both norms, the normed ones, q, k, v, the mixed values, the hidden layer, and
-        # the attention weights.
-        block = tokens * width * size * (2 + 2 + 3 + 1 + ratio) + scores * size
-        passing = tokens * width * size * (ratio + 4)
     else:
         block = tokens * width * size * (2 + 2 + 3 + 2 + 2 * ratio)
         passing = tokens * width * size * (2 * ratio + 4)

@@ -35,7 +35,6 @@ class MSNModule(LightningModule):
         seed: decides, with the step, which patches are dropped.
         chunk_size: images a trunk pass under activation checkpointing; None takes all at once.
         compile: compile the blocks: true, false, or "auto" (on CUDA).
-        kernels: take `msn.method.kernels` where they are faster; false is torch's own autograd.
 
     Raises:
         UserError: if a key is unknown or missing, or a value is out of its range.
@@ -49,10 +48,9 @@ class MSNModule(LightningModule):
         seed: int,
         chunk_size: int | None,
         compile: bool | str,
-        kernels: bool,
     ) -> None:
         super().__init__()
-        self._compile_wish, self._use_kernels = compilation(compile), kernels
+        self._compile_wish = compilation(compile)
         if chunk_size is not None and chunk_size < 1:
             raise UserError(f"chunk_size must be >= 1 image or null, got {chunk_size}")
         refuse_unknown("model", model, VisionTransformer)
@@ -137,17 +135,12 @@ class MSNModule(LightningModule):
         return optim.build_optimizer(self.network, **numbers, fused=True)
 
     def on_fit_start(self) -> None:
-        """Compile and choose kernels where the network now lies."""
+        """Compile the blocks where the network now lies."""
         self.make_fast(self.device)
 
     def make_fast(self, device: torch.device) -> bool:
         """Prepare the network for steps on a device, see `msn.training.speed.make_fast`."""
-        return make_fast(
-            self.network,
-            device,
-            compile_wish=self._compile_wish,
-            use_kernels=self._use_kernels,
-        )
+        return make_fast(self.network, device, compile_wish=self._compile_wish)
 
     def on_train_epoch_start(self) -> None:
         """Put the target into train mode too: its head normalises by its own batches (A.1).

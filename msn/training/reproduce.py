@@ -55,7 +55,7 @@ def reproduce(path: Path, *, device: torch.device, chunk_size: int | None) -> Re
     """
     parts = _read(path)
     first = parts[0]
-    module = MSNModule(**first["settings"], chunk_size=chunk_size, compile=False, kernels=False)
+    module = MSNModule(**first["settings"], chunk_size=chunk_size, compile=False)
     network = module.network
     network.load_state_dict(first["network"])
     network.to(device, _TYPES.get(first["precision"], torch.float32)).train()

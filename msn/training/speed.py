@@ -1,12 +1,13 @@
-"""What makes a step fast without changing it: compiled blocks, kernels, kept memory."""
+"""What makes a step fast without changing it: compiled blocks and kept memory."""
 
+import ctypes
 import logging
+import sys
 
 import torch
 
 from msn.compilers import missing_compiler
 from msn.errors import UserError
-from msn.method.host_memory import keep_freed_memory
 from msn.method.network import MSN
 
 log = logging.getLogger(__name__)
@@ -25,29 +26,18 @@ def compilation(wish: bool | str) -> bool | None:
     raise UserError(f"compile must be true, false or auto, got {wish!r}")
 
 
-def make_fast(
-    network: MSN,
-    device: torch.device,
-    *,
-    compile_wish: bool | None,
-    use_kernels: bool,
-) -> bool:
+def make_fast(network: MSN, device: torch.device, *, compile_wish: bool | None) -> bool:
     """Prepare a network that lies on its device for training.
 
     Args:
         network: changed in place; parameters and their names stay.
         device: where it will train.
         compile_wish: compile the blocks; None does on CUDA alone (on a CPU it measured no faster).
-        use_kernels: take `msn.method.kernels` where they are faster.
 
     Returns:
         Whether the blocks are compiled.
     """
-    for encoder in (network.anchor, network.target):
-        for block in encoder.trunk.blocks:
-            block.use_kernels = use_kernels  # type: ignore[assignment]
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory()
     compiles = device.type == "cuda" if compile_wish is None else compile_wish
     if compiles and (missing := missing_compiler(device.type)):
         log.warning("compile: there is no %s; the blocks are not compiled", missing)
@@ -71,3 +61,21 @@ def compile_blocks(network: MSN, *, backend: str = "inductor") -> None:
     for encoder in (network.anchor, network.target):
         for block in encoder.trunk.blocks:
             block.compile(backend=backend, dynamic=False)
+
+
+def keep_freed_memory() -> None:
+    """Keep freed pieces of up to 32 MB for the next step (glibc only; for the whole process).
+
+    A step on the CPU takes and frees the same memory again and again, a data worker (which inherits
+    the setting) the same photographs. Mapping and clearing it anew each time is slow. Larger pieces
+    go back, so that no worker holds the largest image it ever met.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h

@@ -191,7 +191,6 @@ def test_each_row_says_the_precision_it_was_measured_in(fake_workers):
         (["chunk_size=abc"], "chunk_size must be a whole number >= 1, got 'abc'"),
         (["chunk_size=0"], "chunk_size must be a whole number >= 1, got 0"),
         (["compile=perhaps"], "compile must be true, false or auto"),
-        (["kernels=maybe"], "kernels must be true or false, got 'maybe'"),
         (["rounds=abc"], "rounds must be a whole number >= 1, got 'abc'"),
         (["data.views.rand_views=abc"], "data.views.rand_views must be a whole number"),
         (["trainer.precision=8-true"], "trainer.precision must be in"),

@@ -45,8 +45,6 @@ def test_a_plan_for_a_gpu_is_that_of_a_gpu_also_where_there_is_none():
     gpu, words = planned("experiment=msn_vitb16", "trainer.accelerator=gpu", "planning.memory=12")
     assert (gpu.case.device, gpu.case.precision) == ("cuda", "bf16-mixed")
     assert "chunk_size=32 " in words
-    without = planned("experiment=msn_vitb16", "trainer.accelerator=gpu", "kernels=false")[0]
-    assert without.memory == gpu.memory
 
 
 def test_a_gpu_that_is_not_here_cannot_be_measured(command, monkeypatch):
@@ -79,7 +77,7 @@ def test_limited_steps_make_a_shorter_epoch():
 
 
 def case_of(batch_size):
-    return Case({}, {}, {}, batch_size, None, False, True, "32-true", "cpu")
+    return Case({}, {}, {}, batch_size, None, False, "32-true", "cpu")
 
 
 def forecast(case):

@@ -133,16 +133,3 @@ def test_two_real_processes_with_workers_see_what_one_sees(folder, alone, tmp_pa
     out = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert out[0].strip() == repr(alone)
-
-
-@pytest.mark.skipif(
-    sys.platform != "linux", reason="workers are forked, so that they see the patch"
-)
-def test_workers_keep_the_memory_of_everyday_images(folder, tmp_path, monkeypatch):
-    module = make_datamodule(folder, num_workers=2)
-    patched = lambda: (tmp_path / str(os.getpid())).touch()  # noqa: E731
-    monkeypatch.setattr("msn.data.workers.keep_photographs", patched)
-    list(module.loader(module.sampler(rank=0, world_size=1)))
-    told = {int(path.name) for path in tmp_path.iterdir()}
-    assert len(told) == 2
-    assert os.getpid() not in told  # how a training process keeps its memory is not theirs to say

@@ -27,7 +27,6 @@ def test_the_trunk_s_count_is_torch_s_of_full_blocks(kept):
     def full_blocks():
         tokens = trunk.embed(images, keep)
         for block in trunk.blocks:
-            block.use_kernels = False  # torch counts no in-place products
             tokens = block(tokens.flatten(0, 1), ((1, tokens.shape[1]),)).view_as(tokens)
 
     assert counted(full_blocks) == trunk_flops(SMALL_MODEL, kept or 16)

@@ -46,6 +46,5 @@ def test_the_forecast_is_within_15_percent_of_the_peak(batch_size, chunk_size):
         chunk_size=chunk_size,
         patch_drop=measured.method["patch_drop"],
         precision=measured.precision,
-        use_kernels=False,
     )
     assert forecast.peak == pytest.approx(torch.cuda.max_memory_allocated() - before, rel=0.15)

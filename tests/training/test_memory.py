@@ -46,10 +46,8 @@ VIEWS = {
 }
 
 
-def kept_bytes(network, batch_size, use_kernels, precision="32-true"):
+def kept_bytes(network, batch_size, precision="32-true"):
     """Bytes of all storages that the anchor's forward pass keeps, without the parameters."""
-    for block in network.anchor.trunk.blocks:
-        block.use_kernels = use_kernels
     own = {p.untyped_storage().data_ptr() for p in network.parameters()}
     sizes = {}
 
@@ -73,17 +71,15 @@ def forecast_of(network, views=VIEWS, **changes):
         "chunk_size": None,
         "patch_drop": 0.25,
         "precision": "32-true",
-        "use_kernels": True,
         **changes,
     }
     return forecast_memory(network, ViewSettings(**views), **settings)
 
 
-@pytest.mark.parametrize("use_kernels", [True, False])
-def test_activations_are_those_that_autograd_keeps(use_kernels):
+def test_activations_are_those_that_autograd_keeps():
     network = MSN(model=MODEL, head=HEAD, num_prototypes=8)
-    forecast = forecast_of(network, use_kernels=use_kernels)
-    assert forecast.activations == pytest.approx(kept_bytes(network, 4, use_kernels), rel=0.05)
+    forecast = forecast_of(network)
+    assert forecast.activations == pytest.approx(kept_bytes(network, 4), rel=0.05)
 
 
 @pytest.mark.parametrize("mlp_ratio", [4.0, 2.0])
@@ -96,19 +92,13 @@ def test_in_bf16_activations_are_those_that_autocast_and_the_compiler_s_partitio
         torch._dynamo.reset()
         compile_blocks(network, backend="aot_eager_decomp_partition")  # inductor's, without C++
     forecast = forecast_of(network, precision="bf16-mixed", compiled=compiled)
-    kept = kept_bytes(network, 4, use_kernels=True, precision="bf16-mixed")
+    kept = kept_bytes(network, 4, precision="bf16-mixed")
     assert forecast.activations == pytest.approx(kept, rel=0.03)
 
 
-def test_mixed_precision_knows_no_kernels_and_no_holes_of_the_heap():
+def test_views_are_made_in_half_precision_where_training_is():
     network = MSN(model=MODEL, head=HEAD, num_prototypes=8)
-    for chunk_size in (None, 2):
-        changes = {"precision": "bf16-mixed", "chunk_size": chunk_size}
-        with_kernels = forecast_of(network, use_kernels=True, **changes)
-        assert with_kernels == forecast_of(network, use_kernels=False, **changes)
-    full = [forecast_of(network, use_kernels=use) for use in (True, False)]
-    assert full[0].workspace != full[1].workspace
-    assert with_kernels.views == full[0].views / 2
+    assert forecast_of(network, precision="bf16-mixed").views == forecast_of(network).views / 2
 
 
 def test_ddp_holds_gradients_a_second_time_in_its_buckets():
@@ -156,7 +146,6 @@ def test_vit_b16_with_1024_images_is_forecast_to_fit_12_gb_in_chunks_of_32(chunk
         chunk_size=case.chunk_size,
         patch_drop=case.method["patch_drop"],
         precision=case.precision,
-        use_kernels=False,
     )
     assert (forecast.peak < 12e9) == fits
 
@@ -180,7 +169,7 @@ def test_chunks_bound_activations_and_leave_the_rest():
 
     whole, chunked = forecast(64, None), forecast(64, 8)
     assert chunked[:4] == whole[:4]
-    assert chunked.workspace == pytest.approx(whole.workspace / 8 * 5 / 3)  # with the holes of each
+    assert chunked.workspace == pytest.approx(whole.workspace / 8)
     assert chunked.peak < whole.peak / 2
     assert forecast(128, 8).workspace == chunked.workspace
 
@@ -207,7 +196,6 @@ def peak_of(model, **changes):
             "batch_size": 8,
             "chunk_size": None,
             "compile": False,
-            "kernels": True,
             "precision": "32-true",
             "device": "cpu",
             **changes,
@@ -226,7 +214,6 @@ def peak_of(model, **changes):
         chunk_size=case.chunk_size,
         patch_drop=0.15,
         precision="32-true",
-        use_kernels=True,
     )
     return measured, forecast
 

@@ -14,7 +14,7 @@ from msn.training.trainer import build_trainer, resolve_precision
 from tests.conftest import GOLDEN, SMALL_HEAD, SMALL_MODEL
 
 
-def module_of(config, *, chunk_size=None, kernels=True, **changes):
+def module_of(config, *, chunk_size=None, **changes):
     trunk = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
     method = {
         "num_prototypes": config["num_prototypes"],
@@ -48,9 +48,7 @@ def module_of(config, *, chunk_size=None, kernels=True, **changes):
         **changes,
     }
     model = {name: config[name] for name in trunk}
-    return MSNModule(
-        model=model, method=method, seed=0, chunk_size=chunk_size, compile=False, kernels=kernels
-    )
+    return MSNModule(model=model, method=method, seed=0, chunk_size=chunk_size, compile=False)
 
 
 def trainer_of(tmp_path, **changes):
@@ -82,7 +80,6 @@ class TargetLeftInEval(Callback):
     [
         *((name, {}) for name in GOLDEN),
         ("default", {"chunk_size": 3}),  # loss, gradients, optimiser and EMA as of whole batches
-        ("default", {"kernels": False}),
     ],
 )
 def test_lightning_s_loop_reproduces_the_reference_s_weights(tmp_path, monkeypatch, name, settings):
@@ -103,8 +100,6 @@ def test_lightning_s_loop_reproduces_the_reference_s_weights(tmp_path, monkeypat
     trainer = trainer_of(tmp_path, callbacks=[TargetLeftInEval()])
     trainer.fit(module, DataLoader(batches, batch_size=None))
     assert [d for d in _compare_final(module.network, golden.tensors) if not d.ok] == []
-    blocks = [*module.network.anchor.trunk.blocks, *module.network.target.trunk.blocks]
-    assert {block.use_kernels for block in blocks} == {settings.get("kernels", True)}
 
 
 def test_build_gives_what_the_module_builds():

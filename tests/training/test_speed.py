@@ -11,8 +11,6 @@ from msn.method.network import MSN
 from msn.training.speed import compilation, compile_blocks, make_fast
 from tests.conftest import SMALL_HEAD, SMALL_MODEL
 
-CPU = torch.device("cpu")
-
 
 def network():
     torch.manual_seed(0)
@@ -77,12 +75,6 @@ def _evaluating_compiles_nothing(compiled):
     assert counters["stats"]["unique_graphs"] == before
 
 
-def test_kernels_can_be_switched_off():
-    msn = network()
-    assert make_fast(msn, CPU, compile_wish=None, use_kernels=False) is False
-    assert not any(block.use_kernels for block in msn.anchor.trunk.blocks)
-
-
 def test_compile_is_true_false_or_auto():
     assert compilation("auto") is None
     assert compilation(True) is True
@@ -98,14 +90,12 @@ def test_without_a_compiler_training_goes_on(monkeypatch, caplog, device, missin
     with caplog.at_level("INFO", logger="msn"):
         wish = None if device == "cuda" else True
         device = torch.device(device)
-        assert make_fast(network(), device, compile_wish=wish, use_kernels=True) is False
+        assert make_fast(network(), device, compile_wish=wish) is False
     assert f"no {missing}" in caplog.text
 
 
 def test_without_triton_training_on_cuda_goes_on(monkeypatch, caplog):
     monkeypatch.setattr("msn.compilers.importlib.util.find_spec", lambda name: None)
     with caplog.at_level("INFO", logger="msn"):
-        assert (
-            make_fast(network(), torch.device("cuda"), compile_wish=None, use_kernels=True) is False
-        )
+        assert make_fast(network(), torch.device("cuda"), compile_wish=None) is False
     assert "no Triton" in caplog.text

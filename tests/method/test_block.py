@@ -1,10 +1,9 @@
-"""Written-out gradients against torch's own of the plain formulas, in float64."""
+"""The block that makes class tokens alone against the full block."""
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from msn.method import kernels
 from msn.method.block import Block
 from msn.method.vit import VisionTransformer
 from tests.conftest import SMALL_MODEL
@@ -33,20 +32,8 @@ def outcome(run, block):
     return {"out": out, **dict(zip(["tokens", *names], gradients, strict=True))}
 
 
-def test_a_block_by_kernels_equals_the_plain_block_with_every_gradient(blocks):
-    block = blocks[0]
-    assert kernels.wins(torch.zeros(2, 24), GROUPS)
-    by_kernels = outcome(block, block)
-    block.use_kernels = False
-    plain = outcome(block, block)
-    assert len(plain) == 2 + len(list(block.parameters()))
-    for name, value in plain.items():
-        assert_close(by_kernels[name], value, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: n + m)
-
-
 def test_class_tokens_alone_equal_those_of_the_full_block_with_every_gradient(blocks):
     block = blocks[0]
-    block.use_kernels = False
 
     def full(tokens, groups):
         parts = block(tokens, groups).split([batch * length for batch, length in groups])
@@ -69,23 +56,3 @@ def test_under_bf16_class_tokens_alone_are_no_worse_than_those_of_the_full_block
         full = block(tokens, groups).view(8, 50, 64)[:, 0]
         alone = block.class_tokens(tokens, groups)
     assert (alone - exact).abs().mean() < (full - exact).abs().mean()
-
-
-@pytest.mark.parametrize(
-    ("tokens", "groups"),
-    [
-        (torch.zeros(2, 24, dtype=torch.bfloat16), GROUPS),
-        (torch.zeros(2, 24, device="meta"), GROUPS),
-        (torch.zeros(2, 24), ((1, kernels.MAX_LENGTH + 1),)),
-    ],
-)
-def test_half_types_other_devices_and_long_sequences_take_torch_s_attention(tokens, groups):
-    assert not kernels.wins(tokens, groups)
-
-
-def test_inference_and_autocast_take_torch_s_attention():
-    tokens = torch.zeros(2, 24)
-    with torch.no_grad():
-        assert not kernels.wins(tokens, GROUPS)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not kernels.wins(tokens, GROUPS)
