@@ -20,7 +20,7 @@ _PATHS = re.compile(
 # Those that take several, [a,b]; elsewhere such a value is the name of a file.
 _LISTS = ("checkpoint", "runs", "protocol.lists")
 _QUOTED = r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\""
-_PART = re.compile(rf"\s*({_QUOTED}|\[[^\]]*\])\s*(?=,|$)|[^,]*")
+_PART = re.compile(rf"\s*({_QUOTED}|\[[^\]]*\]|\{{[^}}]*\}})\s*(?=,|$)|[^,]*")
 _SWEEP = re.compile(r"(choice|range|interval|glob|sort|shuffle|tag)\(.*\)", re.DOTALL)
 # What may stand before a path: its name in a table, a model of timm.
 _BEFORE_HOME = re.compile(r"(?:[^/:~]*:)?(?:timm/[^@]*@)?(?=~)")
@@ -67,6 +67,21 @@ def quote_paths(overrides: list[str], *, sweep: bool = False) -> list[str]:
         if "\0" in override:
             raise UserError(f"{override.partition('=')[0]}: a null byte can stand in no value")
     return [_quote_path(override, sweep) for override in overrides]
+
+
+def read_mapping(key: str, text: str) -> dict[str, str] | str:
+    """`{name:value,...}` as texts, in which Hydra would read numbers; other text as it is.
+
+    Raises:
+        UserError: if a name or a value is missing.
+    """
+    if not (text.startswith("{") and text.endswith("}")):
+        return text
+    pairs = [part.partition(":") for part in _parts(text[1:-1])]
+    found = {name.strip(): value.strip() for name, _, value in pairs}
+    if len(found) < len(pairs) or not all(found) or not all(found.values()):
+        raise UserError(f"{key}={text}: write {{name:value,name:value}}")
+    return found
 
 
 def _quote_path(override: str, sweep: bool) -> str:

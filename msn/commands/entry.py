@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 import msn
-from msn.commands.command_line import parse_flags, quote_paths
+from msn.commands.command_line import parse_flags, quote_paths, read_mapping
 from msn.commands.help import help_text, options
 from msn.errors import UserError
 from msn.schema import refuse_unknown, take
@@ -257,10 +257,12 @@ def _sweep(config_name: str, job: Job, overrides: list[str]) -> None:
 
 
 def _finish(config: DictConfig, known: DictConfig, choices: dict[Any, Any]) -> DictConfig:
-    """Refuse keys that nobody reads or that are gone; note the experiment that names the runs."""
+    """Refuse keys that nobody reads or that are gone; note what names the runs, read `init_key`."""
     _compare(OmegaConf.to_container(config), OmegaConf.to_container(known))
     if "run" in config and "experiment" in config.run:
         config.run.experiment = choices.get("experiment") or config.run.experiment
+    if isinstance(key := config.get("init_key"), str):
+        config.init_key = read_mapping("init_key", key)
     return config
 
 

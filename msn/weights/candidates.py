@@ -50,6 +50,11 @@ def find_trunk(content: Mapping[Any, Any], key: str | None, where: str) -> Candi
     if key is not None:
         found = [one for one in found if one.name == key or one.name.startswith(f"{key}.")]
         if len(found) != 1:
+            if names == _BARE:
+                raise UserError(
+                    f"{where}: init_key={key}: the file holds one backbone, without a name; leave "
+                    "init_key out"
+                )
             raise UserError(f"{where}: init_key={key} must be one of {names or 'none'}")
     if len(found) > 1:
         raise UserError(f"{where}: holds several backbones, {names}: init_key=NAME chooses one")

@@ -70,6 +70,15 @@ def test_what_hydra_reads_keeps_its_meaning(tmp_path, monkeypatch):
     assert read("checkpoint=[a,b]") == "[a,b]"
 
 
+def test_init_key_is_a_text_or_a_mapping_of_texts():
+    assert composed("eval_lowshot", "init_key=1_1") == "1_1"
+    assert composed("eval_lowshot", "init_key={a:model,1_1: 007}") == {"a": "model", "1_1": "007"}
+    for wrong in ("{a}", "{a:}", "{:x}", "{}", "{a:x,a:y}"):
+        with pytest.raises(UserError, match="init_key=.* write {name:value,name:value}"):
+            compose("eval_lowshot", [f"init_key={wrong}"])
+    assert quote_paths(["init_key={a:x,b:y},z"], sweep=True) == ["init_key='{a:x,b:y}','z'"]
+
+
 def test_in_a_sweep_commas_separate_choices():
     given = ["run.name=1_1,b c,'d,e'", "checkpoint=[a:x,b],[c]", "seed=1,2", "run.name=range(1,3)"]
     assert quote_paths(given, sweep=True) == [

@@ -254,3 +254,23 @@ def test_a_key_chooses_the_half_of_a_file_here_and_in_training(command, tmp_path
     torch.save({"net": halves["model_ema"].state_dict()}, tmp_path / "a.pth")
     code, _, err = command(*train, "init_key=net")
     assert (code, "norm.bias holds NaN or infinity" in err) == (2, True)
+
+
+def test_of_several_checkpoints_each_has_its_key(command, tmp_path, images):
+    halves = {"model": make_trunk(), "model_ema": make_trunk(1)}
+    torch.save({name: trunk.state_dict() for name, trunk in halves.items()}, tmp_path / "a.pth")
+    torch.save(halves["model"].state_dict(), tmp_path / "flat.pth")
+    arguments = [f"model.num_heads={MODEL['num_heads']}", f"data.root={images}", "baselines=[]"]
+    arguments += [*SMALL, f"run.dir={tmp_path / 'out'}", "cache_dir=null"]
+    code, _, err = command(
+        "eval_lowshot", f"checkpoint={tmp_path / 'flat.pth'}", "init_key=net", *arguments
+    )
+    assert (code, "init_key=net: the file holds one backbone, without a name" in err) == (2, True)
+    both = f"checkpoint=[2024_05:{tmp_path / 'a.pth'},b:{tmp_path / 'a.pth'}]"
+    code, _, err = command(
+        "eval_lowshot", both, "init_key={2024_05:model, b:model_ema}", *arguments
+    )
+    assert code == 0, err
+    found = {row["backbone"]: row["weights"] for row in rows_of(tmp_path / "out")}
+    expected = {"2024_05": halves["model"], "b": halves["model_ema"]}
+    assert found == {name: trunk_digest(trunk.state_dict()) for name, trunk in expected.items()}
