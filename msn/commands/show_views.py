@@ -10,9 +10,9 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from msn.commands.entry import to_plain
+from msn.data.batched_views import make_batched_views
 from msn.data.collate import ImageBatch
 from msn.data.dataset import TrainingSet
-from msn.data.device_views import make_batched_views
 from msn.data.pools import Pools, build_pools
 from msn.data.reference_views import make_reference_views
 from msn.data.sampler import BatchKey, EpochSampler

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import msn
 from msn.commands.lightly_step import LightlyStep
+from msn.data.batched_views import make_batched_views
 from msn.data.dataset import Subset, TrainingSet
-from msn.data.device_views import make_batched_views
 from msn.data.sampler import BatchKey
 from msn.data.sources import ArraySource
 from msn.data.views import Views, ViewSettings

@@ -1,4 +1,4 @@
-"""Colour changes as Pillow makes them, for one view or many at once, on any device.
+"""Colour changes and blur as Pillow makes them, for one view or many at once, on any device.
 
 Pixels are floats from 0 to 255, planes first: [..., 3, H, W]. Brightness, contrast and saturation
 move a view towards or away from a base: black, its mean gray, its gray image. Hue turns the colour
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from torch import Tensor
 LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
 HUE_STEPS = 255  # Pillow turns the hue by whole 1/255 of the circle, fractions cut off
 HUE_PLANES = 5  # scratch planes that `turn_hue` needs
+_BOXES = 3  # of Pillow's Gaussian blur
 CUT = 0.5  # gray levels that are lost on average when fractions are cut off
 
 
@@ -113,3 +115,58 @@ def whole_turns(hue: Tensor | float) -> Tensor | float:
     if isinstance(hue, Tensor):
         return (hue * HUE_STEPS).trunc() / HUE_STEPS
     return int(hue * HUE_STEPS) / HUE_STEPS
+
+
+def box_radius(radius: np.ndarray) -> np.ndarray:
+    """Radius in px of the box that, applied three times, blurs like a Gaussian of `radius` px.
+
+    Pillow's Gaussian blur is three box blurs: the extended box filter of Gwosdek et al. (SSVM
+    2011), whose box has a whole part and edge pixels that count partly.
+    """
+    variance = np.asarray(radius, np.float64) ** 2 / _BOXES
+    whole = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)
+    edge = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)
+    return whole + edge / (6 * (variance - (whole + 1) ** 2))
+
+
+def blur_taps(radius: np.ndarray, greatest: float) -> np.ndarray:
+    """One half of the kernel that three boxes make, from its centre outwards.
+
+    Args:
+        radius: of the Gaussian in px, [n]; 0 gives a kernel that changes nothing.
+        greatest: no radius is greater; it sets the number of taps.
+
+    Returns:
+        Weights at distance 0, 1, ..., reach, float32 [n, reach + 1].
+    """
+    box = box_radius(np.asarray(radius))[:, None]
+    half = int(np.ceil(box_radius(np.array(greatest))))
+    distance = np.abs(np.arange(-half, half + 1))
+    once = np.clip(box - distance + 1, 0, 1) / (2 * box + 1)  # [n, 2 * half + 1]
+    size = once.shape[1] * _BOXES  # no wrap-around in the product of the transforms
+    spectrum = np.fft.rfft(once, size) ** _BOXES
+    kernel = np.fft.irfft(spectrum, size)[:, _BOXES * half : 2 * _BOXES * half + 1]
+    return kernel.astype(np.float32)
+
+
+def blur_matrices(taps: Tensor, size: int) -> Tensor:
+    """Matrices that blur views of one size; the image's edge pixels repeat beyond it.
+
+    Args:
+        taps: of `blur_taps`, on any device, [n, reach + 1].
+        size: side of the views in px.
+
+    Returns:
+        Rows that sum to 1, [n, size, size]; `matrix @ x` blurs columns.
+    """
+    reach = min(taps.shape[1], size) - 1
+    near = taps[:, : reach + 1]
+    line = taps.new_zeros(len(taps), 2 * size - 1)  # row 0 of the matrix is its second half
+    line[:, size - 1 : size + reach] = near
+    line[:, size - 1 - reach : size] = near.flip(1)
+    matrix = line.unfold(1, size, 1).flip(1)
+    # What a row would take from beyond the edge.
+    beyond = taps.flip(1).cumsum(1).flip(1)[:, 1 : 1 + size]
+    matrix[:, : beyond.shape[1], 0] += beyond
+    matrix[:, size - beyond.shape[1] :, -1] += beyond.flip(1)
+    return matrix

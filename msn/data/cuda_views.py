@@ -1,9 +1,9 @@
 """The batched back end on CUDA: five kernels for each size of views, whatever the batch.
 
 Every view is made from the decoded pixels where they lie, so images of any sizes stand side by
-side without padding. Crop (antialiased, as `msn.data.crops`), colour (as `msn.data.colour`, each
-view in its own order; contrast needs the mean gray of all that comes before it, hence a pass of
-its own) and blur (as `msn.data.blur`). The arithmetic is float32, what lies between the kernels
+side without padding: crops as in `msn.data.batched_views`, colours and blur as in
+`msn.data.colour`. Each view has its own order of changes; contrast needs the mean gray of all that
+comes before it, hence a pass of its own. The arithmetic is float32, what lies between the kernels
 float16 where the views are of 16 bits.
 """
 
@@ -17,9 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msn.data.blur import blur_taps
 from msn.data.collate import ImageBatch
-from msn.data.colour import CUT, HUE_STEPS, LUMA
+from msn.data.colour import CUT, HUE_STEPS, LUMA, blur_taps
 from msn.data.views import (
     BRIGHTNESS,
     COLUMNS,

@@ -15,11 +15,11 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from msn.data.bad_images import BadImageLedger
+from msn.data.batched_views import make_batched_views
 from msn.data.collate import BadImage, ImageBatch
 from msn.data.dataset import LabelledImages, TrainingSet
 from msn.data.decode import BadImageError, full_size
 from msn.data.depth import Depth
-from msn.data.device_views import make_batched_views
 from msn.data.pools import Pools, build_pools
 from msn.data.reference_views import make_reference_views
 from msn.data.sampler import EpochSampler

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from msn.data.batched_views import make_batched_views
 from msn.data.dataset import TrainingSet
-from msn.data.device_views import make_batched_views
 from msn.data.pools import build_pools
 from msn.data.sampler import BatchKey
 from msn.data.views import view_settings

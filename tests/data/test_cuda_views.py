@@ -11,12 +11,12 @@ import pytest
 import torch
 from sklearn.datasets import load_sample_images
 
+from msn.data.batched_views import make_batched_views
 from msn.data.datamodule import copy_stream
-from msn.data.device_views import make_batched_views
 from msn.data.reference_views import make_reference_views
 from msn.data.views import IMAGENET_STD, ViewSettings
 from tests.data.datamodules import make_datamodule
-from tests.data.test_device_views import CASES, PAPER, make_batch
+from tests.data.test_batched_views import CASES, PAPER, make_batch
 
 
 def on_a_gpu(test):

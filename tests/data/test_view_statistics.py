@@ -8,15 +8,15 @@ import pytest
 import torch
 from sklearn.datasets import load_sample_images
 
+from msn.data.batched_views import make_batched_views
 from msn.data.dataset import Subset, TrainingSet
-from msn.data.device_views import make_batched_views
 from msn.data.recipe import pil_recipe
 from msn.data.sampler import BatchKey
 from msn.data.sources import folder_source
 from msn.data.views import IMAGENET_MEAN, IMAGENET_STD, ViewSettings
 from tests.conftest import ROOT
+from tests.data.test_batched_views import PAPER
 from tests.data.test_decode import encode
-from tests.data.test_device_views import PAPER
 
 SETTINGS = ViewSettings(**{**PAPER, "rand_views": 0, "focal_views": 2})  # a large and two small
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

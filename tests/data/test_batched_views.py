@@ -9,10 +9,10 @@ import sklearn
 import torch
 from sklearn.datasets import load_sample_images
 
-from msn.data import crops
+from msn.data import batched_views
+from msn.data.batched_views import make_batched_views
 from msn.data.collate import ImageBatch, pack
 from msn.data.dataset import Subset, TrainingSet
-from msn.data.device_views import make_batched_views
 from msn.data.reference_views import make_reference_views
 from msn.data.sampler import BatchKey
 from msn.data.sources import folder_source
@@ -98,7 +98,7 @@ def test_images_are_cropped_alike_whatever_lies_beside_them(monkeypatch):
     batch = make_batch(settings, [np.resize(photo, (*shape, 3)) for shape in shapes])
     together = make_batched_views(batch, settings, dtype=torch.float32, kernel="whole")
     for budget in (1, 12_000_000):
-        monkeypatch.setattr("msn.data.crops._CHUNK_BYTES", budget)
+        monkeypatch.setattr("msn.data.batched_views._CHUNK_BYTES", budget)
         apart = make_batched_views(batch, settings, dtype=torch.float32, kernel="whole")
         for a, b in zip(together, apart, strict=True):
             assert (a - b).abs().max() < 1e-4
@@ -109,13 +109,13 @@ def test_a_very_long_image_is_not_resampled_whole(monkeypatch):
     settings = ViewSettings(**{**PAPER, **NOTHING})
     rows = np.arange(40_000, dtype=np.uint8)[None, :, None]
     batch = make_batch(settings, [np.repeat(rows, 3, 2), load_sample_images().images[0]])
-    seen, resample = [], crops._resample
+    seen, resample = [], batched_views._resample
 
     def watching(images, boxes, size):
         seen.append(images.shape[3] * boxes.shape[1])
         return resample(images, boxes, size)
 
-    monkeypatch.setattr(crops, "_resample", watching)
+    monkeypatch.setattr(batched_views, "_resample", watching)
     ours = make_batched_views(batch, settings, dtype=torch.float32, kernel="whole")
     theirs = make_reference_views(batch, settings, device=torch.device("cpu"), dtype=torch.float32)
     assert max(seen) <= 640 * settings.num_views

@@ -1,0 +1,341 @@
+"""The batched back end: all views of a batch at once, by torch, on the CPU or on another device.
+
+Crops are antialiased with Pillow's support, a triangle as wide as the reduction: by torch's uint8
+kernel one after the other (`crop_each`), and of small images by two products of matrices for all
+crops at once (`crop`). Views of like changes are then changed together. CUDA has
+`msn.data.cuda_views`. What was measured stands in `benchmarks/data.md`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from msn.compilers import missing_compiler
+from msn.data.collate import ImageBatch
+from msn.data.colour import (
+    HUE_PLANES,
+    blend,
+    blur_matrices,
+    blur_taps,
+    channels_of,
+    gray_image,
+    mean_gray,
+    turn_hue,
+    whole_turns,
+)
+from msn.data.views import (
+    COLUMNS,
+    CONTRAST,
+    FACTORS,
+    HUE,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    JITTER_ORDERS,
+    NO_CHANGE,
+    SATURATION,
+    Views,
+    ViewSettings,
+)
+
+log = logging.getLogger(__name__)
+
+KERNELS = ("native", "whole", "cuda")
+_CACHED_PIXELS = 1 << 18  # measured best of 2**12 to 2**18, 2-core CPU
+_WHOLE_UP_TO = 64  # px
+_CHUNK_BYTES = 1 << 28  # of images, weights and half-made crops at a time
+_LONGEST = 8  # times the short side; crops of a longer image are small beside it
+
+
+def choose_kernel(batch: ImageBatch) -> str:
+    """The kernel for a batch's device and image sizes; on a CPU the one that measured fastest."""
+    device = batch.pixels.device
+    if device.type == "cuda" and _can_compile():
+        return "cuda"
+    height, width = batch.sizes[0].tolist()
+    same = bool((batch.sizes == batch.sizes[0]).all())
+    small = same and max(height, width) <= _WHOLE_UP_TO
+    return "whole" if small or device.type != "cpu" else "native"
+
+
+@cache
+def _can_compile() -> bool:
+    if missing := missing_compiler("cuda"):
+        log.warning("views: there is no %s; without it they take several times longer", missing)
+    return missing is None
+
+
+def make_batched_views(
+    batch: ImageBatch, settings: ViewSettings, *, dtype: torch.dtype, kernel: str | None = None
+) -> Views:
+    """Make the views of a batch on the device that holds its pixels.
+
+    Args:
+        batch: decoded images with parameters; the tables on the CPU.
+        settings: of the views.
+        dtype: of the views.
+        kernel: `native` (crops by torch's uint8 kernel, one at a time, CPU only), `whole` (crops by
+            products of matrices, all at once) or `cuda` (`msn.data.cuda_views`); None chooses.
+
+    Returns:
+        Normalised views.
+    """
+    kernel = choose_kernel(batch) if kernel is None else kernel
+    if kernel == "cuda":
+        from msn.data.cuda_views import make_cuda_views  # where there is Triton
+
+        return make_cuda_views(batch, settings, dtype=dtype)
+    rand, blur = 1 + settings.rand_views, settings.blur_radius[1]
+
+    def make(views: slice, size: int) -> Tensor:
+        return _make(batch, views, size, kernel=kernel, greatest_blur=blur).to(dtype)
+
+    large = make(slice(0, rand), settings.rand_size)
+    small = make(slice(rand, None), settings.focal_size)
+    return Views(target=large[0], rand=large[1:], focal=small)
+
+
+def _make(
+    batch: ImageBatch, views: slice, size: int, *, kernel: str, greatest_blur: float
+) -> Tensor:
+    table = batch.table[views]
+    shape = (*table.shape[:2], 3, size, size)
+    device = batch.pixels.device
+    if table.shape[0] == 0:
+        return torch.empty(shape, device=device)
+    cut = crop_each if kernel == "native" else crop
+    pixels = cut(batch, views, size).view(-1, 3, size, size)
+    rows = table.reshape(-1, len(COLUMNS))
+    # On a CPU a change is cheap only while its pixels stay in the cache.
+    step = max(1, _CACHED_PIXELS // size**2) if device.type == "cpu" else len(pixels)
+    for part, of in zip(pixels.split(step), rows.split(step), strict=True):
+        _recolour(part, dict(zip(COLUMNS, of.unbind(-1), strict=True)), greatest_blur)
+    scale, shift = _normalisation(device)
+    return pixels.mul_(scale).sub_(shift).view(shape)
+
+
+@cache
+def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Factor of values 0 to 255 and what is then taken off; copied to the device only once."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (1 / (255 * std)).to(device), (mean / std).to(device)
+
+
+def _recolour(pixels: Tensor, columns: dict[str, Tensor], greatest_blur: float) -> None:
+    """Jitter, gray and blur of views [n, 3, S, S], in place."""
+    _jitter(pixels, columns)
+    _change(pixels, columns["gray"] > 0, lambda part, _: part.copy_(gray_image(channels_of(part))))
+
+    def blur(part: Tensor, rows: Tensor) -> None:
+        taps = torch.from_numpy(blur_taps(columns["blur"][rows].numpy(), greatest_blur))
+        taps = taps.to(part.device, non_blocking=True)
+        across = blur_matrices(taps, part.shape[-1]).unsqueeze(1)  # [n, 1, S, S]
+        part.copy_(across @ part @ across.mT)
+
+    _change(pixels, columns["blur"] > 0, blur)
+
+
+def _jitter(pixels: Tensor, columns: dict[str, Tensor]) -> None:
+    """Brightness, contrast, saturation and hue in each view's own order, in place."""
+    orders = JITTER_ORDERS[columns["order"].numpy().astype(np.int64)]  # [n, 4]
+    factors = np.stack([columns[COLUMNS[number]].numpy() for number in FACTORS], -1)  # [n, 4]
+    happens = np.take_along_axis(factors, orders, 1) != NO_CHANGE[orders]
+    for position in range(orders.shape[1]):
+        for change in np.unique(orders[happens[:, position], position]).tolist():
+
+            def apply(part: Tensor, rows: Tensor, change: int = change) -> None:
+                factor = torch.from_numpy(factors[rows.numpy(), change])
+                _apply(part, change, factor.to(part.device, non_blocking=True))
+
+            mask = happens[:, position] & (orders[:, position] == change)
+            _change(pixels, torch.from_numpy(mask), apply)
+
+
+def _apply(part: Tensor, change: int, factor: Tensor) -> None:
+    """One change of [n, 3, S, S] by factors float32 [n], in place."""
+    factor = factor.view(-1, 1, 1, 1)
+    if change == HUE:
+        scratch = part.new_empty(HUE_PLANES, len(part), 1, *part.shape[2:]).unbind()
+        turn_hue(part, channels_of(part), whole_turns(factor), scratch)
+        return
+    base: Tensor | float = 0.0
+    if change == CONTRAST:
+        base = mean_gray(part)
+    elif change == SATURATION:
+        base = gray_image(channels_of(part))
+    blend(part, base, factor)
+
+
+def _change(pixels: Tensor, mask: Tensor, change: Callable[[Tensor, Tensor], object]) -> None:
+    """Take the views of a mask (on the CPU, so nothing waits for the device), change, put back."""
+    rows = torch.nonzero(mask)[:, 0]
+    if len(rows) == 0:
+        return
+    index = rows.to(pixels.device, non_blocking=True)
+    part = pixels if len(rows) == len(pixels) else pixels.index_select(0, index)
+    change(part, rows)
+    if part is not pixels:
+        pixels.index_copy_(0, index, part)
+
+
+def crop_each(batch: ImageBatch, views: slice, size: int) -> Tensor:
+    """As `crop`, by torch's own uint8 kernel, on the CPU: values are rounded to whole levels."""
+    table = batch.table[views]
+    # NumPy asks the kernel for huge pages; the first touch of others takes a third of all the time.
+    out = torch.from_numpy(np.empty((*table.shape[:2], 3, size, size), np.float32))
+    boxes = table[..., :5].long().tolist()
+    for item in range(table.shape[1]):  # all views of an image while it is in the cache
+        image = batch.image(item)
+        for view in range(len(table)):
+            top, left, height, width, flip = boxes[view][item]
+            # Interleaved pixels have the fast kernel.
+            part = image[top : top + height, left : left + width].contiguous().permute(2, 0, 1)
+            resized = F.interpolate(part[None], size=(size, size), mode="bilinear", antialias=True)
+            out[view, item] = resized[0].flip(-1) if flip else resized[0]
+    return out
+
+
+def crop(batch: ImageBatch, views: slice, size: int) -> Tensor:
+    """Crop, resize and flip the views of a batch.
+
+    All views of an image come out of its whole picture by two products of matrices, most of whose
+    entries are zero.
+    Images of different sizes are padded, those of like shape together.
+
+    Args:
+        batch: decoded images; table and sizes on the CPU, the pixels on any device.
+        views: which rows of the table; all become `size` px.
+        size: side of the result in px.
+
+    Returns:
+        Values 0 to 255, not rounded, float32 [v, B, 3, size, size].
+    """
+    table = batch.table[views]
+    num_views, count = table.shape[:2]
+    parts, order = [], []
+    for numbers in _chunks(batch.sizes.numpy(), num_views * size):
+        images = _padded(batch, numbers)  # [n, h, 3, w]
+        boxes = table[:, numbers, :5].transpose(0, 1)  # [n, v, 5]
+        low, high = sorted(batch.sizes[numbers[0]].tolist())
+        apart = len(numbers) == 1 and high > _LONGEST * low
+        resample = _resample_apart if apart else _resample
+        parts.append(resample(images, boxes, size).permute(1, 0, 3, 2, 4))
+        order.append(numbers)
+    places = torch.from_numpy(np.concatenate(order))
+    if len(parts) == 1 and bool((places == torch.arange(count)).all()):
+        return parts[0].contiguous()
+    out = parts[0].new_empty(num_views, count, 3, size, size)
+    places = places.to(out.device, non_blocking=True)
+    for part, place in zip(parts, places.split([len(numbers) for numbers in order]), strict=True):
+        out.index_copy_(1, place, part)
+    return out
+
+
+def _chunks(sizes: np.ndarray, rows: int) -> Iterator[np.ndarray]:
+    """Numbers of images that are cropped together: of like shape, and few enough for the memory.
+
+    Args:
+        sizes: heights and widths, int64 [B, 2].
+        rows: that the crops of an image have together.
+    """
+    heights, widths = sizes.T
+    order = np.lexsort((heights * widths, heights > widths))
+    begin, height, width = 0, 0, 0
+    for at, number in enumerate(order.tolist()):
+        height, width = max(height, sizes[number, 0]), max(width, sizes[number, 1])
+        values = 3 * height * width + rows * (4 * width + height)
+        if at > begin and (at + 1 - begin) * values * 4 > _CHUNK_BYTES:
+            yield order[begin:at]
+            begin, (height, width) = at, sizes[number]
+    if begin < len(order):
+        yield order[begin:]
+
+
+def _padded(batch: ImageBatch, numbers: np.ndarray) -> Tensor:
+    """The images with these numbers, rows of planes, [n, h, 3, w]; what is added is arbitrary."""
+    device, sizes = batch.pixels.device, batch.sizes[numbers]
+    height, width = sizes.amax(0).tolist()
+    if bool((sizes == sizes.new_tensor([height, width])).all()) and (np.diff(numbers) == 1).all():
+        begin = int(batch.starts[numbers[0]])
+        images = batch.pixels[begin : begin + len(numbers) * height * width]
+        images = images.view(-1, height, width, 3)
+    else:
+        high, wide = sizes.to(device, non_blocking=True).unbind(-1)
+        starts = batch.starts[numbers].to(device, non_blocking=True)
+        down = torch.arange(height, device=device).minimum(high[:, None] - 1)
+        across = torch.arange(width, device=device).minimum(wide[:, None] - 1)
+        lines = starts[:, None] + down * wide[:, None]
+        images = batch.pixels[lines[:, :, None] + across[:, None]]
+    return images.transpose(2, 3).to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def _resample(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Crops of images [n, h, 3, w] by boxes [n, v, 5] on the CPU, [n, v, size, 3, size]."""
+    count, height, _, width = images.shape
+    num_views = boxes.shape[1]
+    flat = boxes.reshape(-1, 5)
+    scale = float(flat[:, 2:4].max()) / size
+    top, left, high, wide, flip = flat.to(images.device, non_blocking=True).unbind(-1)
+    taps = 2 * math.ceil(max(scale, 1.0)) + 1
+
+    def weights(begin: Tensor, length: Tensor, flip: Tensor | None, span: int) -> Tensor:
+        taken, places = resampling_weights(begin, length, flip, size=size, span=span, taps=taps)
+        dense = images.new_zeros(len(flat), size, span)
+        return dense.scatter_(-1, places, taken)
+
+    down = weights(top, high, None, height).view(count, num_views * size, height)
+    rows = down @ images.view(count, height, 3 * width)  # [n, v * size, 3 * w]
+    across = weights(left, wide, flip, width)  # [n * v, size, w]
+    rows = rows.view(count * num_views, size * 3, width)
+    return torch.bmm(rows, across.transpose(1, 2)).view(count, num_views, size, 3, size)
+
+
+def _resample_apart(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """As `_resample` for one image, each crop by itself: most of a very long image is in none."""
+    parts = []
+    for top, left, high, wide, flip in boxes[0].long().tolist():
+        part = images[:, top : top + high, :, left : left + wide].contiguous()
+        parts.append(_resample(part, boxes.new_tensor([[[0, 0, high, wide, flip]]]), size))
+    return torch.cat(parts, dim=1)
+
+
+def resampling_weights(
+    begin: Tensor, length: Tensor, flip: Tensor | None, *, size: int, span: int, taps: int
+) -> tuple[Tensor, Tensor]:
+    """Weights that resample `length` pixels from `begin` on to `size` pixels, Pillow's triangle.
+
+    Args:
+        begin: first pixel of each box within the span, float [n].
+        length: pixels of each box, float [n].
+        flip: 1 where the result runs backwards, float [n]; None for nowhere.
+        size: pixels of the result.
+        span: pixels of the input row that the weights are for.
+        taps: no pixel of the result needs more pixels of the input.
+
+    Returns:
+        Weights and the pixels that they are for, float32 and int64 [n, size, min(taps, span)];
+        the weights of a row sum to 1.
+    """
+    taps = min(taps, span)
+    steps = torch.arange(size, device=begin.device, dtype=torch.float32) + 0.5
+    if flip is not None:
+        steps = torch.where(flip[:, None] > 0, size - steps, steps)
+    begin, length = begin[:, None], length[:, None]
+    scale = length / size
+    centres = begin + steps * scale  # [n, size]
+    reach = scale.clamp(min=1)
+    first = (centres - reach).floor_().clamp_(0, span - taps)
+    # The short axis of taps comes first: on a CPU passes along a short last one are slow.
+    places = first + torch.arange(taps, device=begin.device).view(-1, 1, 1)  # [taps, n, size]
+    pixels = places + 0.5
+    weights = (1 - (pixels - centres).abs_().div_(reach)).clamp_(min=0)
+    weights *= (pixels > begin) & (pixels < begin + length)  # a crop does not see beyond its box
+    weights /= weights.sum(0)
+    return weights.permute(1, 2, 0), places.long().permute(1, 2, 0)
