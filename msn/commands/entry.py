@@ -1,5 +1,6 @@
 """The one way into every command: compose, run, and end a mistake in one line and exit code 2."""
 
+import argparse
 import io
 import logging
 import os
@@ -21,6 +22,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 import msn
 from msn.commands.command_line import parse_flags, quote_paths, read_mapping
 from msn.commands.help import help_text, options
+from msn.commands.readers import without_readers
 from msn.errors import UserError
 from msn.schema import refuse_unknown, take
 
@@ -57,21 +59,25 @@ def run_command(config_name: str, job: Job, arguments: list[str]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("msn").setLevel(logging.INFO)
     logging.getLogger("hydra").setLevel(logging.CRITICAL)  # it tells what it also raises
-    try:
-        flags = parse_flags(arguments)
-        if flags.help:
-            print(_help(config_name, flags.overrides))
-        elif flags.cfg == "job":
-            print(_shown(compose(config_name, flags.overrides), flags.package, flags.resolve))
-        elif flags.multirun:
-            _sweep(config_name, job, flags.overrides)
-        else:
-            job(compose(config_name, flags.overrides))
-    except MISTAKES as error:
-        if os.environ.get("MSN_DEBUG"):
-            raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+    with without_readers():
+        try:
+            _run(config_name, job, parse_flags(arguments))
+        except MISTAKES as error:
+            if os.environ.get("MSN_DEBUG"):
+                raise
+            print(f"error: {one_line(error)}", file=sys.stderr)
+            sys.exit(2)
+
+
+def _run(config_name: str, job: Job, flags: argparse.Namespace) -> None:
+    if flags.help:
+        print(_help(config_name, flags.overrides))
+    elif flags.cfg == "job":
+        print(_shown(compose(config_name, flags.overrides), flags.package, flags.resolve))
+    elif flags.multirun:
+        _sweep(config_name, job, flags.overrides)
+    else:
+        job(compose(config_name, flags.overrides))
 
 
 def compose(config_name: str, overrides: list[str]) -> DictConfig:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
 from msn.commands.entry import build, to_plain
-from msn.commands.evaluation_log import open_log
+from msn.commands.evaluation_log import WandbLog
 from msn.commands.run_directory import choose_run_directory, forget_directory
 from msn.data.datamodule import resolve_workers
 from msn.data.dataset import LabelledImages
@@ -61,8 +61,11 @@ def _run(config: DictConfig) -> None:
     _check(settings)
     check_seed(settings["seed"])
     wanted = check_baselines(settings["baselines"], protocol)
-    with _processes() as (rank, processes):
-        directory = choose_run_directory(config) if rank == 0 else None
+    with _processes() as (rank, processes), ExitStack() as stack:
+        directory, log = None, None
+        if rank == 0:
+            directory = choose_run_directory(config).reserve()
+            stack.enter_context(directory.given_back_on_failure())
         opened = open_backbones(
             settings["checkpoint"],
             image_size=protocol.features.image_size,
@@ -76,10 +79,8 @@ def _run(config: DictConfig) -> None:
         train, held_out = _labelled_sets(settings["data"])
         protocol.check(train.labels, train.classes)
         in_memory = isinstance(train.images.source, ArraySource)
-        log = None
         if directory is not None and settings.get("logger"):
-            directory = directory.reserve()
-            log = open_log(directory, settings)  # what is wrong is told before the work, not after
+            log = WandbLog(directory.path, settings)  # tells what is wrong before the work
         results = evaluate(
             protocol,
             [*opened, *baselines(wanted, opened[0], settings["seed"])],
@@ -92,9 +93,7 @@ def _run(config: DictConfig) -> None:
         )
     if directory is None:
         return
-    if log is None:
-        directory = directory.reserve()
-        directory.create(OmegaConf.create(settings))
+    directory.create(OmegaConf.create(settings))
     write_table(directory.path, results, (train, held_out), settings)
     directory.write_status("finished")
     if log is not None:
@@ -108,14 +107,14 @@ def write_table(
     pools: tuple[LabelledImages, LabelledImages],
     settings: dict[str, Any],
 ) -> None:
-    """Print the table and keep it, with curves and heads, in the run directory.
+    """Keep the table, with curves and heads, in the run directory, and print it.
 
     Raises:
         UserError: if it cannot be written.
     """
     train, held_out = (len(pool) for pool in pools)
-    print_table(results, f"labels from {train} images, {held_out} held out")
     write_results(directory / TABLE_FILE, results, settings)
+    print_table(results, f"labels from {train} images, {held_out} held out")
 
 
 def check_baselines(setting: Any, protocol: Protocol) -> list[str]:

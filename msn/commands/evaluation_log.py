@@ -1,33 +1,13 @@
 """A low-shot table in Weights & Biases, when it is asked for."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from msn.commands.run_directory import RunDirectory
-from msn.errors import UserError
 from msn.evaluation.rows import Result, table_key
 from msn.training.loggers import wandb_refusal
 
 _COLUMNS = ("backbone", "classifier", "labels", "splits", "top1_mean", "top1_std", "lambda")
-
-
-def open_log(directory: RunDirectory, settings: dict[str, Any]) -> "WandbLog":
-    """Make the run directory and open a log in it, before the work.
-
-    Raises:
-        UserError: wandb knows no login or does not answer; the directory is gone again then.
-    """
-    directory.create(OmegaConf.create(settings))
-    try:
-        return WandbLog(directory.path, settings)
-    except UserError:
-        if directory.made:
-            shutil.rmtree(directory.path, ignore_errors=True)
-        raise
 
 
 class WandbLog:

@@ -1,11 +1,9 @@
 """`python train.py`: compose -> build -> fit -> result."""
 
-import contextlib
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -70,15 +68,14 @@ def run(config: DictConfig) -> None:
         plan.run(config, settings, Console())
         return
     preemption: Preemption = build(config, "callbacks.preemption", Preemption)
-    with without_readers():
-        preemption.install()
-        try:
-            _run(config, settings, preemption)
-        except Preempted as stop:
-            _leave(stop)
-        finally:
-            preemption.uninstall()
-            forget_directory()
+    preemption.install()
+    try:
+        _run(config, settings, preemption)
+    except Preempted as stop:
+        _leave(stop)
+    finally:
+        preemption.uninstall()
+        forget_directory()
 
 
 def _run(config: DictConfig, settings: dict[str, Any], preemption: Preemption) -> None:
@@ -253,45 +250,6 @@ def _leave(stop: Preempted) -> None:
     if "SUBMITIT_EXECUTOR" in os.environ:
         os._exit(code)  # else submitit keeps the exit as this run's result and asks no more
     sys.exit(code)
-
-
-class _LongLived:
-    """An output stream that may lose its reader: what is printed then goes nowhere."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with self._reader():
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self._reader():
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    @contextlib.contextmanager
-    def _reader(self) -> Iterator[None]:
-        try:
-            yield
-        except BrokenPipeError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
-
-
-@contextlib.contextmanager
-def without_readers() -> Iterator[None]:
-    """Within, `train.py | head -1` ends no work: a lost reader is no error."""
-    out, err = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _LongLived(out), _LongLived(err)
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = out, err
 
 
 def _is_multirun() -> bool:

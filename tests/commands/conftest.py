@@ -1,3 +1,4 @@
+import os
 import sys
 
 import pytest
@@ -40,6 +41,16 @@ def command(capfd, monkeypatch):
         return code, out.out, out.err
 
     return run
+
+
+@pytest.fixture
+def no_reader(monkeypatch):
+    """Standard output whose reader has ended, as in `msn COMMAND | true`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        yield
 
 
 @pytest.fixture

@@ -274,3 +274,49 @@ def test_of_several_checkpoints_each_has_its_key(command, tmp_path, images):
     found = {row["backbone"]: row["weights"] for row in rows_of(tmp_path / "out")}
     expected = {"2024_05": halves["model"], "b": halves["model_ema"]}
     assert found == {name: trunk_digest(trunk.state_dict()) for name, trunk in expected.items()}
+
+
+@pytest.mark.usefixtures("no_reader")
+def test_results_do_not_need_a_reader(command, tmp_path, images, run):
+    arguments = [f"checkpoint={run}", "baselines=[]", f"data.root={images}", *SMALL]
+    assert command("eval_lowshot", *arguments, f"run.dir={tmp_path / 'out'}")[0] == 0
+    assert len(rows_of(tmp_path / "out")) == 3
+
+
+def test_results_are_there_before_they_are_printed(tmp_path, monkeypatch):
+    def prints(results, title):
+        assert (tmp_path / "lowshot.json").is_file()
+        raise OSError(title)
+
+    monkeypatch.setattr(eval_lowshot, "print_table", prints)
+    with pytest.raises(OSError, match="labels from 3 images, 2 held out"):
+        eval_lowshot.write_table(tmp_path, [], (range(3), range(2)), {})
+
+
+def test_a_run_directory_in_use_is_refused_before_the_work(
+    command, tmp_path, images, run, monkeypatch
+):
+    monkeypatch.setattr(eval_lowshot, "open_backbones", None)
+    where = tmp_path / "out"
+    where.mkdir()
+    holds = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX)"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"{holds}; print(flush=True); sys.stdin.read()", where / "run.lock"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    holder.stdout.readline()
+    code, _, err = command("eval_lowshot", f"checkpoint={run}", f"run.dir={where}")
+    holder.communicate()
+    assert (code, f"{where} is in use by" in err) == (2, True), err
+
+
+def test_an_evaluation_that_fails_leaves_nothing(command, tmp_path, images, run, monkeypatch):
+    def fails(*arguments, **more):
+        assert (tmp_path / "runs" / "eval_lowshot" / "0" / "run.lock").is_file()
+        raise OSError("no")
+
+    monkeypatch.setattr(eval_lowshot, "evaluate", fails)
+    arguments = [f"checkpoint={run}", f"data.root={images}", *SMALL]
+    assert command("eval_lowshot", *arguments, f"run.root={tmp_path / 'runs'}")[0] == 2
+    assert not (tmp_path / "runs").exists()

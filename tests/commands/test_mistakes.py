@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from msn.commands import run_directory
-from msn.commands.entry import MISTAKES, compose, one_line
+from msn.commands.entry import MISTAKES, compose, one_line, run_command
 from msn.commands.train import run as train
 from msn.method.vit import VisionTransformer
 from tests.commands.conftest import TINY
@@ -334,3 +334,16 @@ def test_verify_refuses_what_is_no_golden_file(command, tmp_path):
         code, _, err = command("verify", f"golden={path}")
         assert code == 2
         assert path.name in one_line_of(err)
+
+
+@pytest.mark.usefixtures("no_reader")
+@pytest.mark.parametrize("flush", [True, False])
+def test_no_command_needs_a_reader(flush):
+    done = []
+
+    def job(config):
+        print("nobody reads this", flush=flush)
+        done.append(config)
+
+    run_command("verify", job, [])
+    assert done

@@ -16,6 +16,7 @@ from lightning.pytorch import Callback
 
 from benchmarks.kill_resume import CLOCKS, differing
 from msn.commands import train
+from msn.commands.readers import without_readers
 from msn.files import read_rows
 from msn.training.checkpointing import checkpoints, newest_checkpoint
 from msn.training.preemption import EXIT_CODE
@@ -160,7 +161,7 @@ def test_a_reader_of_the_output_that_ends_ends_no_run(monkeypatch):
         os.close(reading)
         with pytest.raises(BrokenPipeError):
             print("nobody", flush=True)
-        with train.without_readers():
+        with without_readers():
             for _ in range(2):
                 print("nobody", flush=True)
         assert sys.stdout is stream
