@@ -50,13 +50,14 @@ def run_named(name: str, arguments: list[str]) -> None:
     if "--version" in arguments:  # Hydra would print its own
         print(f"msn {__version__}")
         return
-    from msn.commands.entry import run_command
 
     def job(config: "DictConfig") -> None:
         # Imported after composition: a mistyped key is told at once, without loading torch.
         import_module(f"msn.commands.{name}").run(config)
 
     try:
+        from msn.commands.entry import run_command  # takes half a second, in which Ctrl-C may come
+
         run_command(name, job, arguments)
     except KeyboardInterrupt as error:  # Ctrl-C; a command may have said what is left of its work
         print(str(error) or "interrupted", file=sys.stderr)

@@ -61,7 +61,7 @@ def run_command(config_name: str, job: Job, arguments: list[str]) -> None:
     logging.getLogger("hydra").setLevel(logging.CRITICAL)  # it tells what it also raises
     with without_readers():
         try:
-            _run(config_name, job, parse_flags(arguments))
+            _run(config_name, _explained(job), parse_flags(arguments))
         except MISTAKES as error:
             if os.environ.get("MSN_DEBUG"):
                 raise
@@ -78,6 +78,23 @@ def _run(config_name: str, job: Job, flags: argparse.Namespace) -> None:
         _sweep(config_name, job, flags.overrides)
     else:
         job(compose(config_name, flags.overrides))
+
+
+def _explained(job: Job) -> Job:
+    """The job with one line for what is beyond the machine: memory, shared memory, processes."""
+
+    def run(config: DictConfig) -> None:
+        try:
+            job(config)
+        except (RuntimeError, MemoryError) as error:
+            from msn.data.workers import explain  # loads torch, as such a job has done
+
+            line = explain(error, lambda: "smaller sizes or batches, or a smaller model, take less")
+            if line is None or os.environ.get("MSN_DEBUG"):
+                raise
+            raise UserError(line) from None
+
+    return run
 
 
 def compose(config_name: str, overrides: list[str]) -> DictConfig:

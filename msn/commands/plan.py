@@ -1,6 +1,5 @@
 """`python train.py plan=true ...`: what a training will cost, before anything is spent."""
 
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from msn.data.datamodule import MSNDataModule
 from msn.data.views import ViewSettings
 from msn.errors import UserError
 from msn.method.flops import Flops
-from msn.training.memory import Memory, forecast_memory, suggest_chunk_size
+from msn.training.memory import Memory, forecast_memory, memory_installed, suggest_chunk_size
 from msn.training.module import MSNModule
 from msn.training.speed import compilation
 from msn.training.trainer import resolve_precision
@@ -265,7 +264,7 @@ def _memory_of(device: torch.device) -> float | None:
 def _memory_installed(device: torch.device) -> float | None:
     """Bytes of a device of this machine, taken or not."""
     if device.type == "cpu":
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        return memory_installed()
     return _memory_of(device)
 
 

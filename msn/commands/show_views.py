@@ -22,6 +22,7 @@ from msn.files import write_bytes
 from msn.method.masking import PatchDrop, draw_key
 from msn.reporting.views_sheet import views_sheet
 from msn.schema import take
+from msn.training.memory import bytes_of_views, memory_installed
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ def run(config: DictConfig) -> None:
     epoch, seed = _whole("epoch", settings["epoch"], 0), _whole("seed", settings["seed"], 0)
     data = settings["data"]
     views = view_settings(data["views"])
+    _refuse_beyond_reason(images, views)
     drop = PatchDrop(**take("method", settings["method"], PatchDrop))
     pools = build_pools(**take("data", data, build_pools))
     order = _order(pools, data["global_batch_size"], seed)
@@ -74,6 +76,16 @@ def _picture_path(out: Any) -> Path:
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UserError(f"out={path}: name a file in a directory that is there")
     return path
+
+
+def _refuse_beyond_reason(images: int, views: ViewSettings) -> None:
+    """Refuse a sheet whose views do not fit the machine: a swap would take hours."""
+    needed, limit = bytes_of_views(views, images, 4), memory_installed()
+    if needed > limit:
+        raise UserError(
+            f"views of {images} images would take {needed / 2**30:,.0f} GiB and there are "
+            f"{limit / 2**30:,.0f}: lower images, or the number or size of data.views"
+        )
 
 
 def _whole(name: str, value: Any, low: int) -> int:

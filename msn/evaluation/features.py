@@ -32,6 +32,7 @@ PRECISIONS = ("32", "bf16")
 _PART = 4096
 # Of a batch: 24 GB in float32, of three channels.
 _MOST_PIXELS = 2e9
+_LARGEST_SIDE = 8192  # px; Pillow takes crops of more than 13,377 for an attack
 
 
 class LabelledSet(Protocol):
@@ -83,6 +84,10 @@ class FeatureSettings:
             raise UserError(
                 f"features.image_size={image_size}: a batch of {batch_size} images would have more "
                 f"than {_MOST_PIXELS:.0e} pixels; lower it or features.batch_size"
+            )
+        if image_size is not None and image_size > _LARGEST_SIDE:
+            raise UserError(
+                f"features.image_size must be at most {_LARGEST_SIDE}, got {image_size}"
             )
         if precision not in PRECISIONS:
             raise UserError(

@@ -4,6 +4,7 @@ Legend: B images, T tokens of all anchor views, L tokens of one view, D embeddin
 views, K prototypes.
 """
 
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -60,8 +61,7 @@ def forecast_memory(
     """
     size = 8 if precision == "64-true" else 2 if precision == "bf16-true" else 4
     held = _held_bytes(network, size, processes, sharded)
-    pixels = (1 + views.rand_views) * views.rand_size**2 + views.focal_views * views.focal_size**2
-    view_bytes = batch_size * 3 * pixels * (2 if precision in _MIXED else size)
+    view_bytes = bytes_of_views(views, batch_size, 2 if precision in _MIXED else size)
     images = batch_size if chunk_size is None else min(chunk_size, batch_size)
     trunk, workspace = _trunk_bytes(network, views, patch_drop, precision, compiled)
     rows = batch_size * (views.rand_views + views.focal_views)
@@ -79,6 +79,17 @@ def forecast_memory(
         workspace=workspace,
         peak=standing + max(passing, held.gradients),
     )
+
+
+def bytes_of_views(views: ViewSettings, images: int, size: int) -> int:
+    """Of all views of some images, `size` bytes a number."""
+    pixels = (1 + views.rand_views) * views.rand_size**2 + views.focal_views * views.focal_size**2
+    return images * 3 * pixels * size
+
+
+def memory_installed() -> float:
+    """Bytes of the host, taken or not."""
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def suggest_chunk_size(peaks: Mapping[int | None, float], limit: float) -> int | None:

@@ -21,6 +21,7 @@ from msn.weights.reading import read_weights
 from msn.weights.weights import BASELINES, Weights, build_trunk, trunk_digest
 
 PARITY_FILE = "parity.json"
+_MOST_PATCHES = 128  # a side: attention over more takes minutes and tens of gigabytes to compare
 
 
 def export(
@@ -155,6 +156,11 @@ def _at_size(weights: Weights, image_size: int | None) -> Weights:
     if not isinstance(image_size, int) or image_size < patch or image_size % patch:
         raise UserError(
             f"image_size must be a multiple of the patch size {patch}, got {image_size}"
+        )
+    if image_size > _MOST_PATCHES * patch:
+        raise UserError(
+            f"image_size={image_size}: must be at most {_MOST_PATCHES * patch}, that is "
+            f"{_MOST_PATCHES} patches a side"
         )
     grid = (image_size // patch, image_size // patch)
     trunk["pos_embed"] = resize_position_embeddings(trunk["pos_embed"], grid)

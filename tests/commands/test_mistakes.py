@@ -3,12 +3,15 @@
 import math
 import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
+from msn.__main__ import run_named
 from msn.commands import run_directory
 from msn.commands.entry import MISTAKES, compose, one_line, run_command
 from msn.commands.train import run as train
@@ -347,3 +350,32 @@ def test_no_command_needs_a_reader(flush):
 
     run_command("verify", job, [])
     assert done
+
+
+@pytest.mark.parametrize("error", [None, MemoryError(), RuntimeError("a fault of ours")])
+def test_too_little_memory_is_a_line_in_every_command(capsys, error):
+    def job(config):
+        if error is not None:
+            raise error
+        torch.empty(1 << 50)
+
+    kind = RuntimeError if isinstance(error, RuntimeError) else SystemExit
+    with pytest.raises(kind) as ended:
+        run_command("verify", job, [])
+    if kind is SystemExit:
+        assert ended.value.code == 2
+        assert "out of memory" in one_line_of(capsys.readouterr().err)
+
+
+def test_ctrl_c_while_modules_are_imported_is_a_line(capsys, monkeypatch):
+    class Interrupted:
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "msn.commands.entry", Interrupted())
+    with pytest.raises(SystemExit) as ended:
+        run_named("train", [])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    loaded = "import msn.__main__, sys; sys.exit('hydra' in sys.modules)"  # before it can be said
+    assert subprocess.run([sys.executable, "-c", loaded], check=False).returncode == 0

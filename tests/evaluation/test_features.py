@@ -235,7 +235,13 @@ def test_more_blocks_than_there_are_is_refused():
         extract(toy_trunk(), ToyImages(1), feature="last_3")
 
 
-@pytest.mark.parametrize("change", [{"batch_size": 0}, {"precision": "fp16"}, {"image_size": 0}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"batch_size": 0}, {"precision": "fp16"}, {"image_size": 0}),
+        {"image_size": 30000, "batch_size": 2},
+    ],
+)
 def test_bad_settings_name_themselves(change):
     with pytest.raises(UserError, match=f"features.{next(iter(change))} must be"):
         FeatureSettings(**{**FEATURES, **change})
