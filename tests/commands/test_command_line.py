@@ -20,6 +20,7 @@ PATHS = (
     *("data.root", "data.val_root", "init", "run.name", "run.dir", "run.root", "checkpoint"),
     *("cache_dir", "protocol.write_lists", "protocol.lists_dir", "out", "runs", "root", "dump"),
     *("golden", "head", "json", "images", "data.labels"),
+    *("logger.wandb.project", "logger.wandb.name"),
 )
 
 
@@ -44,6 +45,9 @@ def test_every_key_that_is_a_path_is_one():
     for key in PATHS:
         assert read(f"{key}=/x/mü (1),=~") == "/x/mü (1),=~", key
     assert composed("train", "data.root=/x/mü (1),=~") == "/x/mü (1),=~"
+    assert compose(
+        "train", ["logger=wandb", "logger.wandb.project=2024_05"]
+    ).logger.wandb.project == ("2024_05")
 
 
 def test_the_home_directory_is_expanded(monkeypatch):
