@@ -14,7 +14,7 @@ from msn.weights.classifier import read_classifier
 from msn.weights.export import export
 from msn.weights.formats import FORMATS
 from msn.weights.reading import read_weights
-from msn.weights.weights import say_notes
+from msn.weights.weights import check_heads, say_notes
 
 
 def run(config: DictConfig) -> None:
@@ -35,6 +35,7 @@ def run(config: DictConfig) -> None:
         num_heads=settings["model"]["num_heads"],
         key=settings["init_key"],
     )
+    check_heads(weights, settings["model"]["num_heads"], str(checkpoint))
     run_dir = _run_directory(checkpoint)
     if run_dir is not None:
         weights.meta["config_digest"] = _digest(run_dir / "config.yaml")

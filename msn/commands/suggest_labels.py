@@ -37,6 +37,7 @@ from msn.method.network import ProjectionHead
 from msn.schema import take
 from msn.weights import Weights, read_weights
 from msn.weights.checkpoints import newest_valid_checkpoint
+from msn.weights.weights import check_heads
 
 NAMES_FILE, TABLE_FILE, SHEET_FILE = "suggested.txt", "suggested.csv", "contact_sheet.png"
 COPIES = "images"
@@ -67,6 +68,7 @@ def run(config: DictConfig) -> None:
     data = take("data", _images_of(settings["data"]), build_pools)
     num_heads, key = settings["model"]["num_heads"], settings["init_key"]
     weights = read_weights(_with_prototypes(settings["checkpoint"]), num_heads=num_heads, key=key)
+    check_heads(weights, num_heads, settings["checkpoint"])
     if method == "prototypes" and (weights.head is None or weights.prototypes is None):
         raise UserError(
             f"checkpoint={settings['checkpoint']}: has no head and prototypes, like any export; "

@@ -1,7 +1,7 @@
 """What is evaluated: a pretrained trunk, a randomly initialised one, or raw pixels."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from msn.method.vit import VisionTransformer
 from msn.weights import build_trunk, read_weights
 from msn.weights.preprocessing import image_transform
 from msn.weights.timm import check_same_model, named_model, told_by_model
-from msn.weights.weights import BASELINES, IMAGENET_MEAN, IMAGENET_STD, say_notes
+from msn.weights.weights import BASELINES, EXACT_GELU, IMAGENET_MEAN, IMAGENET_STD, say_notes
 
 _TIMM = "timm/"
 
@@ -165,7 +165,8 @@ def open_backbones(
         key: of every file which of several trunks (see `read_weights`), or by name of the backbone.
 
     Raises:
-        UserError: two names are the same, a path cannot be read, or a size does not fit.
+        UserError: two names are the same, a path cannot be read, or a size does not fit; or all
+            files say another number of heads.
     """
     entries = [checkpoint] if isinstance(checkpoint, str) else list(checkpoint)
     if not entries:
@@ -182,10 +183,17 @@ def open_backbones(
     keys = key if isinstance(key, Mapping) else dict.fromkeys(names, key)
     if unknown := sorted(set(keys) - set(names)):
         raise UserError(f"init_key: no backbone is called {', '.join(map(str, unknown))}")
-    return [
+    opened = [
         open_backbone(name, path, image_size=image_size, num_heads=num_heads, key=keys.get(name))
         for name, path in named
     ]
+    found = sorted({backbone.trunk.num_heads for backbone in opened})
+    if num_heads is not None and num_heads not in found:
+        raise UserError(
+            f"model.num_heads={num_heads}: checkpoint itself says {' and '.join(map(str, found))} "
+            "attention heads; leave the key out"
+        )
+    return opened
 
 
 def open_backbone(
@@ -211,6 +219,8 @@ def open_backbone(
     if named is not None:
         check_same_model(weights, named, f"checkpoint={_TIMM}{model}@{path}")
         weights.model.update(told_by_model(named))  # its eps, if that is not ours
+        notes = tuple(note for note in weights.notes if note != EXACT_GELU)  # which it has
+        weights = replace(weights, notes=notes)
     say_notes(weights, path)
     trunk = build_trunk(weights).float()
     about = {**told, **weights.meta}

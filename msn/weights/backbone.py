@@ -17,6 +17,7 @@ from msn.weights.weights import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Weights,
+    check_heads,
     say_notes,
 )
 
@@ -67,9 +68,10 @@ def load_backbone(
         key: which of several trunks in the file, see `read_weights`.
 
     Raises:
-        UserError: see `read_weights`.
+        UserError: see `read_weights`; or the file says another number of heads.
     """
     weights = read_weights(path, num_heads=num_heads, key=key)
+    check_heads(weights, num_heads, str(path))
     say_notes(weights, str(path))
     return Backbone(weights).eval()
 

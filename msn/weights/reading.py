@@ -19,6 +19,7 @@ from msn.weights.official import split_encoder
 from msn.weights.onnx import read_onnx
 from msn.weights.weights import (
     BACKBONE_FILE,
+    EXACT_GELU,
     FORMAT,
     PUBLISHED_LICENCE,
     SCRATCH_LICENCE,
@@ -41,6 +42,8 @@ _NUMBERS = ("num_heads", "layer_norm_eps")
 
 # Classifiers, and what MAE's and the reference's files hold beside the encoder.
 _NOT_TRUNK = ("head.", "head_dist.", "fc.", "pred.", "decoder_", "mask_token")
+# Files of tensors alone: neither a header nor a directory says more of the network.
+_BARE = ("state dict", "huggingface")
 # Of our header, what is about the weights and not about the file.
 _FILE_KEYS = ("format", "model", "head", "norm")
 
@@ -80,6 +83,8 @@ def read_weights(
     parts = _read_directory(path, key) if path.is_dir() else _read_file(path, {}, key)
     told = {**parts.model, "released": parts.source == "released"}
     model, assumed = infer_model(parts.trunk, told, num_heads, where)
+    if not parts.model and parts.source in _BARE:
+        assumed += (EXACT_GELU,)
     if parts.anchor_trunk is not None:
         check_trunk(parts.anchor_trunk, model, where)
     for tensors in (parts.anchor_trunk, parts.head, parts.anchor_head):

@@ -26,6 +26,9 @@ PUBLISHED_LICENCE = "CC BY-NC 4.0"
 SCRATCH_LICENCE = "not stated (trained from scratch: its owner decides)"
 UNKNOWN_LICENCE = "unknown (that of the weights' source)"
 
+# What is said of a file whose activation nothing tells: it has no tensors.
+EXACT_GELU = "activation: exact GELU assumed, as the file cannot tell (not quick- or tanh-GELU)"
+
 # Names in a low-shot table that stand for no backbone of a person.
 BASELINES = ("random", "pixels")
 
@@ -64,6 +67,16 @@ def say_notes(weights: Weights, where: str) -> None:
     """Warn of what was assumed: another number of heads gives other features, not an error."""
     for note in weights.notes:
         log.warning("%s: %s", where, note)
+
+
+def check_heads(weights: Weights, num_heads: int | None, where: str) -> None:
+    """Raise a UserError if a file says another number of heads than a person did."""
+    heads = weights.model["num_heads"]
+    if num_heads not in (None, heads):
+        raise UserError(
+            f"model.num_heads={num_heads}: {where} itself says {heads} attention heads; leave the "
+            "key out"
+        )
 
 
 def check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:

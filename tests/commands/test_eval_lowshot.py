@@ -320,3 +320,16 @@ def test_an_evaluation_that_fails_leaves_nothing(command, tmp_path, images, run,
     arguments = [f"checkpoint={run}", f"data.root={images}", *SMALL]
     assert command("eval_lowshot", *arguments, f"run.root={tmp_path / 'runs'}")[0] == 2
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["eval_lowshot", "export", "embed", "suggest_labels"])
+def test_heads_against_the_file_s_word_are_one_line(command, tmp_path, images, run, name):
+    arguments = {
+        "eval_lowshot": [f"data.root={images}", f"run.root={tmp_path / 'out'}", *SMALL],
+        "export": ["format=timm", f"out={tmp_path / 'out'}"],
+        "embed": [f"data.root={images}", f"out={tmp_path / 'out.safetensors'}"],
+        "suggest_labels": [f"data.root={images}", "budget=1", f"out={tmp_path / 'out'}"],
+    }
+    code, _, err = command(name, f"checkpoint={run}", "model.num_heads=5", *arguments[name])
+    assert (code, f"itself says {MODEL['num_heads']} attention heads" in err) == (2, True), err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "run"]

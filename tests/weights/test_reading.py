@@ -16,6 +16,7 @@ from msn.errors import UserError
 from msn.evaluation.backbones import open_backbone, open_backbones
 from msn.files import write_checkpoint
 from msn.weights import build_trunk, read_weights, save_backbone
+from msn.weights.weights import EXACT_GELU
 from tests.weights.builders import (
     MODEL,
     PATCH_4,
@@ -102,7 +103,7 @@ def test_heads_are_the_callers_word_where_the_file_has_none(tmp_path):
     assert assumed.model["num_heads"] == 3
     assert "attention heads: 3 assumed (DeiT-Ti" in assumed.notes[0]
     told = read_weights(tmp_path / "a.pth", num_heads=6)
-    assert (told.model["num_heads"], told.notes) == (6, ())
+    assert (told.model["num_heads"], told.notes) == (6, (EXACT_GELU,))
     save_run(tmp_path, trunk)
     assert read_weights(tmp_path, num_heads=6).model["num_heads"] == 3
 
@@ -111,10 +112,36 @@ def test_a_guess_of_heads_is_said_where_features_are_made_with_it(tmp_path, capl
     torch.save(make_trunk(embed_dim=192).state_dict(), tmp_path / "a.pth")
     msn.load_backbone(tmp_path / "a.pth", num_heads=3)
     open_backbone("a", str(tmp_path / "a.pth"), image_size=None, num_heads=3)
-    assert caplog.text == ""
+    assert "assumed (" not in caplog.text
     msn.load_backbone(tmp_path / "a.pth")
     open_backbone("a", str(tmp_path / "a.pth"), image_size=None, num_heads=None)
     assert caplog.text.count("3 assumed (DeiT-Ti, arXiv 2012.12877, Table 1)") == 2
+
+
+def test_heads_against_a_file_s_own_word_are_refused(tmp_path):
+    trunk = make_trunk()
+    save_run(tmp_path / "told", trunk)
+    torch.save(trunk.state_dict(), tmp_path / "a.pth")
+    with pytest.raises(UserError, match="model.num_heads=1: .*told itself says 3 attention heads"):
+        msn.load_backbone(tmp_path / "told", num_heads=1)
+    with pytest.raises(UserError, match="model.num_heads=1: checkpoint itself says 3 attention"):
+        open_backbones(str(tmp_path / "told"), image_size=None, num_heads=1)
+    both = [f"a:{tmp_path / 'told'}", f"b:{tmp_path / 'a.pth'}"]
+    opened = open_backbones(both, image_size=None, num_heads=1)  # for the one that cannot tell
+    assert [one.trunk.num_heads for one in opened] == [3, 1]
+
+
+def test_exact_gelu_is_said_where_nothing_tells_the_activation(tmp_path, caplog):
+    trunk = make_trunk(embed_dim=192, depth=12, patch_size=16)
+    torch.save(trunk.state_dict(), tmp_path / "a.pth")
+    save_run(tmp_path / "told", trunk)
+    msn.load_backbone(tmp_path / "told")
+    open_backbones(
+        f"timm/vit_tiny_patch16_224@{tmp_path / 'a.pth'}", image_size=None, num_heads=None
+    )
+    assert caplog.text == ""
+    msn.load_backbone(tmp_path / "a.pth", num_heads=3)
+    assert caplog.text.count("activation: exact GELU assumed") == 1
 
 
 @pytest.mark.parametrize("width", [24, 96, 512])
@@ -358,7 +385,7 @@ def test_of_two_halves_a_key_chooses(tmp_path, first, second):
     assert f"{first}," in str(error.value) or f", {first}:" in str(error.value)
     chosen = read_weights(path, num_heads=3, key=second)
     assert_same(chosen.trunk, averaged)
-    assert chosen.notes == (f"weights taken from {second}.module",)
+    assert chosen.notes == (f"weights taken from {second}.module", EXACT_GELU)
     assert_same(read_weights(path, num_heads=3, key=first).trunk, plain)
     with pytest.raises(UserError, match="init_key=teacher must be one of"):
         read_weights(path, num_heads=3, key="teacher")
@@ -398,7 +425,7 @@ def test_prefixes_and_wrappers_are_taken_off_and_said(tmp_path, prefix, wrapper)
     assert_same(weights.trunk, states)
     assert set(weights.ignored) == {"head_of_theirs.weight", "n_averaged"}
     name = ".".join(part for part in (wrapper, prefix.rstrip(".")) if part)
-    assert weights.notes == (f"weights taken from {name}",)
+    assert weights.notes == (f"weights taken from {name}", EXACT_GELU)
 
 
 def test_the_average_that_torch_makes_is_read(tmp_path):
