@@ -124,13 +124,10 @@ def official_sets(
         UserError: a list is missing or cannot be fetched, names images or classes that are not
             there, or does not hold k images of every class.
     """
-    lists = _wanted(shots, one_percent)
-    if directory is None:
-        directory = fetch_lists(cache_folder() / "imagenet_subsets", lists)
+    lists = find_lists(directory, shots=shots, one_percent=one_percent)
     # Building the names of 1.28 million images once is enough.
     names, sets = train.names, []
-    for entry in lists:
-        path = find_list(directory, entry)
+    for entry, path in lists:
         listed = read_names(path)
         positions = positions_of(listed, names, classes=train.classes, where=str(path))
         found = LabelSet(entry.labels, f"split {entry.split}", positions)
@@ -139,11 +136,24 @@ def official_sets(
     return sets
 
 
+def find_lists(
+    directory: Path | None, *, shots: Sequence[int], one_percent: bool
+) -> list[tuple[OfficialList, Path]]:
+    """Where each official list is, see `official_sets`.
+
+    Raises:
+        UserError: a list is missing or cannot be fetched.
+    """
+    lists = _wanted(shots, one_percent)
+    if directory is None:
+        directory = fetch_lists(cache_folder() / "imagenet_subsets", lists)
+    return [(entry, find_list(directory, entry)) for entry in lists]
+
+
 def are_the_papers(directory: Path, *, shots: Sequence[int], one_percent: bool) -> bool:
     """Whether the lists of a directory are byte for byte those of the paper; names others."""
     others = []
-    for entry in _wanted(shots, one_percent):
-        path = find_list(directory, entry)
+    for entry, path in find_lists(directory, shots=shots, one_percent=one_percent):
         if _digest(path.read_bytes()) != entry.sha256:
             others.append(str(path))
     if others:

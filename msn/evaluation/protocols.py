@@ -19,7 +19,7 @@ from msn.data.subsets import (
 from msn.errors import UserError
 from msn.evaluation.features import LabelledSet
 from msn.evaluation.frozen import check_lambda_choice, knn_results, logistic_results
-from msn.evaluation.official import ONE_PERCENT, are_the_papers, official_sets
+from msn.evaluation.official import ONE_PERCENT, are_the_papers, find_lists, official_sets
 from msn.evaluation.protocol import (
     FeatureProtocol,
     Plan,
@@ -180,9 +180,14 @@ class KShot(_FewLabels):
         return super().label_sets(train)
 
     def check(self, labels: Tensor, classes: Sequence[str]) -> None:
-        """Refuse what draws cannot be made from; lists are read by `plan`, which has the names."""
+        """Refuse what draws cannot be made from, and lists that are not there.
+
+        `plan`, which has the names, compares these with the images.
+        """
         if self.lists is None:
             super().check(labels, classes)
+        for path in self.lists or []:
+            read_names(Path(path))
 
 
 class Fraction(_FewLabels):
@@ -264,20 +269,19 @@ class ImageNetLowShot(_FewLabels):
             raise UserError(
                 f"protocol.shots must be among 1, 2, 5 (the official lists), got {shots}"
             )
-        self.lists_dir, self.one_percent = lists_dir, one_percent
-        self.shots = sorted(set(shots))
+        self._directory = None if lists_dir is None else Path(lists_dir)
+        self._wanted: dict[str, Any] = {"shots": sorted(set(shots)), "one_percent": one_percent}
 
     def few_labels(self, train: LabelledSet) -> list[LabelSet]:
         """The official sets, three for each of 1, 2, 5, one for 1 %."""
-        wanted: dict[str, Any] = {"shots": self.shots, "one_percent": self.one_percent}
-        directory = None if self.lists_dir is None else Path(self.lists_dir)
-        sets = official_sets(directory, train, **wanted)
-        if directory is not None:
-            self.is_the_papers = are_the_papers(directory, **wanted)
+        sets = official_sets(self._directory, train, **self._wanted)
+        if self._directory is not None:
+            self.is_the_papers = are_the_papers(self._directory, **self._wanted)
         return sets
 
     def check(self, labels: Tensor, classes: Sequence[str]) -> None:
-        """Names are needed to check official lists: `plan` does."""
+        """Find or fetch the lists; `plan`, which has the names, compares them with the images."""
+        find_lists(self._directory, **self._wanted)
 
     def check_choice(self, sets: Sequence[LabelSet], labels: Tensor) -> None:
         """Refuse, before any work, a lambda that nothing can choose."""

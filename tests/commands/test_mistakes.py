@@ -192,6 +192,27 @@ def test_an_optional_logger_that_is_not_installed(tiny, tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("protocol", "message"),
+    [
+        (["protocol=imagenet_lowshot"], "cannot fetch file:///no/such/"),
+        (
+            ["protocol=imagenet_lowshot", "protocol.lists_dir=/no/such"],
+            "there is no such directory",
+        ),
+        (["protocol.lists=[/no/such.txt]"], "/no/such.txt: cannot read this list"),
+    ],
+)
+def test_lists_of_labels_are_wanted_before_anything_is_trained(
+    tiny, tmp_path, monkeypatch, protocol, message
+):
+    monkeypatch.setenv("MSN_SUBSETS_URL", "file:///no/such")
+    monkeypatch.setenv("MSN_CACHE_DIR", str(tmp_path / "cache"))
+    changes = {"protocol": compose("train", protocol).protocol}
+    assert message in refused(tiny, {**changes, "run.root": str(tmp_path / "runs")})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_names_of_runs_may_be_numbers(tmp_path):
     run = {"root": str(tmp_path), "experiment": 7, "name": 3, "dir": None}
     config = OmegaConf.create({"run": run, "resume": {"mode": "auto"}})
