@@ -33,8 +33,7 @@ from msn.commands.bench_step import case_of
 from msn.commands.entry import compose, to_plain
 from msn.commands.step_methods import Case, MsnStep, step_flops
 from msn.data.views import ViewSettings
-from msn.training.memory import forecast_memory
-from msn.training.rate import measure_matrix_rate, synchronise
+from msn.training.cost import forecast_memory, measure_matrix_rate, synchronise
 
 ROOT = Path(__file__).parents[1]
 # The parts' processes find this checkout, installed or not.
@@ -87,7 +86,7 @@ def tests() -> dict[str, Any]:
 
 def verify() -> dict[str, Any]:
     """The reference figures, in float64 and float32."""
-    from msn.method.replay import load_golden, replay
+    from msn.commands.verify import load_golden, replay
 
     golden = load_golden(ROOT / "msn" / "golden" / "golden_default.safetensors")
     exact = list(replay(golden, DEVICE))

@@ -10,9 +10,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.traffic import Collective, step_traffic
 from msn.commands.entry import compose, to_plain
-from msn.method.flops import flops_per_image
-from msn.method.traffic import Collective, step_traffic
+from msn.training.cost import flops_per_image
 
 MODELS = {
     "S/16": "msn_vits16",

@@ -15,11 +15,11 @@ from rich.table import Table
 
 from msn.commands.entry import build, compose
 from msn.errors import UserError
+from msn.training.cost import synchronise
 from msn.training.judge import Judge
 from msn.training.module import MSNModule
 from msn.training.monitors import Monitors
 from msn.training.probe import Probe
-from msn.training.rate import synchronise
 
 _WARM_UP = 5  # steps that are not counted: first kernels, first allocations
 

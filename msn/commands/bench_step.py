@@ -14,8 +14,8 @@ from msn.commands.step_worker import MethodFailed, Worker
 from msn.data.views import ViewSettings
 from msn.errors import UserError
 from msn.schema import take
-from msn.training.rate import measure_matrix_rate
-from msn.training.speed import compilation
+from msn.training.cost import measure_matrix_rate
+from msn.training.strategy import compilation
 from msn.training.trainer import resolve_precision
 
 _CPU_BATCH, _CUDA_BATCH = 8, 128
@@ -37,7 +37,7 @@ def run(settings: dict[str, Any], console: Console) -> list[dict[str, Any]]:
 
     Returns:
         Rows with name (msn, eager_yardstick, lightly, matmul_limit), s_per_step, images_per_s,
-        flops_per_s (nominal, see `msn.method.flops`), share_of_limit, peak_bytes (beyond the
+        flops_per_s (nominal, see `msn.training.cost`), share_of_limit, peak_bytes (beyond the
         loaded libraries; None where the system does not tell), first_step_s, the settings that
         the numbers hang on (precision is each row's own), and of msn parts.
 

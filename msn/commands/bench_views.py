@@ -23,8 +23,8 @@ from msn.data.sources import FileSource, folder_source
 from msn.data.tables import StringTable
 from msn.data.views import ViewSettings, view_settings
 from msn.errors import UserError
-from msn.training.rate import synchronise
-from msn.training.speed import keep_freed_memory
+from msn.training.cost import synchronise
+from msn.training.strategy import keep_freed_memory
 
 DECODING = ("decode", "worker", "pil_recipe")
 CPU = torch.device("cpu")

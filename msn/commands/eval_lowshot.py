@@ -21,6 +21,7 @@ from msn.data.sources import ArraySource
 from msn.data.tables import cache_folder
 from msn.errors import UserError
 from msn.evaluation.backbones import (
+    LARGEST_SIDE,
     FrozenBackbone,
     RawPixels,
     Subject,
@@ -29,10 +30,9 @@ from msn.evaluation.backbones import (
 )
 from msn.evaluation.features import check_feature
 from msn.evaluation.lowshot import PIXELS, evaluate
-from msn.evaluation.pixels import LARGEST_SIDE
 from msn.evaluation.protocol import Protocol
 from msn.evaluation.results import print_table, write_results
-from msn.evaluation.rows import Result
+from msn.evaluation.sets import Result
 from msn.schema import take
 from msn.training.launch import ignore_left_overs, join_launched_processes, meeting
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from msn.evaluation.rows import Result, table_key
+from msn.evaluation.sets import Result, table_key
 from msn.training.loggers import wandb_refusal
 
 _COLUMNS = ("backbone", "classifier", "labels", "splits", "top1_mean", "top1_std", "lambda")

@@ -20,10 +20,9 @@ from msn.commands.step_methods import Case, step_flops
 from msn.data.datamodule import MSNDataModule
 from msn.data.views import ViewSettings
 from msn.errors import UserError
-from msn.method.flops import Flops
-from msn.training.memory import Memory, forecast_memory, memory_installed, suggest_chunk_size
+from msn.training.cost import Flops, Memory, forecast_memory, memory_installed, suggest_chunk_size
 from msn.training.module import MSNModule
-from msn.training.speed import compilation
+from msn.training.strategy import compilation
 from msn.training.trainer import resolve_precision
 
 _IMAGENET_IMAGES = 1_281_167

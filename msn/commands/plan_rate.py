@@ -7,9 +7,7 @@ import torch
 
 from msn.commands.step_methods import Case, MsnStep, product_type
 from msn.errors import UserError
-from msn.method.flops import Flops
-from msn.training.memory import Memory
-from msn.training.rate import measure_matrix_rate, synchronise
+from msn.training.cost import Flops, Memory, measure_matrix_rate, synchronise
 
 _MEASURED_BATCH = {"cpu": 8, "cuda": 64}
 _LEAST_BATCH = 2  # BatchNorm wants two

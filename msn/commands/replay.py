@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from msn.commands.entry import to_plain
 from msn.errors import UserError
-from msn.training.reproduce import Reproduction, reproduce
+from msn.training.guard import Reproduction, reproduce
 
 _NAMED = 20
 

@@ -11,8 +11,7 @@ from omegaconf import DictConfig
 from msn.commands.entry import build
 from msn.commands.run_directory import RunDirectory
 from msn.training.checkpointing import step_of
-from msn.training.loggers import TensorBoardRun, WandbRun
-from msn.training.metrics import MetricsCSV
+from msn.training.loggers import MetricsCSV, TensorBoardRun, WandbRun
 
 
 def build_loggers(config: DictConfig, directory: RunDirectory) -> list[Logger]:

@@ -20,10 +20,9 @@ from msn.data.sampler import BatchKey
 from msn.data.sources import ArraySource
 from msn.data.views import Views, ViewSettings
 from msn.method import optim
-from msn.method.finite import BufferGuard, FiniteCheck
-from msn.method.flops import Flops, flops_per_image
+from msn.method.optim import BufferGuard, FiniteCheck
+from msn.training.cost import Flops, flops_per_image, synchronise
 from msn.training.module import MSNModule
-from msn.training.rate import synchronise
 
 PARTS = ("views", "target", "anchors", "loss", "backward", "optimiser", "ema")
 _MAX_SKIPPED = 3
@@ -45,7 +44,7 @@ class Case(NamedTuple):
 
 
 def step_flops(case: Case) -> Flops:
-    """Nominal operations of one step, see `msn.method.flops`."""
+    """Nominal operations of one step, see `msn.training.cost`."""
     views = ViewSettings(**case.views)
     an_image = flops_per_image(
         model=case.model,

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from msn.commands.entry import one_line
 from msn.commands.step_methods import METHODS, Case, Step
 from msn.errors import UserError
-from msn.training.rate import synchronise
+from msn.training.cost import synchronise
 
 
 class MethodFailed(UserError):

@@ -27,10 +27,9 @@ from msn.data.subsets import write_names
 from msn.data.workers import in_one_line
 from msn.errors import UserError
 from msn.evaluation.backbones import FrozenBackbone, open_backbone
-from msn.evaluation.contact_sheet import contact_sheet
 from msn.evaluation.features import FeatureSettings, Runtime, less_memory
 from msn.evaluation.frozen import Logistic, logistic_results
-from msn.evaluation.label_choice import METHODS, Choice, cover_prototypes, k_medoids
+from msn.evaluation.label_choice import METHODS, Choice, contact_sheet, cover_prototypes, k_medoids
 from msn.evaluation.sets import FeatureSet, LabelSet, held_out_features
 from msn.files import placed_at, write_bytes
 from msn.method.network import ProjectionHead

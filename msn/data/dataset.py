@@ -16,8 +16,7 @@ from msn.data.collate import BadImage, ImageBatch, PixelBuffer
 from msn.data.decode import BadImageError, DecodedImage
 from msn.data.depth import SIXTEEN_BITS, levels_of
 from msn.data.folder_labels import UNLABELLED
-from msn.data.randomness import counter_hash
-from msn.data.sampler import BatchKey
+from msn.data.sampler import BatchKey, counter_hash
 from msn.data.sources import ArraySource, Source
 from msn.data.views import ViewParameters, ViewSettings, draw_parameters
 from msn.data.workers import shared_flags

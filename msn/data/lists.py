@@ -1,15 +1,209 @@
-"""Lists of image files: text with a path a line, or a table with or without a header."""
+"""Lists of image files: text with a path per line, or a table with or without a header.
+
+Read once in little memory, kept in a cache while the list stays.
+"""
 
 from __future__ import annotations
 
 import csv
 import logging
 import os
+import time
+from array import array
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import numpy as np
+
+from msn.data.folder_labels import UNLABELLED
 from msn.data.kinds import SUFFIXES, UNREAD_SUFFIXES
+from msn.data.progress import progress_bar
+from msn.data.real_paths import RealPaths
+from msn.data.tables import SETTLED_NS, StringTable, cache_file, load_arrays, store_arrays
 from msn.errors import UserError
+
+_CACHE_FROM = 10_000  # images; smaller lists are read again faster than a cache is worth
+_SHOW_EVERY = 10_000  # rows
+
+
+class ListIndex(NamedTuple):
+    """Paths as they are written, classes int64 [n] or None, their names, why there are none."""
+
+    paths: StringTable
+    labels: np.ndarray | None
+    classes: list[str]
+    why: str
+
+
+def index_list(
+    file: str, *, key: str, base: str, use_labels: bool, cache_from: int = _CACHE_FROM
+) -> ListIndex:
+    """Read a list, or what an earlier reading kept of it.
+
+    A file that is there twice, by whatever links, counts once, or it could be trained on and held
+    out.
+
+    Args:
+        file: the list, see `read_list`.
+        key: the setting it came from, for messages.
+        base: what relative paths start from.
+        use_labels: False ignores the labels.
+        cache_from: number of images from which on the result is kept.
+
+    Raises:
+        UserError: the list is missing, damaged or empty, has labels for some images only, or two
+            for one image.
+    """
+    started, base = time.time_ns(), os.path.abspath(base)
+    kept = cache_file(f"list {os.path.abspath(file)} in {base}, labels {use_labels}")
+    stamps = _stamps(file)
+    cached = load_arrays(kept)
+    where = f"{key}={file}"
+    if cached is not None and cached[0]["stamps"] == stamps:
+        _say_repeated(where, cached[0]["repeated"])
+        return _from_arrays(cached[1], cached[0]["why"])
+    rows = _Rows(where, base, use_labels)
+    index = rows.read(read_list(file, key=key))
+    _say_repeated(where, rows.repeated)
+    # A list changed this shortly before may be changed again unseen.
+    if len(index.paths) >= cache_from and stamps[1] < started - SETTLED_NS:
+        header = {"stamps": stamps, "repeated": rows.repeated, "why": index.why}
+        store_arrays(kept, header, _to_arrays(index))
+    return index
+
+
+def _stamps(file: str) -> list[int]:
+    """Size in bytes and time of the last change in ns; what is missing is said by who reads it."""
+    try:
+        status = os.stat(file)
+    except OSError:
+        return []
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _say_repeated(where: str, count: int) -> None:
+    if count:
+        log.warning("%s: %d rows name an image that is there before; once counts", where, count)
+
+
+def _to_arrays(index: ListIndex) -> dict[str, np.ndarray]:
+    classes = StringTable.from_strings(index.classes)
+    return {
+        "data": index.paths.data,
+        "offsets": index.paths.offsets,
+        "class_data": classes.data,
+        "class_offsets": classes.offsets,
+        "labels": np.empty(0, np.int64) if index.labels is None else index.labels,
+    }
+
+
+def _from_arrays(arrays: dict[str, np.ndarray], why: str) -> ListIndex:
+    classes = list(StringTable(arrays["class_data"], arrays["class_offsets"]))
+    labels = arrays["labels"] if classes else None
+    return ListIndex(StringTable(arrays["data"], arrays["offsets"]), labels, classes, why)
+
+
+class _Rows:
+    """The rows of a list, without a Python object for each.
+
+    Args:
+        where: what a message calls the list.
+        base: what relative paths start from, absolute.
+        use_labels: False ignores the labels.
+
+    Attributes:
+        repeated: rows that were left out because an earlier one has their image.
+    """
+
+    def __init__(self, where: str, base: str, use_labels: bool) -> None:
+        self._where, self._base, self._use_labels = where, base, use_labels
+        self._text, self._ends = bytearray(), array("q", [0])
+        self._lines, self._hashes, self._labels = array("q"), array("q"), array("q")
+        self._numbers: dict[str, int] = {}
+        self._real = RealPaths()
+        self.repeated = 0
+
+    def read(self, rows: Iterator[ListedImage]) -> ListIndex:
+        """Take every row and check them together."""
+        with progress_bar("reading the list") as advance:
+            for row in rows:
+                self._add(row)
+                if len(self._lines) % _SHOW_EVERY == 0:
+                    advance(f"reading the list: {len(self._lines)} images")
+        if not self._lines:
+            raise UserError(f"{self._where}: lists no image")
+        ends = np.frombuffer(self._ends, np.int64)
+        self._paths = StringTable(np.frombuffer(self._text, np.uint8), ends)
+        labels = np.frombuffer(self._labels, np.int64)
+        repeated = self._repeated()
+        self.repeated = len(repeated)
+        stays = np.ones(len(labels), bool)
+        stays[repeated] = False
+        return self._with_classes(self._paths.where(stays), labels[stays])
+
+    def _add(self, row: ListedImage) -> None:
+        self._text += os.fsencode(row.path)
+        self._ends.append(len(self._text))
+        self._lines.append(row.line)
+        self._hashes.append(hash(self._plain(row.path)))
+        if row.label and self._use_labels:
+            self._labels.append(self._numbers.setdefault(row.label, len(self._numbers)))
+        else:
+            self._labels.append(UNLABELLED)
+
+    def _plain(self, path: str) -> str:
+        """The same text for all ways to write the path of a file."""
+        return self._real.of(os.path.join(self._base, path))
+
+    def _repeated(self) -> list[int]:
+        """Rows whose image an earlier row has; UserError if that one has another label."""
+        hashes = np.frombuffer(self._hashes, np.int64)
+        _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+        first: dict[str, int] = {}
+        repeated = []
+        for i in np.flatnonzero(counts[inverse] > 1).tolist():
+            before = first.setdefault(self._plain(self._paths[i]), i)
+            if before != i:
+                self._check_same_label(before, i)
+                repeated.append(i)
+        return repeated
+
+    def _check_same_label(self, first: int, later: int) -> None:
+        labels = [self._labels[first], self._labels[later]]
+        if labels[0] != labels[1]:
+            one, other = ([*self._numbers, ""][number] for number in labels)
+            raise UserError(
+                f"{self._where}: {self._paths[later]} is there twice, with the labels {one!r} "
+                f"(line {self._lines[first]}) and {other!r} (line {self._lines[later]})"
+            )
+
+    def _with_classes(self, paths: StringTable, labels: np.ndarray) -> ListIndex:
+        """Number the classes in the order of their names."""
+        without = labels == UNLABELLED
+        if self._numbers and without.any():
+            path = paths[int(np.argmax(without))]
+            raise UserError(
+                f"{self._where}: {path} has no label, others have one ({int(without.sum())} of "
+                f"{len(labels)} rows have none): fill them in, leave the rows out, or set "
+                "data.use_labels=false"
+            )
+        if len(self._numbers) < 2:
+            return ListIndex(paths, None, [], self._why())
+        classes = sorted(self._numbers)
+        number = np.empty(len(classes), np.int64)
+        number[[self._numbers[name] for name in classes]] = np.arange(len(classes))
+        return ListIndex(paths, number[labels], classes, "")
+
+    def _why(self) -> str:
+        if not self._use_labels:
+            return "data.use_labels=false"
+        if self._numbers:
+            return f"all rows have the label {next(iter(self._numbers))}, and two are needed"
+        return (
+            "no row has a label: it stands in the column that the header calls label or class, in "
+            "a list without a header in the second"
+        )
+
 
 log = logging.getLogger(__name__)
 

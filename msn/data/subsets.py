@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor
 
-from msn.data.randomness import permutation
+from msn.data.sampler import permutation
 from msn.errors import UserError
 
 _SUBSET = 4  # keeps these draws apart from those of order, views and the held-out split

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from msn.data.randomness import uniform
+from msn.data.sampler import uniform
 from msn.errors import UserError
 from msn.schema import refuse_unknown, take
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from msn.data.randomness import counter_hash, permutation
+from msn.data.sampler import counter_hash, permutation
 from msn.evaluation.features import LabelledSet, Runtime, is_replaced
 
 _ORDER, _VIEW = 6, 7  # keep these draws apart

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,7 +10,7 @@ import timm
 import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from msn.errors import UserError
 from msn.evaluation.features import (
@@ -19,10 +20,9 @@ from msn.evaluation.features import (
     Runtime,
     extract_features,
 )
-from msn.evaluation.pixels import NoNetwork, pixel_transform
 from msn.method.vit import VisionTransformer
 from msn.weights import build_trunk, read_weights
-from msn.weights.preprocessing import image_transform
+from msn.weights.preprocessing import image_transform, trimmed
 from msn.weights.timm import check_same_model, named_model, told_by_model
 from msn.weights.weights import BASELINES, EXACT_GELU, IMAGENET_MEAN, IMAGENET_STD, say_notes
 
@@ -252,3 +252,38 @@ def _timm_model(name: str) -> TimmVisionTransformer:
             f"checkpoint={_TIMM}{name}: timm {timm.__version__} has no such model{hint}"
         )
     return named_model(name, f"checkpoint={_TIMM}{name}")
+
+
+# Largest side in px: more pixels cost much memory and, without a network, tell classes no better.
+LARGEST_SIDE = 32
+
+
+class NoNetwork(nn.Module):
+    """A trunk that gives back what it gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.Identity()
+
+    def forward_intermediates(self, rows: Tensor, last: int) -> list[Tensor]:  # noqa: ARG002
+        """Rows [B, D] as the one token of each image, [B, 1, D]."""
+        return [rows.unsqueeze(1)]
+
+
+def pixel_transform(size: int) -> Callable[[Image.Image], Tensor]:
+    """From an RGB image to the pixels of its centre crop, in [0, 1], float32 [3 * size * size].
+
+    Args:
+        size: side in px to which the shorter side is resized, >= 1.
+    """
+    return partial(_pixels, size=size)
+
+
+def _pixels(image: Image.Image, size: int) -> Tensor:
+    image = trimmed(image)
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    cropped = resized.crop((left, top, left + size, top + size))
+    return torch.frombuffer(bytearray(cropped.tobytes()), dtype=torch.uint8).float() / 255

@@ -39,8 +39,7 @@ from msn.evaluation.protocol import (
     with_unreadable,
 )
 from msn.evaluation.recipe import Recipe
-from msn.evaluation.rows import Result, make_row
-from msn.evaluation.sets import ChosenImages, LabelSet
+from msn.evaluation.sets import ChosenImages, LabelSet, Result, make_row
 from msn.method.vit import resize_position_embeddings
 from msn.schema import refuse_unknown, take
 

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from msn.errors import UserError
-from msn.evaluation.knn import knn_predictions
 from msn.evaluation.logistic import LogisticFit, centre_and_normalise, fit_logistic
+from msn.evaluation.neighbours import knn_predictions
 from msn.evaluation.progress import Progress
-from msn.evaluation.rows import Head, Result, make_row
 from msn.evaluation.selection import Fold, best_lambds, folds_of
-from msn.evaluation.sets import FeatureSet, LabelSet
+from msn.evaluation.sets import FeatureSet, Head, LabelSet, Result, make_row
 
 # Numbers of labelled rows gathered at once.
 _MAX_GATHERED = 2**28

@@ -27,8 +27,15 @@ from msn.evaluation.frozen import check_lambda_choice, logistic_results
 from msn.evaluation.logistic import centre_and_normalise
 from msn.evaluation.progress import Progress
 from msn.evaluation.protocol import Plan, Protocol, all_labels, build_logistic, with_unreadable
-from msn.evaluation.rows import Head, Result, make_row
-from msn.evaluation.sets import FeatureSet, LabelSet, held_out_features, labelled_features
+from msn.evaluation.sets import (
+    FeatureSet,
+    Head,
+    LabelSet,
+    Result,
+    held_out_features,
+    labelled_features,
+    make_row,
+)
 from msn.schema import refuse_unknown, take
 
 log = logging.getLogger(__name__)

@@ -9,10 +9,9 @@ from msn.data.workers import in_one_line
 from msn.evaluation.backbones import FrozenBackbone, Subject
 from msn.evaluation.cache import weights_key
 from msn.evaluation.features import LabelledSet, Runtime, less_memory
-from msn.evaluation.paper import is_imagenet, paper_figure
+from msn.evaluation.imagenet import is_imagenet, paper_figure
 from msn.evaluation.protocol import Protocol
-from msn.evaluation.rows import Result
-from msn.evaluation.sets import check_labelled
+from msn.evaluation.sets import Result, check_labelled
 
 PIXELS = "pixels"
 

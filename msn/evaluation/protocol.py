@@ -11,11 +11,11 @@ from msn.errors import UserError
 from msn.evaluation.backbones import Subject
 from msn.evaluation.features import FeatureSettings, LabelledSet, Runtime
 from msn.evaluation.frozen import Logistic
-from msn.evaluation.rows import Result
 from msn.evaluation.sets import (
     ChosenImages,
     FeatureSet,
     LabelSet,
+    Result,
     held_out_features,
     labelled_features,
     renumber,

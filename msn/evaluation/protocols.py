@@ -19,7 +19,7 @@ from msn.data.subsets import (
 from msn.errors import UserError
 from msn.evaluation.features import LabelledSet
 from msn.evaluation.frozen import check_lambda_choice, knn_results, logistic_results
-from msn.evaluation.official import ONE_PERCENT, are_the_papers, find_lists, official_sets
+from msn.evaluation.imagenet import ONE_PERCENT, are_the_papers, find_lists, official_sets
 from msn.evaluation.protocol import (
     FeatureProtocol,
     Plan,
@@ -27,8 +27,7 @@ from msn.evaluation.protocol import (
     build_logistic,
     check_draws,
 )
-from msn.evaluation.rows import Result
-from msn.evaluation.sets import FeatureSet, LabelSet
+from msn.evaluation.sets import FeatureSet, LabelSet, Result
 from msn.method.distributed import process_index
 
 log = logging.getLogger(__name__)

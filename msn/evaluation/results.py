@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from msn.evaluation.curves import draw_curve
-from msn.evaluation.rows import Head, Result
+from msn.evaluation.sets import Head, Result
 from msn.evaluation.table import csv_table, list_of, markdown_table, table_of
 from msn.files import write_bytes
 from msn.weights.files import save_tensors

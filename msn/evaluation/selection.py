@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from msn.data.randomness import permutation
+from msn.data.sampler import permutation
 
 _FOLDS = 5  # keeps these draws apart from others of the same seed
 

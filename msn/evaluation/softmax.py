@@ -1,16 +1,41 @@
 """The objective of logistic regression and a guess of its Hessian, for `lbfgs.minimise`.
 
 Legend: P problems, n rows, R coordinates, C classes, m rows of the largest class.
+
+Blocks of rows run on threads that each compute alone: parallel operations of torch wait for their
+slowest thread each time, blocks wait for each other once.
 """
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from msn.evaluation.lbfgs import Curvature
-from msn.evaluation.threads import in_threads
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+def in_threads(function: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
+    """Results of a function for every item, in order, on as many threads as torch uses.
+
+    Each item is computed by one thread whatever their number, so results do not depend on it.
+    """
+    threads = min(torch.get_num_threads(), len(items))
+    if threads <= 1:
+        return [function(item) for item in items]
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(function, items))
+    finally:
+        # A thread sets its own number and that of threads to come; only the first is wanted.
+        torch.set_num_threads(before)
+
 
 # Logits held at once by a thread: they stay in its cache while they are worked on.
 _CACHED_LOGITS = 2**18

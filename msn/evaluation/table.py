@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from msn.evaluation.rows import Row, printable
+from msn.evaluation.sets import Row, printable
 
 _CSV = (
     "backbone",

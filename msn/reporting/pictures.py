@@ -17,9 +17,8 @@ from msn.data.pools import build_pools
 from msn.data.sampler import BatchKey
 from msn.data.views import view_settings
 from msn.method.masking import PatchDrop
-from msn.reporting.curves import COLOURS, Chart
+from msn.reporting.curves import BELOW_TITLE, COLOURS, Chart
 from msn.reporting.learned import Learned
-from msn.reporting.lowshot import BELOW_TITLE
 from msn.reporting.views_sheet import views_sheet
 from msn.schema import take
 

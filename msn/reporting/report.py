@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from msn.errors import UserError
-from msn.reporting.curves import Chart, curve_charts
+from msn.reporting.curves import Chart, accuracy_chart, curve_charts, table_of
 from msn.reporting.learned import look
-from msn.reporting.lowshot import accuracy_chart, table_of
 from msn.reporting.page import charts_html, details_html, gallery_html, page, table_html
 from msn.reporting.pictures import feature_map, galleries
 from msn.reporting.record import RunRecord

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from msn.errors import UserError
 from msn.files import remove_stale, write_checkpoint
-from msn.training.rng import gather_random_states, restore_random_state
+from msn.training.resume import gather_random_states, restore_random_state
 from msn.weights.checkpoints import checkpoints, epoch_and_step, newest_checkpoint
 
 log = logging.getLogger(__name__)

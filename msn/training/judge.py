@@ -1,10 +1,17 @@
-"""The verdict at every epoch's end: kept in the run directory, and at wish the end of the run."""
+"""Is it learning? Rules with stated thresholds, and the verdict that they give after each epoch.
+
+The rules are pure functions on rows of `msn.training.monitors`; docs/monitoring.md says where each
+threshold comes from. The callback keeps verdicts in the run directory and may end the run. Legend:
+K prototypes.
+"""
 
 import csv
 import io
 import logging
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -12,7 +19,247 @@ from msn.errors import UserError
 from msn.files import read_rows, write_atomically
 from msn.training.module import MSNModule
 from msn.training.monitors import Monitors
-from msn.training.verdict import Facts, Verdict, agreement, is_patient, judge, mean_row
+
+Row = Mapping[str, float]
+
+# No verdict on collapse, uniformity or likeness before that many steps and epochs, nor before a
+# tenth of the warm-up: every run starts with few effective directions.
+PATIENCE_STEPS, PATIENCE_EPOCHS, PATIENCE_WARMUP = 60, 2, 0.1
+# After that, a cross-entropy of log K or more is worse than predictions that know nothing.
+DIVERGED = 1.0
+# Effective number of prototypes that targets use, as a share of what the prior would use: collapsed
+# at once; collapsed if the anchors' mean prediction has lost its entropy (share of log K) as well;
+# collapsed if it stays. Runs without Sinkhorn may start with few prototypes and recover.
+COLLAPSED_AT_ONCE, COLLAPSED, COLLAPSED_ENTROPY = 0.03, 0.1, 0.5
+COLLAPSED_IF_STAYS_EPOCHS, COLLAPSED_IF_STAYS_SHARE = 10, 0.2  # of the training
+# Spread of unit-length features, 1 where they cover all directions: these point all one way.
+COLLAPSED_SPREAD = 0.02
+# Mean entropy of targets as a share of log K.
+UNIFORM_ENTROPY = 0.95
+# Agreement of every kind of anchor view with its target: at any time, or in the first epoch that is
+# judged, when a network that started from scratch knows little yet. With fewer prototypes in use
+# than that share, agreement says little about views.
+TOO_ALIKE, TOO_ALIKE_AT_FIRST, TOO_ALIKE_PERPLEXITY = 0.97, 0.5, 0.5
+# Cross-entropy above the targets' own entropy, as a share of log K.
+AT_FLOOR = 0.02
+# Share of the time that steps wait for data.
+DATA_BOUND = 0.5
+
+
+class Facts(NamedTuple):
+    """What the rules know of the run."""
+
+    num_prototypes: int
+    """K."""
+    prior_perplexity: float
+    """exp(entropy) of the prior over prototypes: K for MSN's uniform one."""
+    width: int
+    """Of the features."""
+    warmup_epochs: float
+    use_sinkhorn: bool
+    me_max_weight: float
+    lr: float
+    """Peak."""
+    epochs: int
+    """Of the whole training."""
+    from_scratch: bool
+    """Whether training started from random weights."""
+
+
+class Verdict(NamedTuple):
+    """What a row of monitors means."""
+
+    kind: str
+    """One of `KINDS`."""
+    line: str
+    """For a person: what is seen, and what to do about it."""
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether the run will not learn as it is set."""
+        return self.kind in FAILURES
+
+
+FAILURES = ("diverged", "collapsed", "features collapsed", "uniform")
+KINDS = (
+    *FAILURES,
+    "views too alike",
+    "few prototypes",
+    "warming up",
+    "loss at its floor",
+    "learning",
+)
+
+
+def judge(
+    rows: Sequence[Row], facts: Facts, *, epoch: int, step: int, first_agreement: float | None
+) -> Verdict:
+    """Judge an epoch.
+
+    Args:
+        rows: monitors of the epoch, oldest first, at least one.
+        facts: of the run.
+        epoch: finished epochs, this one among them.
+        step: optimiser steps taken.
+        first_agreement: `agreement` of the first epoch that was judged; None if it is this one.
+    """
+    row = mean_row(rows)
+    if not _is_finite(rows):
+        verdict = Verdict(
+            "diverged", f"diverged: loss or gradient is not a finite number; {_slower(facts)}"
+        )
+    elif is_patient(facts, epoch, step):
+        verdict = Verdict("warming up", "warming up: too early to tell")
+    else:
+        first = agreement(row, facts) if first_agreement is None else first_agreement
+        verdict = (
+            _collapsed(row, facts, epoch)
+            or _diverged(row, facts)
+            or _uniform(row, facts)
+            or _too_alike(row, facts, first)
+            or _at_floor(row, facts)
+            or _learning(row, facts)
+        )
+    return verdict._replace(line=verdict.line + _data_bound(row))
+
+
+def is_patient(facts: Facts, epoch: int, step: int) -> bool:
+    """Whether it is too early for any verdict but that the run diverged."""
+    epochs = max(PATIENCE_EPOCHS, PATIENCE_WARMUP * facts.warmup_epochs)
+    return epoch < epochs or step < PATIENCE_STEPS
+
+
+def mean_row(rows: Sequence[Row]) -> dict[str, float]:
+    """Mean of each figure over the rows that have it."""
+    names = {name for row in rows for name in row}
+    values = {name: [row[name] for row in rows if name in row] for name in names}
+    return {name: sum(found) / len(found) for name, found in values.items()}
+
+
+def agreement(row: Row, facts: Facts) -> float:
+    """Share of anchors with their target's strongest prototype, of the kind that agrees less.
+
+    0 where few prototypes are in use, so that agreement says nothing about the views.
+    """
+    if row["collapse/prototype_perplexity"] < TOO_ALIKE_PERPLEXITY * facts.prior_perplexity:
+        return 0.0
+    return min(row[f"collapse/agreement_{kind}"] for kind in _anchor_kinds(row))
+
+
+def _is_finite(rows: Sequence[Row]) -> bool:
+    names = ("train/loss", "train/grad_norm")
+    return all(math.isfinite(row[name]) for row in rows for name in names if name in row)
+
+
+def _slower(facts: Facts) -> str:
+    return f"lower method.lr (now {facts.lr:g}) or lengthen method.warmup_epochs"
+
+
+def _diverged(row: Row, facts: Facts) -> Verdict | None:
+    uniform, found = math.log(facts.num_prototypes), row["train/cross_entropy"]
+    if found < DIVERGED * uniform:
+        return None
+    return Verdict(
+        "diverged",
+        f"diverged: cross-entropy {found:.3f} is not below log K = {uniform:.3f}, that of "
+        f"predictions that know nothing; {_slower(facts)}",
+    )
+
+
+def _collapsed(row: Row, facts: Facts, epoch: int) -> Verdict | None:
+    share = row["collapse/prototype_perplexity"] / facts.prior_perplexity
+    stays = epoch >= max(COLLAPSED_IF_STAYS_EPOCHS, COLLAPSED_IF_STAYS_SHARE * facts.epochs)
+    lost = row["collapse/mean_prediction_entropy"] < COLLAPSED_ENTROPY
+    if share < COLLAPSED:
+        used = f"{max(1, round(row['collapse/prototype_perplexity'])):,}"
+        remedies = [f"raise method.me_max_weight (now {facts.me_max_weight:g})"]
+        remedies += [] if facts.use_sinkhorn else ["set method.use_sinkhorn=true"]
+        remedy = " or ".join(remedies)
+        if share < COLLAPSED_AT_ONCE or stays or lost:
+            line = f"collapsed to {used} of {facts.num_prototypes:,} prototypes: {remedy}"
+            return Verdict("collapsed", line)
+        return Verdict(
+            "few prototypes",
+            f"few prototypes: targets use {used} of {facts.num_prototypes:,}, which may pass; "
+            f"if it does not, {remedy}",
+        )
+    if row["features/std"] < COLLAPSED_SPREAD:
+        return Verdict(
+            "features collapsed",
+            "features collapsed: all images look alike (effective rank "
+            f"{row['features/rankme']:.1f} of {facts.width}): lower method.lr (now {facts.lr:g}), "
+            "slow the target (raise method.momentum), or let data.views differ less",
+        )
+    return None
+
+
+def _uniform(row: Row, facts: Facts) -> Verdict | None:
+    share = row["train/cross_entropy_floor"] / math.log(facts.num_prototypes)
+    if share <= UNIFORM_ENTROPY:
+        return None
+    return Verdict(
+        "uniform",
+        f"uniform assignments: targets carry {share:.0%} of the greatest entropy, so there is "
+        "nothing to match; sharpen the targets (lower method.temperature or "
+        "method.sharpen_temperature)",
+    )
+
+
+def _too_alike(row: Row, facts: Facts, first: float) -> Verdict | None:
+    remedy = "widen data.views (crop scales, colour) or raise method.patch_drop"
+    now = agreement(row, facts)
+    if now >= TOO_ALIKE:
+        return Verdict(
+            "views too alike",
+            f"views too alike: anchors match their targets in {now:.0%} of cases, so that nothing "
+            f"is left to learn; {remedy}",
+        )
+    if facts.from_scratch and first >= TOO_ALIKE_AT_FIRST:
+        return Verdict(
+            "views too alike",
+            f"views too alike: anchors matched their targets in {first:.0%} of cases when little "
+            f"was learnt yet (now {now:.0%}), so that matching teaches little; {remedy}",
+        )
+    return None
+
+
+def _at_floor(row: Row, facts: Facts) -> Verdict | None:
+    floor = row["train/cross_entropy_floor"]
+    above = row["train/cross_entropy"] - floor
+    if above > AT_FLOOR * math.log(facts.num_prototypes):
+        return None
+    return Verdict(
+        "loss at its floor",
+        f"loss at its floor: cross-entropy is {above:.2f} above the targets' own entropy "
+        f"{floor:.2f}, which it cannot pass; watch probe and rank instead. {_figures(row, facts)}",
+    )
+
+
+def _learning(row: Row, facts: Facts) -> Verdict:
+    return Verdict("learning", f"learning: {_figures(row, facts)}")
+
+
+def _figures(row: Row, facts: Facts) -> str:
+    agreeing = " / ".join(
+        f"{row[f'collapse/agreement_{kind}']:.0%} ({kind})" for kind in _anchor_kinds(row)
+    )
+    return (
+        f"views agree {agreeing}, {row['collapse/prototypes_used']:.0f} of "
+        f"{facts.num_prototypes:,} prototypes used, effective rank "
+        f"{row['features/rankme']:.1f} of {facts.width}"
+    )
+
+
+def _data_bound(row: Row) -> str:
+    wait = row.get("speed/data_wait", 0.0)
+    if wait < DATA_BOUND:
+        return ""
+    return f"; data-bound: {wait:.0%} waiting (raise data.num_workers or make shards)"
+
+
+def _anchor_kinds(row: Row) -> list[str]:
+    return [kind for kind in ("rand", "focal") if f"collapse/agreement_{kind}" in row]
+
 
 log = logging.getLogger(__name__)
 

@@ -12,15 +12,14 @@ from msn.data.views import Views, ViewSettings
 from msn.errors import UserError
 from msn.method import optim
 from msn.method.distributed import num_processes, process_index, whole
-from msn.method.finite import BufferGuard, FiniteCheck
 from msn.method.loss import MSNLoss, power_law_prior
 from msn.method.masking import PatchDrop, draw_key, num_kept_patches
 from msn.method.network import MSN, ProjectionHead
+from msn.method.optim import BufferGuard, FiniteCheck
 from msn.method.schedules import Schedule
 from msn.method.vit import VisionTransformer
 from msn.schema import refuse_unknown, take
-from msn.training.sharding import shard, whole_state
-from msn.training.speed import compilation, make_fast
+from msn.training.strategy import compilation, make_fast, shard, whole_state
 
 CHECKPOINT_FORMAT = 1
 
@@ -139,7 +138,7 @@ class MSNModule(LightningModule):
         self.make_fast(self.device)
 
     def make_fast(self, device: torch.device) -> bool:
-        """Prepare the network for steps on a device, see `msn.training.speed.make_fast`."""
+        """Prepare the network for steps on a device, see `msn.training.strategy.make_fast`."""
         return make_fast(self.network, device, compile_wish=self._compile_wish)
 
     def on_train_epoch_start(self) -> None:

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from msn.data.views import Views
 from msn.method.distributed import num_processes, whole
-from msn.method.flops import flops_per_image
+from msn.training.cost import flops_per_image, measure_matrix_rate
 from msn.training.module import MSNModule
-from msn.training.rate import measure_matrix_rate
 from msn.training.statistics import (
     Bucket,
     StepClock,

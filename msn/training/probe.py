@@ -13,9 +13,8 @@ from msn.data.sampler import BatchKey
 from msn.data.views import IMAGENET_MEAN, IMAGENET_STD
 from msn.errors import UserError
 from msn.evaluation.features import forward_feature
-from msn.evaluation.knn import knn_predictions
+from msn.evaluation.neighbours import alignment, knn_predictions, rankme, uniformity
 from msn.method.distributed import gathered
-from msn.method.geometry import alignment, rankme, uniformity
 from msn.method.vit import VisionTransformer
 from msn.training.module import MSNModule
 from msn.weights.preprocessing import image_transform

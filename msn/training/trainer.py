@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger
 from msn.errors import UserError
 from msn.training.checkpointing import DurableCheckpointIO
 from msn.training.launch import cluster_environment
-from msn.training.sharding import ShardedStrategy
+from msn.training.strategy import ShardedStrategy
 
 # Not 16-mixed: its scaled gradients would be clipped as they are, and the target move after steps
 # that it skips. Not bf16-true: the target's small moves would round away.

@@ -11,8 +11,7 @@ from msn.commands.entry import compose, to_plain
 from msn.commands.plan_settings import count_processes
 from msn.commands.step_methods import Case, MsnStep
 from msn.errors import UserError
-from msn.method.flops import Flops
-from msn.training.memory import Memory
+from msn.training.cost import Flops, Memory
 
 
 def test_a_plan_says_what_a_training_costs_and_writes_nothing(command, tmp_path, monkeypatch):

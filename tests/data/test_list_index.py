@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from msn.data import list_index
-from msn.data.list_index import index_list
+from msn.data import lists as list_index
+from msn.data.lists import index_list
 from tests.data.logs import warnings_in
 
 ROWS = "path,label\nb/1.jpg,zebra\n./a/2.jpg,ant\nb/1.jpg,zebra\n/there/3.jpg,cow\n"

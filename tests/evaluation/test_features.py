@@ -11,14 +11,13 @@ from torch import nn
 from msn.commands.eval_lowshot import baselines
 from msn.errors import UserError
 from msn.evaluation import features
-from msn.evaluation.backbones import FrozenBackbone, RawPixels
+from msn.evaluation.backbones import LARGEST_SIDE, FrozenBackbone, RawPixels
 from msn.evaluation.features import (
     FeatureSettings,
     Runtime,
     extract_features,
     forward_feature,
 )
-from msn.evaluation.pixels import LARGEST_SIDE
 from msn.weights.preprocessing import image_transform
 from msn.weights.weights import IMAGENET_MEAN, IMAGENET_STD
 from tests.evaluation.toys import FEATURES, MODEL, ToyImages, toy_trunk

@@ -1,6 +1,6 @@
 import torch
 
-from msn.evaluation.knn import knn_predictions
+from msn.evaluation.neighbours import knn_predictions
 from tests.evaluation.toys import toy_features
 
 

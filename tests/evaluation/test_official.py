@@ -11,7 +11,7 @@ import torch
 
 from msn.data.subsets import read_names
 from msn.errors import UserError
-from msn.evaluation.official import (
+from msn.evaluation.imagenet import (
     OFFICIAL_LISTS,
     OfficialList,
     fetch_lists,

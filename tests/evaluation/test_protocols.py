@@ -9,13 +9,13 @@ from msn.commands.entry import config_directory
 from msn.data.dataset import LabelledImages
 from msn.data.pools import build_pools
 from msn.errors import UserError
-from msn.evaluation import lowshot, official, paper, protocols
+from msn.evaluation import imagenet as imagenet_module
+from msn.evaluation import lowshot, protocols
 from msn.evaluation.backbones import random_backbone
 from msn.evaluation.finetune import FineTune
+from msn.evaluation.imagenet import OfficialList, is_imagenet, paper_figure
 from msn.evaluation.linear import Linear
 from msn.evaluation.lowshot import evaluate
-from msn.evaluation.official import OfficialList
-from msn.evaluation.paper import is_imagenet, paper_figure
 from msn.evaluation.protocols import KNN, Fraction, ImageNetLowShot, KShot
 from msn.evaluation.table import markdown_table
 from tests.evaluation.toys import FEATURES, LOGISTIC, ToyImages, toy_backbone
@@ -282,7 +282,7 @@ def test_the_papers_figures_stand_beside_an_architecture_of_the_paper():
 
 def test_the_papers_row_stands_once_and_beside_its_own_protocols_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(lowshot, "is_imagenet", lambda classes: True)
-    monkeypatch.setitem(paper._MODELS, (24, 2, 4), "ViT-S/16")
+    monkeypatch.setitem(imagenet_module._MODELS, (24, 2, 4), "ViT-S/16")
     one, other = toy_backbone(), toy_backbone(1, "other")
     backbones = [one, other, random_backbone(one, seed=0)]
     train, test = ListedImages(), ListedImages(2, seed=1)
@@ -377,7 +377,7 @@ def test_other_lists_than_the_papers_have_no_figures_of_the_paper(tmp_path, capl
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
     with pytest.MonkeyPatch.context() as patch:
         lists = [OfficialList("1", i + 1, files[i].name, d) for i, d in enumerate(digests)]
-        patch.setattr(official, "OFFICIAL_LISTS", lists)
+        patch.setattr(imagenet_module, "OFFICIAL_LISTS", lists)
         with_figures.label_sets(train)
     assert with_figures.is_the_papers
 

@@ -11,14 +11,14 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing import assert_close
 
+from benchmarks.traffic import step_traffic
 from msn.method import distributed, loss, optim
 from msn.method.distributed import whole
-from msn.method.finite import FiniteCheck
 from msn.method.loss import MSNLoss
 from msn.method.network import MSN
+from msn.method.optim import FiniteCheck
 from msn.method.schedules import ScheduleValues
-from msn.method.traffic import step_traffic
-from msn.training.sharding import shard
+from msn.training.strategy import shard
 from tests.conftest import SMALL_HEAD, SMALL_MODEL
 
 STEPS = 5

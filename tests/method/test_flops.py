@@ -5,9 +5,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from msn.method.flops import flops_per_image, trunk_flops
 from msn.method.network import ProjectionHead
 from msn.method.vit import VisionTransformer
+from msn.training.cost import flops_per_image, trunk_flops
 from tests.conftest import SMALL_HEAD, SMALL_MODEL
 
 

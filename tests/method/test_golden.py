@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from msn.commands.verify import compare, load_golden, replay
 from msn.method import network as network_module
 from msn.method import optim, vit
 from msn.method.network import MSN
-from msn.method.replay import compare, load_golden, replay
 from tests.conftest import GOLDEN
 
 

@@ -8,10 +8,10 @@ import torch
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
+from msn.commands.verify import load_golden, step_views
 from msn.data.views import Views
 from msn.errors import UserError
 from msn.files import damage, write_checkpoint
-from msn.method.replay import load_golden, step_views
 from msn.training import checkpointing
 from msn.training.checkpointing import (
     DurableCheckpointIO,

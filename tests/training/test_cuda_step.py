@@ -7,7 +7,7 @@ from msn.commands.bench_step import case_of
 from msn.commands.entry import compose, to_plain
 from msn.commands.step_methods import MsnStep
 from msn.data.views import ViewSettings
-from msn.training.memory import forecast_memory
+from msn.training.cost import forecast_memory
 
 pytestmark = [
     pytest.mark.gpu,

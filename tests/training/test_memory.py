@@ -8,11 +8,11 @@ from msn.commands.bench_step import case_of
 from msn.commands.entry import compose, to_plain
 from msn.commands.step_methods import Case
 from msn.commands.step_worker import Worker
+from msn.commands.verify import load_golden
 from msn.data.views import ViewSettings
 from msn.method.network import MSN
-from msn.method.replay import load_golden
-from msn.training.memory import forecast_memory, suggest_chunk_size
-from msn.training.speed import compile_blocks
+from msn.training.cost import forecast_memory, suggest_chunk_size
+from msn.training.strategy import compile_blocks
 from tests.conftest import GOLDEN
 from tests.training.test_module import module_of
 

@@ -1,7 +1,7 @@
 """metrics.csv: rows, late columns, resumes."""
 
 from msn.files import read_rows
-from msn.training.metrics import MetricsCSV
+from msn.training.loggers import MetricsCSV
 from tests.test_files import largest_file
 
 

@@ -6,9 +6,9 @@ from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
 from msn.commands.entry import compose
+from msn.commands.verify import _compare_final, build, load_golden, load_network, step_views
 from msn.data.views import Views
 from msn.errors import UserError
-from msn.method.replay import _compare_final, build, load_golden, load_network, step_views
 from msn.training.module import MSNModule
 from msn.training.trainer import build_trainer, resolve_precision
 from tests.conftest import GOLDEN, SMALL_HEAD, SMALL_MODEL

@@ -1,7 +1,7 @@
 """docs/monitoring.md and the report know every figure that a run logs, and every verdict."""
 
 from msn.reporting.curves import PANELS
-from msn.training.verdict import KINDS
+from msn.training.judge import KINDS
 from tests.conftest import ROOT
 from tests.training.test_probe import train
 

@@ -7,11 +7,10 @@ from PIL import Image
 
 from msn.commands.entry import build, compose
 from msn.errors import UserError
-from msn.evaluation.knn import knn_predictions
+from msn.evaluation.neighbours import knn_predictions, rankme
 from msn.files import read_rows
-from msn.method.geometry import rankme
 from msn.training.judge import Judge
-from msn.training.metrics import MetricsCSV
+from msn.training.loggers import MetricsCSV
 from msn.training.monitors import Monitors
 from msn.training.probe import Probe
 from msn.weights.preprocessing import image_transform

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from msn.training import rate
+from msn.training import cost as rate
 
 
 class Machine:

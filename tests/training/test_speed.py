@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from msn.errors import UserError
 from msn.method.masking import PatchDrop, draw_key
 from msn.method.network import MSN
-from msn.training.speed import compilation, compile_blocks, make_fast
+from msn.training.strategy import compilation, compile_blocks, make_fast
 from tests.conftest import SMALL_HEAD, SMALL_MODEL
 
 

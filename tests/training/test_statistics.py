@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from msn.method.geometry import rankme
+from msn.evaluation.neighbours import rankme
 from msn.method.loss import MSNLoss
 from msn.training.statistics import (
     IMAGES_PER_PROTOTYPE,

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from msn.training.verdict import FAILURES, KINDS, Facts, judge
+from msn.training.judge import FAILURES, KINDS, Facts, judge
 
 FACTS = Facts(
     num_prototypes=64,

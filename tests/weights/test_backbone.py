@@ -11,7 +11,7 @@ from torchvision.transforms.functional import pil_to_tensor
 import msn
 from msn.data.decode import decode, full_size
 from msn.errors import UserError
-from msn.evaluation.pixels import pixel_transform
+from msn.evaluation.backbones import pixel_transform
 from msn.weights import Backbone, save_backbone
 from msn.weights.preprocessing import image_transform, trimmed
 from msn.weights.weights import IMAGENET_MEAN, IMAGENET_STD

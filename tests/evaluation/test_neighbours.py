@@ -5,8 +5,8 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from msn.errors import UserError
-from msn.method import geometry
-from msn.method.geometry import majority_votes, nearest, rankme, weighted_votes
+from msn.evaluation import neighbours
+from msn.evaluation.neighbours import majority_votes, nearest, rankme, weighted_votes
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_nearest_finds_what_a_full_sort_of_cosines_finds(rows, monkeypatch):
     references, queries, _ = rows
     # Blocks of three queries: the last one is not full.
-    monkeypatch.setattr(geometry, "_MAX_SIMILARITIES", 3 * len(references))
+    monkeypatch.setattr(neighbours, "_MAX_SIMILARITIES", 3 * len(references))
     cosines, indices = nearest(references, queries, 7)
     for q, query in enumerate(queries):
         every = torch.stack([query @ r / query.norm() / r.norm() for r in references])
@@ -105,13 +105,13 @@ def test_alignment_and_uniformity_against_loops(rows):
     first, second = rows[0][:9], rows[0][9:18]
     unit = [[x / x.norm() for x in part] for part in (first, second)]
     aligned = sum(float((a - b).square().sum()) for a, b in zip(*unit, strict=True)) / 9
-    assert float(geometry.alignment(first, second)) == pytest.approx(aligned)
+    assert float(neighbours.alignment(first, second)) == pytest.approx(aligned)
     potentials = [
         math.exp(-2 * float((unit[0][i] - unit[0][j]).square().sum()))
         for i in range(9)
         for j in range(i)
     ]
     expected = math.log(sum(potentials) / len(potentials))
-    assert float(geometry.uniformity(first)) == pytest.approx(expected)
-    assert float(geometry.alignment(first, 3 * first)) == pytest.approx(0)
-    assert float(geometry.uniformity(first[:1].expand(5, -1))) == pytest.approx(0)
+    assert float(neighbours.uniformity(first)) == pytest.approx(expected)
+    assert float(neighbours.alignment(first, 3 * first)) == pytest.approx(0)
+    assert float(neighbours.uniformity(first[:1].expand(5, -1))) == pytest.approx(0)

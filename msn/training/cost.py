@@ -1,16 +1,97 @@
-"""How much memory a training step will take on a device, from numbers alone.
+"""What a training step costs: operations, memory, and the matrix rate that they are held against.
 
-Legend: B images, T tokens of all anchor views, L tokens of one view, D embedding width, V anchor
-views, K prototypes.
+Legend: B images, N patches, L = 1 + N tokens of one view, T tokens of all anchor views, D embedding
+width, P projection width, V anchor views, K prototypes.
+
+A multiplication with its addition counts as two operations. The count is nominal: kept patches
+through all blocks in full, backward = 2 x forward; softmax, norms, GELU, loss, optimiser and EMA
+count nothing. Work that is saved exactly (the last block takes the class token alone) therefore
+counts as speed, and recomputation under `chunk_size` counts as slowness.
 """
 
 import os
+import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+import torch
 
 from msn.data.views import ViewSettings
 from msn.method.masking import num_kept_patches
 from msn.method.network import MSN
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of one image in one training step, by kind of view."""
+
+    target: float
+    """The target view, forward."""
+    rand: float
+    """All rand anchors, forward and backward."""
+    focal: float
+    """All focal anchors, forward and backward."""
+
+    @property
+    def total(self) -> float:
+        """Of the whole step for one image."""
+        return self.target + self.rand + self.focal
+
+
+def flops_per_image(
+    *,
+    model: Mapping[str, Any],
+    head: Mapping[str, Any],
+    num_prototypes: int,
+    patch_drop: float,
+    rand_views: int,
+    focal_views: int,
+    rand_size: int,
+    focal_size: int,
+) -> Flops:
+    """Nominal operations that one image costs in a training step.
+
+    A view of N kept patches costs, forward:
+    2 N 3 patch_size^2 D (patch embedding) + depth (2 L D^2 (4 + 2 mlp_ratio) + 4 L^2 D) (blocks)
+    + 2 (D hidden + hidden^2 + hidden P) (head) + 2 P K (prototypes); an anchor view three times
+    that.
+
+    Args:
+        model: the six numbers of `VisionTransformer`.
+        head: hidden_dim and output_dim of `ProjectionHead`.
+        num_prototypes: K.
+        patch_drop: share of patches removed from rand anchors, in [0, 1).
+        rand_views: R, >= 0.
+        focal_views: F, >= 0.
+        rand_size: side of target and rand views, px.
+        focal_size: side of focal views, px.
+
+    Raises:
+        UserError: if no patch would be left.
+    """
+    large, small = (size // int(model["patch_size"]) for size in (rand_size, focal_size))
+    kept = num_kept_patches(large**2, patch_drop)
+    shared = _head_flops(model, head, num_prototypes)
+    return Flops(
+        target=trunk_flops(model, large**2) + shared,
+        rand=3 * rand_views * (trunk_flops(model, kept) + shared),
+        focal=3 * focal_views * (trunk_flops(model, small**2) + shared),
+    )
+
+
+def trunk_flops(model: Mapping[str, Any], num_patches: int) -> float:
+    """Forward operations of the trunk for one view of `num_patches` embedded patches."""
+    width, tokens = int(model["embed_dim"]), 1 + num_patches
+    embedding = 2 * num_patches * 3 * int(model["patch_size"]) ** 2 * width
+    linear = 2 * tokens * width**2 * (4 + 2 * float(model["mlp_ratio"]))
+    attention = 4 * tokens**2 * width
+    return embedding + int(model["depth"]) * (linear + attention)
+
+
+def _head_flops(model: Mapping[str, Any], head: Mapping[str, Any], num_prototypes: int) -> float:
+    hidden, projection = int(head["hidden_dim"]), int(head["output_dim"])
+    layers = int(model["embed_dim"]) * hidden + hidden**2 + hidden * projection
+    return 2.0 * (layers + projection * num_prototypes)
+
 
 _MIXED = ("bf16-mixed", "16-mixed")
 
@@ -57,7 +138,7 @@ def forecast_memory(
         precision: as Lightning names it, resolved: "32-true", "bf16-mixed", ...
         compiled: whether the blocks are; it makes a difference in mixed precision.
         processes: that train together, each on a device of its own.
-        sharded: whether the network is cut over them (`msn.training.sharding`); else it is DDP's.
+        sharded: whether the network is cut over them (`msn.training.strategy`); else it is DDP's.
     """
     size = 8 if precision == "64-true" else 2 if precision == "bf16-true" else 4
     held = _held_bytes(network, size, processes, sharded)
@@ -187,3 +268,52 @@ def _head_and_loss_bytes(network: MSN, rows: int) -> float:
     hidden, prototypes = int(config["hidden_dim"]), network.prototypes.shape[0]
     # Two hidden layers before norm, GELU and next layer; cosines, log-probabilities and their use.
     return 4.0 * rows * (6 * hidden + 4 * prototypes)
+
+
+_SECONDS_A_TRY, _TRIES = 0.25, 3
+# A CPU without bfloat16 may take minutes for the product of a full size.
+_LONGEST_PRODUCT, _LEAST_SIDE = 1.0, 256
+
+
+def measure_matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large matrix product on this device, now.
+
+    Takes about a second, six where products are very slow; their size is smaller then. The best of
+    a few tries counts: other programs only ever slow it down.
+
+    Args:
+        device: where the product is taken, with as many threads as torch uses there.
+        dtype: of the factors; under autocast, what autocast computes in.
+    """
+    side = 8192
+    if device.type == "cpu":
+        side = _LEAST_SIDE
+        while side < 2048 and 8 * side**3 * 2 / _rate(device, dtype, side, 0.0) < _LONGEST_PRODUCT:
+            side *= 2
+    return max(_rate(device, dtype, side, _SECONDS_A_TRY) for _ in range(_TRIES))
+
+
+def _rate(device: torch.device, dtype: torch.dtype, side: int, least_seconds: float) -> float:
+    own = torch.Generator(device)  # a resumed run measures again and must draw nothing of the run's
+    left, right = (
+        torch.randn(side, side, device=device, dtype=dtype, generator=own) for _ in range(2)
+    )
+    out = torch.empty_like(left)
+    torch.mm(left, right, out=out)
+    synchronise(device)
+    products, start = 0, time.perf_counter()
+    while True:
+        torch.mm(left, right, out=out)
+        synchronise(device)
+        products += 1
+        seconds = time.perf_counter() - start
+        if seconds >= least_seconds:
+            return 2 * side**3 * products / seconds
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it; for timing, never within a step."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -4,6 +4,7 @@ Legend: n reference rows, m query rows, D feature width, C classes, k neighbours
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -123,3 +124,41 @@ def uniformity(features: Tensor) -> Tensor:
 def _tally(weights: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     scores = weights.new_zeros(len(weights), num_classes)
     return scores.scatter_add_(1, labels, weights)
+
+
+def knn_predictions(
+    references: Tensor,
+    labels: Tensor,
+    queries: Tensor,
+    *,
+    neighbours: Sequence[int],
+    temperature: float | None,
+    num_classes: int,
+) -> Tensor:
+    """Classify by the nearest labelled features under cosine.
+
+    Args:
+        references: labelled features, [n, D].
+        labels: their classes, [n].
+        queries: features to classify, [m, D].
+        neighbours: numbers k of neighbours, each in [1, n].
+        temperature: weights votes by exp(cosine / temperature); None counts them equally, and
+            between classes with as many votes the larger sum of cosines wins.
+        num_classes: C.
+
+    Returns:
+        A row of predicted classes for each k, [len(neighbours), m].
+
+    Raises:
+        UserError: if a k or the temperature is out of range.
+    """
+    cosines, indices = nearest(references, queries, max(neighbours))
+    voters = labels[indices]
+    predictions = []
+    for k in neighbours:
+        if temperature is None:
+            scores = majority_votes(cosines[:, :k], voters[:, :k], num_classes)
+        else:
+            scores = weighted_votes(cosines[:, :k], voters[:, :k], num_classes, temperature)
+        predictions.append(scores.argmax(dim=1))
+    return torch.stack(predictions)
