@@ -22,7 +22,7 @@ from msn.files import write_bytes
 from msn.method.masking import PatchDrop, draw_key
 from msn.reporting.views_sheet import views_sheet
 from msn.schema import take
-from msn.training.memory import bytes_of_views, memory_installed
+from msn.training.cost import bytes_of_views, memory_installed
 
 log = logging.getLogger(__name__)
 
