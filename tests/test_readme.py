@@ -21,6 +21,13 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 
 
+def test_the_signals_that_a_run_survives_are_named():
+    section = README.partition("## Runs that survive")[2].partition("\n## ")[0]
+    assert [
+        name for name in ("SIGTERM", "SIGUSR1", "Ctrl-C", "SIGHUP") if name not in section
+    ] == []
+
+
 def test_quick_start_is_two_lines():
     start = re.search(r"<!-- quick start -->(.*?)<!-- /quick start -->", README, re.DOTALL)[1]
     lines = [line for line in start.splitlines() if line.startswith("python -m pip install")]

@@ -164,7 +164,7 @@ def _check_grid(pos_embed: Tensor, where: str) -> None:
     Within a row neighbours are alike; from the end of a row to the start of the next they are not.
     So the similarity of patch i and i + 1 drops at every multiple of the number of columns.
     """
-    patches = pos_embed[0, 1:].double()
+    patches = pos_embed[0, 1:].detach().double()
     count, side = len(patches), math.isqrt(len(patches))
     patches = F.normalize(patches - patches.mean(0), dim=1)
     alike = (patches[1:] * patches[:-1]).sum(1)

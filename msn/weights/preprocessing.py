@@ -84,6 +84,8 @@ class _Opened:
     def __call__(self, picture: Picture) -> Image.Image:
         if isinstance(picture, Tensor):
             return _from_tensor(picture)
+        if isinstance(picture, Image.Image) and 0 in picture.size:
+            raise UserError(f"an image must have pixels, got {picture.size[0]} x {picture.size[1]}")
         if not isinstance(picture, Image.Image | str | os.PathLike):
             raise UserError(f"an image must be a path, a PIL image or a tensor, got {picture!r}")
         try:
@@ -95,8 +97,9 @@ class _Opened:
 
 
 def _from_tensor(picture: Tensor) -> Image.Image:
-    channels = 1 if picture.ndim == 2 else picture.shape[0]
-    if picture.dtype != torch.uint8 or picture.ndim not in (2, 3) or channels not in (1, 3):
+    channels = 1 if picture.ndim < 3 else picture.shape[0]
+    shaped = picture.ndim in (2, 3) and channels in (1, 3) and 0 not in picture.shape
+    if picture.dtype != torch.uint8 or not shaped:
         raise UserError(
             "a tensor must be uint8 [3, H, W], [1, H, W] or [H, W], got "
             f"{str(picture.dtype).removeprefix('torch.')} {list(picture.shape)}"

@@ -144,6 +144,9 @@ def test_the_transform_reads_16_bits_as_the_training_did(tmp_path):
         (Image.new("F", (9, 9)), "floating-point"),
         (torch.rand(3, 9, 9), r"must be uint8 .3, H, W., .*got float32 .3, 9, 9."),
         (torch.zeros(9, 9, 3, dtype=torch.uint8), r"got uint8 .9, 9, 3."),
+        (torch.zeros(3, 0, 0, dtype=torch.uint8), r"got uint8 .3, 0, 0."),
+        (torch.tensor(7, dtype=torch.uint8), r"got uint8 .."),
+        (Image.new("RGB", (0, 5)), "must have pixels, got 0 x 5"),
         (7, "must be a path, a PIL image or a tensor"),
     ],
 )

@@ -118,6 +118,12 @@ def test_a_guess_of_heads_is_said_where_features_are_made_with_it(tmp_path, capl
     assert caplog.text.count("3 assumed (DeiT-Ti, arXiv 2012.12877, Table 1)") == 2
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_state_dict_of_parameters_is_read_without_a_warning(tmp_path):
+    torch.save(make_trunk().state_dict(keep_vars=True), tmp_path / "a.pth")
+    assert read_weights(tmp_path / "a.pth", num_heads=3).trunk["pos_embed"].ndim == 3
+
+
 def test_heads_against_a_file_s_own_word_are_refused(tmp_path):
     trunk = make_trunk()
     save_run(tmp_path / "told", trunk)
