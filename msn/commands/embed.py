@@ -73,7 +73,8 @@ def run(config: DictConfig) -> None:
     pieces = out.parent / f".{out.name}.{_digest(backbone, source, settings['feature'])}.part"
     try:
         with in_one_line(
-            lambda: less_memory("batch_size", settings["batch_size"]), "; the same command goes on"
+            lambda: less_memory("batch_size", settings["batch_size"]),
+            lambda: "; the same command goes on",
         ):
             _embed(backbone, _Images(source, backbone), settings, pieces)
         missing = _join(pieces, names, out, _header(backbone, source, settings))

@@ -45,6 +45,7 @@ from msn.training.preemption import EXIT_CODE, Preempted, Preemption, requeue_sl
 from msn.training.progress import build_progress
 from msn.training.resume import check_same_run, identity_of
 from msn.weights import initialise, read_weights
+from msn.weights.checkpoints import newest_valid_checkpoint
 
 
 def run(config: DictConfig) -> None:
@@ -162,11 +163,19 @@ def _fit(
     directory: RunDirectory,
 ) -> None:
     """Train; what is the machine's fault ends the run in one line that says how it goes on."""
+
+    def goes_on() -> str:
+        has_one = newest_valid_checkpoint(directory.checkpoints) is not None
+        where = (
+            "goes on from its last checkpoint" if has_one else "begins again: nothing is saved yet"
+        )
+        return f"; the same command with run.dir={directory.path} {where}"
+
     with in_one_line(
         lambda: plan.less_memory(
             settings, module, trainer.strategy.root_device, trainer.world_size
         ),
-        f"; the same command with run.dir={directory.path} goes on from its last checkpoint",
+        goes_on,
     ):
         trainer.fit(module, datamodule=data, ckpt_path=directory.resume_from)
 

@@ -206,12 +206,12 @@ def _by_pipe(value: Any) -> Any:
 
 
 @contextmanager
-def in_one_line(lower: Callable[[], str], then: str = "") -> Iterator[None]:
+def in_one_line(lower: Callable[[], str], then: Callable[[], str] = lambda: "") -> Iterator[None]:
     """Turn what ends workers, and too little memory, into a line that says what to do.
 
     Args:
         lower: says what takes less memory in this process.
-        then: how the work goes on.
+        then: says how the work goes on.
 
     Raises:
         UserError: in the place of such an error.
@@ -222,7 +222,7 @@ def in_one_line(lower: Callable[[], str], then: str = "") -> Iterator[None]:
         line = explain(error, lower)
         if line is None:
             raise
-        raise UserError(f"{line}{then}") from None
+        raise UserError(f"{line}{then()}") from None
 
 
 def explain(error: BaseException, lower: Callable[[], str]) -> str | None:

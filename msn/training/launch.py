@@ -144,6 +144,10 @@ def meeting() -> Iterator[None]:
             os._exit(2)  # torch's wait cannot be interrupted
 
     threading.Thread(target=watch, daemon=True).start()
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        # No Python handler runs while torch waits; nothing is lost if a signal ends the process.
+        handlers = {number: signal.signal(number, signal.SIG_DFL) for number in _STOPPING}
     try:
         yield
     except dist.DistError as error:
@@ -153,6 +157,11 @@ def meeting() -> Iterator[None]:
         ) from None
     finally:
         met.set()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def join_launched_processes(environment: MutableMapping[str, str]) -> None:

@@ -237,6 +237,15 @@ def test_a_step_out_of_memory_ends_in_one_line_and_goes_on_with_a_smaller_chunk(
     assert "epoch-1-step-3.ckpt" in out
 
 
+def test_a_step_out_of_memory_before_the_first_checkpoint_promises_none(run, tmp_path):
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    code, _, err = run(*ARGUMENTS, f"run.dir={tmp_path / 'run'}", step=1, act=full)
+    assert code == 2, err
+    assert err.rstrip().endswith("begins again: nothing is saved yet")
+
+
 @pytest.mark.slow
 def test_a_limit_of_the_address_space_ends_training_in_one_line(tmp_path):
     """Cosines with very many prototypes, under a limit that lets everything else be."""

@@ -160,7 +160,7 @@ def test_what_the_machine_lacks_is_said_with_what_to_do(what):
     else:
         assert found.startswith(line)
         assert "\n" not in found
-        with pytest.raises(UserError) as caught, in_one_line(lambda: "LESS", "; THEN"):
+        with pytest.raises(UserError) as caught, in_one_line(lambda: "LESS", lambda: "; THEN"):
             raise error
         assert str(caught.value) == f"{found}; THEN"
 

@@ -1,6 +1,7 @@
 """Who started the process, and how many devices and nodes that makes."""
 
 import os
+import signal
 import socket
 import time
 
@@ -115,6 +116,15 @@ def test_waiting_for_others_is_said_and_ends(monkeypatch, capfd):
     assert said.startswith("process 0 of 2 (WORLD_SIZE) waits for the others at h:1 (MASTER_ADDR")
     assert error.startswith("error: process 0 of 2 (WORLD_SIZE) waits")
     assert in_child(meeting().__enter__) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_the_waiting(number):
+    """Python's handlers do not run within torch's wait: none of Python's is set there."""
+    before = signal.getsignal(number)
+    with meeting():
+        assert signal.getsignal(number) == signal.SIG_DFL
+    assert signal.getsignal(number) == before
 
 
 def test_a_port_that_is_taken_is_one_line(monkeypatch):

@@ -3,8 +3,15 @@ import json
 import pytest
 import timm
 import torch
+import torchvision
 import yaml
 from safetensors.torch import save_file
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from msn.errors import UserError
 from msn.evaluation.backbones import open_backbones
@@ -177,9 +184,17 @@ def test_families_are_named_in_the_refusal(tmp_path, kind):
         "vit_wee_patch16_reg1_gap_256": "register tokens",
         "eva02_tiny_patch14_224": "EVA-02",
     }
-    for name, family in families.items():
-        with torch.device("meta"):
-            model = timm.create_model(name, depth=1, num_classes=0)
+    small = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 1, "image_size": 32, "patch_size": 16}
+    with torch.device("meta"):
+        models = {
+            timm.create_model(name, depth=1, num_classes=0): family
+            for name, family in families.items()
+        }
+        models[CLIPVisionModel(CLIPVisionConfig(**small, **heads))] = "CLIP"
+        models[SiglipVisionModel(SiglipVisionConfig(**small, **heads))] = "CLIP or SigLIP"
+        models[torchvision.models.VisionTransformer(32, 16, 1, 1, 8, 16)] = "torchvision"
+    for model, family in models.items():
         states = {n: torch.zeros(t.shape) for n, t in model.state_dict().items()}
         content = {kind + n: t for n, t in states.items()} if kind == "module." else {"m": states}
         torch.save(content, tmp_path / "a.pth")
