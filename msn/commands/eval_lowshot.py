@@ -80,7 +80,8 @@ def _run(config: DictConfig) -> None:
         protocol.check(train.labels, train.classes)
         in_memory = isinstance(train.images.source, ArraySource)
         if directory is not None and settings.get("logger"):
-            log = WandbLog(directory.path, settings)  # tells what is wrong before the work
+            # Before the work: it tells what is wrong.
+            log = stack.enter_context(WandbLog(directory.path, settings))
         results = evaluate(
             protocol,
             [*opened, *baselines(wanted, opened[0], settings["seed"])],

@@ -11,7 +11,7 @@ _COLUMNS = ("backbone", "classifier", "labels", "splits", "top1_mean", "top1_std
 
 
 class WandbLog:
-    """A run of Weights & Biases; WANDB_MODE is honoured.
+    """A run of Weights & Biases; WANDB_MODE is honoured. As a context it ends with an error.
 
     Args:
         directory: where wandb keeps its files, in a folder of its own.
@@ -35,6 +35,14 @@ class WandbLog:
             )
         except Exception as error:  # of login, network or settings: wandb has many classes
             raise wandb_refusal(error) from None
+
+    def __enter__(self) -> "WandbLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """After an error the run is closed: the next one of a sweep begins one of its own."""
+        if kind is not None:
+            self._run.finish(exit_code=1)
 
     def write(self, directory: Path, results: Sequence[Result]) -> None:
         """Log the rows as a table, each accuracy as a summary value, and the curve.

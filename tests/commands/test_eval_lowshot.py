@@ -230,6 +230,25 @@ def test_a_numbered_run_is_finished_before_it_is_logged(
     assert len(rows_of(where)) == 3
 
 
+def test_a_failed_evaluation_closes_its_run_of_wandb(command, tmp_path, images, run, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    ended = []
+
+    class Run:
+        def finish(self, exit_code):
+            ended.append((exit_code, (tmp_path / "out").is_dir()))
+
+    def fails(*arguments, **more):
+        raise OSError("no")
+
+    monkeypatch.setattr(wandb, "init", lambda **settings: Run())
+    monkeypatch.setattr(eval_lowshot, "evaluate", fails)
+    arguments = [f"checkpoint={run}", "logger=wandb", f"data.root={images}", *SMALL]
+    assert command("eval_lowshot", *arguments, f"run.dir={tmp_path / 'out'}")[0] == 2
+    assert ended == [(1, True)]
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_key_chooses_the_half_of_a_file_here_and_in_training(command, tmp_path, images):
     halves = {"model": make_trunk(), "model_ema": make_trunk(1)}
     torch.save({name: trunk.state_dict() for name, trunk in halves.items()}, tmp_path / "a.pth")
