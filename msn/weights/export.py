@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from msn.weights.card import model_card
 from msn.weights.classifier import Classifier
 from msn.weights.formats import FORMATS, Export, Format, write_json
 from msn.weights.loading import versions
-from msn.weights.parity import check
+from msn.weights.parity import bytes_of_scores, check
 from msn.weights.reading import read_weights
 from msn.weights.weights import BASELINES, Weights, build_trunk, trunk_digest
 
 PARITY_FILE = "parity.json"
-_MOST_PATCHES = 128  # a side: attention over more takes minutes and tens of gigabytes to compare
+_MOST_PATCHES = 128  # a side: attention over more takes many minutes to compare
 
 
 def export(
@@ -161,6 +162,13 @@ def _at_size(weights: Weights, image_size: int | None) -> Weights:
         raise UserError(
             f"image_size={image_size}: must be at most {_MOST_PATCHES * patch}, that is "
             f"{_MOST_PATCHES} patches a side"
+        )
+    needed = bytes_of_scores((image_size // patch) ** 2 + 1, int(model["num_heads"]))
+    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > limit:
+        raise UserError(
+            f"image_size={image_size}: to compare the export would take {needed / 2**30:,.0f} GiB "
+            f"and there are {limit / 2**30:,.0f}; lower it"
         )
     grid = (image_size // patch, image_size // patch)
     trunk["pos_embed"] = resize_position_embeddings(trunk["pos_embed"], grid)

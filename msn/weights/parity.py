@@ -48,6 +48,11 @@ def fixed_images(size: int) -> Tensor:
     return torch.cat([noise, smooth[:, None].expand(-1, 3, -1, -1)])
 
 
+def bytes_of_scores(tokens: int, heads: int) -> int:
+    """What eager attention takes for the fixed images: scores, and their softmax, in float32."""
+    return 2 * 4 * len(fixed_images(1)) * heads * tokens**2
+
+
 def other_size(trunk: VisionTransformer) -> int:
     """A second image size: 96 px for patches of 16 at 224, as focal views are."""
     side = trunk.img_size // trunk.patch_size

@@ -266,6 +266,13 @@ def test_wrong_arguments_say_what_is_allowed(weights, tmp_path, more, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_size_that_does_not_fit_the_machine_is_refused(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: 1 << 15)  # 1 GiB
+    with pytest.raises(UserError, match="image_size=512: .* take 16 GiB and there are 1; lower it"):
+        run(weights, tmp_path / "out", image_size=512)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_card_of_published_weights_forbids_commercial_use(weights, tmp_path):
     weights.meta["licence"] = "CC BY-NC 4.0"
     run(weights, tmp_path / "out")
