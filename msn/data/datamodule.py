@@ -109,7 +109,8 @@ class MSNDataModule(LightningDataModule):
             depth=depth,
         )
         self.global_batch_size, self.seed = global_batch_size, seed
-        self.num_workers = resolve_workers(num_workers, in_memory=self._in_memory)
+        self._wished_workers = num_workers
+        resolve_workers(num_workers, in_memory=self._in_memory)  # fails early
         self.prefetch_batches = prefetch_batches
         self.ledger = BadImageLedger(
             num_images=len(self.pools.train.source), max_fraction=max_bad_fraction, strict=strict
@@ -123,6 +124,13 @@ class MSNDataModule(LightningDataModule):
         self.prepare_data_per_node = False
         # Fail on a batch that cannot be cut before anything else is built.
         self.sampler(rank=0, world_size=1)
+
+    @property
+    def num_workers(self) -> int:
+        """Of this process: as set, or the node's cores shared out over its processes."""
+        # Lightning's own launcher tells nothing in the environment that torchrun tells.
+        processes = 1 if self.trainer is None else self.trainer.num_devices
+        return resolve_workers(self._wished_workers, in_memory=self._in_memory, processes=processes)
 
     @property
     def depth(self) -> Depth | None:
@@ -292,12 +300,13 @@ def _check(backend: str, prefetch_batches: int) -> None:
         )
 
 
-def resolve_workers(num_workers: int | None, *, in_memory: bool) -> int:
+def resolve_workers(num_workers: int | None, *, in_memory: bool, processes: int = 1) -> int:
     """The number of worker processes per training process.
 
     Args:
         num_workers: as set; None chooses.
         in_memory: whether the images are decoded already.
+        processes: that train on this node; LOCAL_WORLD_SIZE may say more.
 
     Raises:
         UserError: a negative number, or one beyond reason for this machine.
@@ -306,7 +315,7 @@ def resolve_workers(num_workers: int | None, *, in_memory: bool) -> int:
         if in_memory:
             return 0
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        processes = max(processes, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         return max(1, min(_MOST_WORKERS, (cores or 1) // processes))
     if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
         raise UserError(f"data.num_workers={num_workers}: must be a whole number >= 0, or null")

@@ -64,6 +64,8 @@ def compile_blocks(network: MSN, *, backend: str = "inductor") -> None:
         network: before or after it was moved to its device.
         backend: of `torch.compile`.
     """
+    # DDP's buckets would cut each block's graph in two; blocks are small and need no such overlap.
+    torch._dynamo.config.optimize_ddp = False
     for encoder in (network.anchor, network.target):
         for block in encoder.trunk.blocks:
             block.compile(backend=backend, dynamic=False)

@@ -114,6 +114,8 @@ def _check_at_least_one(**numbers: int) -> None:
 def resolve_precision(precision: str, accelerator: str) -> str:
     """What `trainer.precision` means: "auto" is bf16-mixed on CUDA and 32-true elsewhere.
 
+    CUDA devices below compute capability 8.0 (T4, RTX 20) have no units for bf16: 32-true there.
+
     Raises:
         UserError: if it is not one of `PRECISIONS`.
     """
@@ -122,4 +124,5 @@ def resolve_precision(precision: str, accelerator: str) -> str:
     if precision != "auto":
         return precision
     on_cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return "bf16-mixed" if on_cuda else "32-true"
+    half = on_cuda and torch.cuda.get_device_capability() >= (8, 0)
+    return "bf16-mixed" if half else "32-true"

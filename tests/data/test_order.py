@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,3 +134,14 @@ def test_two_real_processes_with_workers_see_what_one_sees(folder, alone, tmp_pa
     out = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert out[0].strip() == repr(alone)
+
+
+def test_processes_of_a_node_share_its_cores(folder, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(32)))
+    data = make_datamodule(folder, num_workers=None)
+    assert data.num_workers == 16
+    data.trainer = SimpleNamespace(num_devices=8)
+    assert data.num_workers == 4
+    data.trainer = None
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert data.num_workers == 2

@@ -150,9 +150,12 @@ def test_a_resumed_run_keeps_the_licence_of_its_first_weights():
     assert resumed.checkpoint_info["licence"] == "CC BY-NC 4.0"
 
 
-@pytest.mark.parametrize(("cuda", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
-def test_precision_is_bf16_on_cuda_and_float32_elsewhere_by_default(monkeypatch, cuda, precision):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+@pytest.mark.parametrize(
+    ("capability", "precision"), [((8, 0), "bf16-mixed"), ((7, 5), "32-true"), (None, "32-true")]
+)
+def test_precision_is_bf16_where_cuda_has_it_by_default(monkeypatch, capability, precision):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     setting = compose("train", []).trainer.precision
     assert resolve_precision(setting, "auto") == precision
     assert resolve_precision(setting, "cpu") == "32-true"
