@@ -44,7 +44,7 @@ def command(capfd, monkeypatch):
 
 
 @pytest.fixture
-def no_reader(monkeypatch):
+def no_reader(capfd, monkeypatch):  # after capfd, which takes standard output too
     """Standard output whose reader has ended, as in `msn COMMAND | true`."""
     reading, writing = os.pipe()
     os.close(reading)
