@@ -1,3 +1,4 @@
+import contextlib
 import os
 import sys
 
@@ -43,13 +44,13 @@ def command(capfd, monkeypatch):
     return run
 
 
-@pytest.fixture
-def no_reader(capfd, monkeypatch):  # after capfd, which takes standard output too
+@contextlib.contextmanager
+def no_reader():
     """Standard output whose reader has ended, as in `msn COMMAND | true`."""
     reading, writing = os.pipe()
     os.close(reading)
-    with os.fdopen(writing, "w") as stream:
-        monkeypatch.setattr(sys, "stdout", stream)
+    # Not a fixture: between its set-up and the test pytest takes standard output again.
+    with os.fdopen(writing, "w") as stream, contextlib.redirect_stdout(stream):
         yield
 
 

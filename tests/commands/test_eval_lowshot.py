@@ -23,6 +23,7 @@ from msn.commands.eval_lowshot import (
 from msn.weights import read_weights, save_backbone
 from msn.weights.export import export
 from msn.weights.weights import trunk_digest
+from tests.commands.conftest import no_reader
 from tests.conftest import ROOT
 from tests.weights.builders import MODEL, make_trunk
 
@@ -295,10 +296,10 @@ def test_of_several_checkpoints_each_has_its_key(command, tmp_path, images):
     assert found == {name: trunk_digest(trunk.state_dict()) for name, trunk in expected.items()}
 
 
-@pytest.mark.usefixtures("no_reader")
 def test_results_do_not_need_a_reader(command, tmp_path, images, run):
     arguments = [f"checkpoint={run}", "baselines=[]", f"data.root={images}", *SMALL]
-    assert command("eval_lowshot", *arguments, f"run.dir={tmp_path / 'out'}")[0] == 0
+    with no_reader():
+        assert command("eval_lowshot", *arguments, f"run.dir={tmp_path / 'out'}")[0] == 0
     assert len(rows_of(tmp_path / "out")) == 3
 
 

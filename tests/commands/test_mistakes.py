@@ -16,7 +16,7 @@ from msn.commands import run_directory
 from msn.commands.entry import MISTAKES, compose, one_line, run_command
 from msn.commands.train import run as train
 from msn.method.vit import VisionTransformer
-from tests.commands.conftest import TINY
+from tests.commands.conftest import TINY, no_reader
 
 # Found while the command line is read.
 COMMAND_LINES = {
@@ -360,7 +360,6 @@ def test_verify_refuses_what_is_no_golden_file(command, tmp_path):
         assert path.name in one_line_of(err)
 
 
-@pytest.mark.usefixtures("no_reader")
 @pytest.mark.parametrize("flush", [True, False])
 def test_no_command_needs_a_reader(flush):
     done = []
@@ -369,7 +368,8 @@ def test_no_command_needs_a_reader(flush):
         print("nobody reads this", flush=flush)
         done.append(config)
 
-    run_command("verify", job, [])
+    with no_reader():
+        run_command("verify", job, [])
     assert done
 
 
