@@ -76,8 +76,9 @@ class RunDirectory:
         with reserved.given_back_on_failure():
             _lock(path)
             if _is_unfinished(path, self.mode, is_training=self.is_training):
-                if read_status(path)["status"] == "damaged":
-                    log.warning("%s is damaged: it is written again", path / STATUS_FILE)
+                status = read_status(path).get("status", "missing")
+                if status in ("damaged", "missing"):
+                    log.warning("%s is %s: it is written again", path / STATUS_FILE, status)
                 newest = newest_valid_checkpoint(reserved.checkpoints)
                 reserved = replace(reserved, resume_from=newest)
         return reserved
@@ -218,6 +219,8 @@ def _is_unfinished(path: Path, resume: str, *, is_training: bool) -> bool:
     status = read_status(path).get("status")
     # A process that was killed, or found the disk full, may have left these.
     others = [p for p in path.iterdir() if p.name != LOCK_FILE and not p.match(".*.tmp")]
+    if status is None and is_training and any((path / CHECKPOINTS).glob("*.ckpt")):
+        status = "missing"
     if status is None and others:
         raise UserError(f"{path} is not empty and holds no run: choose another run.dir")
     if status == "finished":

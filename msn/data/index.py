@@ -23,13 +23,15 @@ log = logging.getLogger(__name__)
 
 _THREADS = 16
 _CACHE_FROM = 10_000  # images; smaller folders are read again faster than a cache is worth
-# Files and folders that operating systems, network drives and notebooks put beside images.
+# Files and folders that operating systems, network drives and notebooks put beside images; their
+# names in small letters, for systems write them either way.
 _SYSTEM = frozenset(
     {
-        *("@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "@tmp"),
-        *("$RECYCLE.BIN", "$Recycle.Bin", "RECYCLER", "System Volume Information"),
-        *("Thumbs", "Thumbs.db", "thumbs.db", "ehthumbs.db", "Desktop.ini", "desktop.ini"),
-        *("__MACOSX", ".ipynb_checkpoints", "lost+found"),
+        *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@tmp", "~snapshot"),
+        *("$recycle.bin", "recycler", "system volume information", "found.000", "config.msi"),
+        *("thumbs", "thumbs.db", "ehthumbs.db", "desktop.ini"),
+        *("network trash folder", "temporary items"),
+        *("__macosx", ".ipynb_checkpoints", "__pycache__", "lost+found"),
     }
 )
 
@@ -84,7 +86,7 @@ def scan_folder(root: str, cache_from: int = _CACHE_FROM) -> FoundImages:
 
 def system_name(name: str) -> str | None:
     """What a message calls a system's own or a hidden file or folder; None for all others."""
-    if name in _SYSTEM:
+    if name.casefold() in _SYSTEM:
         return name
     if name.startswith("._"):  # beside every file that a Mac puts on a foreign disk or into a zip
         return "._*"

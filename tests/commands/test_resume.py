@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from msn.commands import train
 from msn.commands.readers import without_readers
 from msn.files import read_rows
 from msn.training.checkpointing import checkpoints, newest_checkpoint
+from msn.training.loggers import WandbRun
 from msn.training.preemption import EXIT_CODE
 from tests.commands.conftest import TINY
 from tests.conftest import ROOT
@@ -54,6 +56,9 @@ def run(command, monkeypatch):
         directory.write_status("finished")
 
     monkeypatch.setattr(train, "finish", end)
+    ours = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    # nohup and `&` in a script ignore them.
+    before = {number: signal.signal(number, handler) for number, handler in ours.items()}
 
     def go(*arguments, step=None, act=None):
         attach = train._attach
@@ -66,7 +71,9 @@ def run(command, monkeypatch):
             patch.setattr(train, "_attach", attach_too)
             return command("train", *arguments)
 
-    return go
+    yield go
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def power_cut():
@@ -165,6 +172,74 @@ def test_a_reader_of_the_output_that_ends_ends_no_run(monkeypatch):
             for _ in range(2):
                 print("nobody", flush=True)
         assert sys.stdout is stream
+
+
+def test_a_run_without_a_checkpoint_begins_again_and_keeps_what_it_left(run, tmp_path, caplog):
+    where = [*ARGUMENTS, f"run.dir={tmp_path / 'run'}"]
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(*where, step=2, act=power_cut)
+    code, _, err = run(*where)
+    assert code == 0, err
+    assert "begins again from step 0" in caplog.text
+    steps = [int(row["step"]) for row in read_rows(tmp_path / "run" / "metrics.csv")]
+    assert steps == [*range(1, 10)]
+    assert read_rows(tmp_path / "run" / "before-1" / "metrics.csv")[0]["step"] == "1"
+
+
+def test_a_run_without_run_json_goes_on_from_its_checkpoints(run, tmp_path, caplog):
+    where = [*ARGUMENTS, f"run.dir={tmp_path / 'run'}"]
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(*where, step=4, act=power_cut)
+    (tmp_path / "run" / "run.json").unlink()
+    code, out, err = run(*where)
+    assert code == 0, err
+    assert "epoch-1-step-3.ckpt" in out
+    assert "run.json is missing: it is written again" in caplog.text
+
+
+def test_variables_of_another_job_do_not_decide(run, command, monkeypatch, tmp_path, caplog):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = run(*ARGUMENTS, f"run.dir={tmp_path / 'run'}")
+    assert code == 0, err
+    assert "RANK, WORLD_SIZE set, but neither torchrun" in caplog.text
+    assert "RANK" not in os.environ
+    caplog.clear()
+    monkeypatch.setenv("RANK", "1")
+    command("eval_lowshot", "checkpoint=/nowhere")
+    assert "RANK set, but neither torchrun" in caplog.text
+
+
+def test_an_error_closes_the_loggers_and_ends_what_was_started(run, monkeypatch, tmp_path):
+    ended = []
+    monkeypatch.setattr(train, "end_started_processes", ended.append)
+    monkeypatch.setattr(WandbRun, "close", lambda self, failed: ended.append(failed))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(*ARGUMENTS, f"run.dir={tmp_path / 'run'}", "logger=wandb", step=1, act=power_cut)
+    assert len(ended) == 2
+    assert ended[1] is True
+
+
+def test_a_signal_between_the_last_step_and_the_table_is_obeyed(run, monkeypatch, tmp_path):
+    # Within the training, but after its last look for a signal.
+    monkeypatch.setattr(
+        Disturb, "on_train_end", lambda *_: os.kill(os.getpid(), signal.SIGUSR1), raising=False
+    )
+    where = [*TINY, "trainer.limit_train_batches=1", f"run.dir={tmp_path / 'run'}"]
+    assert run(*where)[0] == EXIT_CODE
+
+
+def test_lightning_s_word_on_short_epochs_is_not_printed():
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        train._quieten()
+        warnings.warn(
+            "The number of training batches (2) is smaller than the logging interval "
+            "Trainer(log_every_n_steps=10). Set a lower value for log_every_n_steps",
+            stacklevel=1,
+        )
+    assert seen == []
 
 
 def test_a_run_that_was_set_up_differently_is_not_resumed(run, tmp_path):

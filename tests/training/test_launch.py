@@ -3,11 +3,14 @@
 import os
 import signal
 import socket
+import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from msn.errors import UserError
 from msn.training import launch
@@ -116,6 +119,31 @@ def test_waiting_for_others_is_said_and_ends(monkeypatch, capfd):
     assert said.startswith("process 0 of 2 (WORLD_SIZE) waits for the others at h:1 (MASTER_ADDR")
     assert error.startswith("error: process 0 of 2 (WORLD_SIZE) waits")
     assert in_child(meeting().__enter__) == 0
+
+
+def test_processes_agree_within_a_meeting(monkeypatch):
+    monkeypatch.setattr(launch, "starts_processes", lambda trainer: False)
+    handlers = []
+    strategy = SimpleNamespace(
+        connect=lambda module: None,
+        setup_environment=lambda: handlers.append(signal.getsignal(signal.SIGTERM)),
+        broadcast=lambda answer: answer,
+    )
+    trainer = SimpleNamespace(world_size=2, strategy=strategy, is_global_zero=True)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        assert launch.agree(trainer, None, lambda: "here") == "here"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert handlers == [signal.SIG_DFL]
+
+
+def test_no_started_process_outlives_an_error():
+    with subprocess.Popen(["sleep", "60"]) as started:
+        launcher = object.__new__(_SubprocessScriptLauncher)
+        launcher.procs = [started]
+        launch.end_started_processes(SimpleNamespace(strategy=SimpleNamespace(launcher=launcher)))
+        assert started.poll() == -signal.SIGTERM
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
