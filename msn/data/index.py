@@ -23,15 +23,16 @@ log = logging.getLogger(__name__)
 
 _THREADS = 16
 _CACHE_FROM = 10_000  # images; smaller folders are read again faster than a cache is worth
-# Files and folders that operating systems, network drives and notebooks put beside images; their
-# names in small letters, for systems write them either way.
+# Files and folders that operating systems, network drives and notebooks put beside images; systems
+# and the tools that copy write them in any case.
 _SYSTEM = frozenset(
     {
         *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@tmp", "~snapshot"),
-        *("$recycle.bin", "recycler", "system volume information", "found.000", "config.msi"),
+        *("$recycle.bin", "recycler", "system volume information", "config.msi"),
         *("thumbs", "thumbs.db", "ehthumbs.db", "desktop.ini"),
-        *("network trash folder", "temporary items"),
-        *("__macosx", ".ipynb_checkpoints", "__pycache__", "lost+found"),
+        *("__macosx", "network trash folder", "temporary items"),
+        *("__pycache__", ".ipynb_checkpoints", "lost+found"),
+        *(f"found.{i:03}" for i in range(1000)),  # what Windows saves of a damaged disk
     }
 )
 

@@ -23,7 +23,7 @@ from msn.files import write_atomically
 log = logging.getLogger(__name__)
 
 # Also raised when the rules of folders, lists and shards change: a table holds what they find.
-_FORMAT = 5
+_FORMAT = 6
 SETTLED_NS = 2_000_000_000  # a directory or list changed this shortly before may change unseen
 
 

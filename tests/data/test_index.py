@@ -12,7 +12,7 @@ import pytest
 
 from msn.data import index, tables
 from msn.data.folder_labels import labels_from_folders
-from msn.data.index import scan_folder
+from msn.data.index import scan_folder, system_name
 from msn.data.sources import folder_source
 from msn.data.tables import StringTable
 from msn.errors import UserError
@@ -161,6 +161,23 @@ def test_files_and_folders_of_systems_are_no_images_and_counted(tmp_path, caplog
             "2 ._*, 1 .ipynb_checkpoints, 2 @eaDir, 1 System Volume Information, 1 Thumbs, "
             "1 Thumbs.db, 1 __MACOSX, 1 desktop.ini, 1 hidden"
         )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("__pycache__", "Network Trash Folder", "Temporary Items", "FOUND.000", "Found.012"),
+        *("Config.Msi", "~snapshot", "$RECYCLE.BIN", "$Recycle.Bin", "$recycle.bin", "THUMBS"),
+        *("Thumbs.db", "THUMBS.DB", "@EADIR", "__macosx", "Lost+Found", "DESKTOP.INI"),
+    ],
+)
+def test_names_of_systems_are_known_in_any_case(name):
+    assert system_name(name) == name
+
+
+@pytest.mark.parametrize("name", ["found", "found.0000", "lost", "cache", "snapshot", "recycle"])
+def test_names_that_are_nearly_those_of_systems_are_classes(name):
+    assert system_name(name) is None
 
 
 LINKS = {  # links by their names: where they lead, and the names that count
