@@ -9,6 +9,7 @@ import os
 import stat
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -19,7 +20,15 @@ import torchvision.io  # registers the JPEG decoder among torch's operators
 from PIL import ExifTags, Image
 from torch.utils.data import get_worker_info
 
-from msn.data.depth import SIXTEEN_BITS, Deep, Levels, find_deep, is_gray, to_eight_bits
+from msn.data.depth import (
+    SIXTEEN_BITS,
+    BeyondWhite,
+    Deep,
+    Levels,
+    find_deep,
+    is_gray,
+    to_eight_bits,
+)
 from msn.data.kinds import BadImageError, open_image
 from msn.data.workers import TOO_MANY_OPEN
 
@@ -149,7 +158,7 @@ def upright_rgb(image: Image.Image, levels: Levels = SIXTEEN_BITS) -> Image.Imag
     Raises:
         BadImageError: it cannot be read, or has floating-point pixels.
     """
-    with _saying_why():
+    with _saying_why(), _counted_warnings():
         image.load()  # a TIFF turns while it loads
         orientation = _orientation(image) if image.info else 1
         if orientation == 1 and image.mode == "RGB":
@@ -187,22 +196,25 @@ def _saying_why() -> Iterator[None]:
         raise BadImageError(f"{type(error).__name__}: {error}") from error
 
 
-_warned = 0
+_SAID_OF_IMAGES = {  # whether values are beyond white
+    False: "Pillow warned of %d images and read them; now: %s",
+    True: "%d images have values that data.depth makes white with all above it; now: %s",
+}
+_warned: Counter[bool] = Counter()
 _one_at_a_time = threading.Lock()  # Python's record of warnings is one for all threads
 
 
 @contextmanager
 def _counted_warnings() -> Iterator[None]:
-    """Count images that Pillow warns of and reads: a folder of them would print a line each."""
-    global _warned
+    """Count images that are read with a warning: a folder of them would print a line each."""
     with _kept_warnings() as said:
         yield
-    if not said:
-        return
-    _warned += 1
     worker = get_worker_info()
-    if math.log10(_warned).is_integer() and (worker is None or worker.id == 0):
-        log.info("Pillow warned of %d images and read them; now: %s", _warned, said[0].message)
+    for kind, text in _SAID_OF_IMAGES.items():
+        now = [w.message for w in said if issubclass(w.category, BeyondWhite) == kind]
+        _warned[kind] += bool(now)
+        if now and math.log10(_warned[kind]).is_integer() and (worker is None or worker.id == 0):
+            log.info(text, _warned[kind], now[0])
 
 
 @contextmanager

@@ -8,6 +8,7 @@ images are read for that network.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -33,6 +34,10 @@ _LOWER = {
 }
 _UNSIGNED = ("I;32N", "I;32B")  # Pillow's whole numbers are signed
 RECORDED = "data_depth"  # where weights say what they were trained with
+
+
+class BeyondWhite(UserWarning):
+    """An image has values above white."""
 
 
 def check_depth(depth: Any) -> str | Depth:
@@ -131,10 +136,15 @@ def _with(raw_mode: str, arguments: Any) -> Any:
 
 
 def to_eight_bits(values: np.ndarray, levels: Levels) -> np.ndarray:
-    """Whole numbers of any type to uint8: black and below to 0, white and above to 255."""
+    """Whole numbers of any type to uint8: black and below to 0, white and above to 255.
+
+    Values above white bring a `BeyondWhite` warning.
+    """
     low, high = levels
     if levels == SIXTEEN_BITS and values.dtype == np.uint16:
         return (values >> 8).astype(np.uint8)
+    if values.size and values.max() > high:
+        warnings.warn(f"values above {high}", BeyondWhite, stacklevel=2)
     wide = np.clip(values.astype(np.int64), low, high) - low
     # Every gray level stands for as many values; fewer values end in white too.
     factor, divisor = (256, high - low + 1) if high - low > 255 else (255, high - low)
@@ -173,8 +183,13 @@ def recorded_depth(about: Mapping[str, Any]) -> Depth | None:
 
 
 def depth_for(values: tuple[int, int]) -> Depth:
-    """What the least and the largest value of a set need: bits, or with negative values both."""
+    """What the least and the largest value of a set need: bits, or with negative values both.
+
+    Zeros alone tell nothing: 16 bits.
+    """
     low, high = values
+    if low == high == 0:
+        return 16
     return max(_BITS[0], high.bit_length()) if low >= 0 else [low, max(high, low + 1)]
 
 

@@ -230,7 +230,8 @@ def find_depth(source: Source, depth: str | Depth) -> Depth | None:
     """The depth of a set: what was set, or with `auto` what a sample of the images needs.
 
     Unsigned values give the least number of bits, 8 at least, that holds the largest; where there
-    are negative ones, the least and the largest are black and white. The answer is said once.
+    are negative ones, the least and the largest are black and white; where all is black, it is 16
+    bits. The answer is said once.
 
     Returns:
         None where `auto` finds no image of more than 8 bits.
@@ -258,6 +259,12 @@ def find_depth(source: Source, depth: str | Depth) -> Depth | None:
         *(source.where, len(ranges), len(found), low, high),
         *(str(needed).replace(" ", ""), levels_of(needed)[1]),
     )
+    if low == high == 0:
+        log.warning(
+            "%s: the images of more than 8 bits that were looked at are all black, which does not "
+            "tell how bright others are: data.depth=12, for instance, sets it",
+            source.where,
+        )
     return needed
 
 

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import warnings
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -320,7 +321,7 @@ def test_only_regular_files_below_a_gibibyte_are_read(tmp_path):
 
 
 def test_what_pillow_warns_of_is_counted_and_not_printed(caplog, monkeypatch):
-    monkeypatch.setattr(decoding, "_warned", 0)
+    monkeypatch.setattr(decoding, "_warned", Counter())
     odd = encode(photo(0), "JPEG", exif=b"Exif\0\0" + b"MM\0*\0\0\xff\xff" + bytes(40))
     caplog.set_level("INFO", "msn")
     with warnings.catch_warnings():

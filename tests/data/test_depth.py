@@ -1,9 +1,19 @@
 """Which values of images of more than 8 bits are black and white is fixed for a whole set."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
-from msn.data.depth import check_depth, levels_of, recorded_depth, to_eight_bits, trained_depth
+from msn.data import decode
+from msn.data.depth import (
+    BeyondWhite,
+    check_depth,
+    levels_of,
+    recorded_depth,
+    to_eight_bits,
+    trained_depth,
+)
 from msn.data.pools import build_pools
 from msn.errors import UserError
 from tests.data.datamodules import make_datamodule
@@ -70,6 +80,27 @@ def test_held_out_images_are_read_as_those_that_train(tmp_path):
     assert np.asarray(pools.held_out.source.rgb(13)).max() == 31
 
 
+def test_a_sample_that_is_all_black_takes_all_sixteen_bits_and_says_so(tmp_path, caplog):
+    pools = pools_of(deep_folder(tmp_path, TWELVE * 0))
+    assert pools.train.source.depth == 16
+    (said,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "are all black" in said
+    (tmp_path / "a" / "0.png").write_bytes(deep_png(TWELVE * 16))  # found later, and not clipped
+    shown = np.asarray(pools.train.source.rgb(0))
+    assert (shown == 255).mean() < 0.01
+
+
+def test_images_with_values_above_white_are_counted(tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO", "msn")
+    monkeypatch.setattr(decode, "_warned", Counter())
+    source = pools_of(deep_folder(tmp_path, TWELVE), depth=11).train.source
+    for i in [0, 13] * 12:  # only the second one is brighter than 2,047
+        source.rgb(i)
+    said = [r.getMessage() for r in caplog.records if "makes white" in r.getMessage()]
+    assert [line.partition(" ")[0] for line in said] == ["1", "10"]
+    assert said[0].endswith("now: values above 2047")
+
+
 def test_images_of_eight_bits_have_no_depth(tmp_path):
     for suffix in (".png", ".tif", ".jpg"):
         pools = pools_of(make_folder(tmp_path / suffix, suffix=suffix))
@@ -104,7 +135,9 @@ def test_digits_have_no_depth():
 @pytest.mark.parametrize("depth", [8, 10, 12, 16, 32, [-1024, 3071], [5, 7]])
 def test_levels_are_even_and_end_in_black_and_white(depth):
     low, high = levels_of(depth)
-    shown = to_eight_bits(np.array([low - 1, low, (low + high) // 2, high, high + 1]), (low, high))
+    values = np.array([low - 1, low, (low + high) // 2, high, high + 1])
+    with pytest.warns(BeyondWhite, match=f"values above {high}"):
+        shown = to_eight_bits(values, (low, high))
     assert shown.tolist() == [0, 0, 127, 255, 255]
 
 
