@@ -118,8 +118,9 @@ class RunDirectory:
         Raises:
             OSError: if it cannot be moved.
         """
-        if not (self.path / STATUS_FILE).exists() or self.resume_from is not None:
+        if not _holds_run(self.path) or self.resume_from is not None:
             return
+        self.write_status("unfinished")  # else nothing says so once checkpoints are moved
         left = [self.path / name for name in _OF_BEFORE]
         left = [
             place for place in left if place.is_file() or (place.is_dir() and any(place.iterdir()))
@@ -219,7 +220,7 @@ def _is_unfinished(path: Path, resume: str, *, is_training: bool) -> bool:
     status = read_status(path).get("status")
     # A process that was killed, or found the disk full, may have left these.
     others = [p for p in path.iterdir() if p.name != LOCK_FILE and not p.match(".*.tmp")]
-    if status is None and is_training and any((path / CHECKPOINTS).glob("*.ckpt")):
+    if status is None and is_training and _holds_run(path):
         status = "missing"
     if status is None and others:
         raise UserError(f"{path} is not empty and holds no run: choose another run.dir")
@@ -232,6 +233,11 @@ def _is_unfinished(path: Path, resume: str, *, is_training: bool) -> bool:
     if status is not None and resume == "never":
         raise UserError(f"{path} holds an unfinished run and resume=never")
     return status is not None
+
+
+def _holds_run(path: Path) -> bool:
+    """Whether a training run, finished or not, has begun there; run.json may be lost."""
+    return (path / STATUS_FILE).is_file() or any((path / CHECKPOINTS).glob("*.ckpt"))
 
 
 _locked: list[tuple[Path, int]] = []  # of this process; a record lock ends with it, forked or not

@@ -131,11 +131,15 @@ def test_a_damaged_run_json_is_said_and_written_again(tmp_path, caplog, content)
         chosen(tmp_path, mode="never")
 
 
-@pytest.mark.parametrize("checkpoint", [None, "damaged", "pipe"])
+@pytest.mark.parametrize(
+    ("checkpoint", "status"),
+    [(None, "{"), ("damaged", "{"), ("pipe", "{"), ("damaged", None), ("pipe", None)],
+)
 def test_a_run_without_a_whole_checkpoint_begins_again_and_keeps_the_old(
-    tmp_path, caplog, checkpoint
+    tmp_path, caplog, checkpoint, status
 ):
-    (tmp_path / "run.json").write_text('{"status": "unfinished"}')
+    if status is not None:
+        (tmp_path / "run.json").write_text(status)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "metrics.csv").write_text("step\n3\n")
     file = tmp_path / "checkpoints" / "epoch-1-step-3.ckpt"
@@ -155,6 +159,13 @@ def test_a_run_without_a_whole_checkpoint_begins_again_and_keeps_the_old(
         (tmp_path / "metrics.csv").write_text("step\n3\n")
     if checkpoint == "pipe":
         assert "not a regular file" in caplog.text
+    (tmp_path / "run.json").unlink()
+    (tmp_path / "checkpoints").mkdir(exist_ok=True)
+    (tmp_path / "checkpoints" / "epoch-1-step-3.ckpt").touch()
+    with pytest.raises(UserError, match="resume=never"):
+        chosen(tmp_path, mode="never")
+    with pytest.raises(UserError, match="holds no run"):
+        chosen(tmp_path, training=False)
 
 
 def test_a_finished_run_without_its_report_says_how_to_make_it(tmp_path):
