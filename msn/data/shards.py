@@ -103,7 +103,8 @@ class ShardSource(Source):
         if opened is not None:
             return opened
         if self._open and len(self._open) >= min(_MOST_OPEN, open_files_limit() // 8):
-            self._open.pop(next(iter(list(self._open))), None)
+            for oldest in list(self._open)[:1]:  # none where another thread was first
+                self._open.pop(oldest, None)
         flags = os.O_RDONLY | os.O_NONBLOCK  # what has become a pipe since is not waited for
         try:
             descriptor = os.open(self.shards[shard], flags)

@@ -213,7 +213,13 @@ def test_variables_of_another_job_do_not_decide(run, command, monkeypatch, tmp_p
 def test_an_error_closes_the_loggers_and_ends_what_was_started(run, monkeypatch, tmp_path):
     ended = []
     monkeypatch.setattr(train, "end_started_processes", ended.append)
-    monkeypatch.setattr(WandbRun, "close", lambda self, failed: ended.append(failed))
+    close = WandbRun.close
+
+    def record_and_close(self, failed):
+        ended.append(failed)
+        close(self, failed=failed)
+
+    monkeypatch.setattr(WandbRun, "close", record_and_close)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     with pytest.raises(RuntimeError, match="power cut"):
         run(*ARGUMENTS, f"run.dir={tmp_path / 'run'}", "logger=wandb", step=1, act=power_cut)
