@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -20,7 +21,6 @@ from msn.commands import train
 from msn.commands.readers import without_readers
 from msn.files import read_rows
 from msn.training.checkpointing import checkpoints, newest_checkpoint
-from msn.training.loggers import WandbRun
 from msn.training.preemption import EXIT_CODE
 from tests.commands.conftest import TINY
 from tests.conftest import ROOT
@@ -212,19 +212,19 @@ def test_variables_of_another_job_do_not_decide(run, command, monkeypatch, tmp_p
 
 def test_an_error_closes_the_loggers_and_ends_what_was_started(run, monkeypatch, tmp_path):
     ended = []
-    monkeypatch.setattr(train, "end_started_processes", ended.append)
-    close = WandbRun.close
 
-    def record_and_close(self, failed):
-        ended.append(failed)
-        close(self, failed=failed)
+    @contextmanager
+    def closed(trainer):
+        try:
+            yield
+        finally:
+            ended.append("loggers")
 
-    monkeypatch.setattr(WandbRun, "close", record_and_close)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setattr(train, "closed_loggers", closed)
+    monkeypatch.setattr(train, "end_started_processes", lambda trainer: ended.append("processes"))
     with pytest.raises(RuntimeError, match="power cut"):
-        run(*ARGUMENTS, f"run.dir={tmp_path / 'run'}", "logger=wandb", step=1, act=power_cut)
-    assert len(ended) == 2
-    assert ended[1] is True
+        run(*ARGUMENTS, f"run.dir={tmp_path / 'run'}", step=1, act=power_cut)
+    assert ended == ["processes", "loggers"]
 
 
 def test_a_signal_between_the_last_step_and_the_table_is_obeyed(run, monkeypatch, tmp_path):
