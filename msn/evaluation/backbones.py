@@ -265,7 +265,7 @@ class NoNetwork(nn.Module):
         super().__init__()
         self.norm = nn.Identity()
 
-    def forward_intermediates(self, rows: Tensor, last: int) -> list[Tensor]:  # noqa: ARG002
+    def forward_intermediates(self, rows: Tensor, last: int) -> list[Tensor]:
         """Rows [B, D] as the one token of each image, [B, 1, D]."""
         return [rows.unsqueeze(1)]
 

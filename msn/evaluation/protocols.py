@@ -344,7 +344,7 @@ class KNN(FeatureProtocol):
         train: FeatureSet,
         test: FeatureSet,
         *,
-        feature: str,  # noqa: ARG002
+        feature: str,
         device: torch.device,
     ) -> list[Result]:
         """A row `knn` for each number of neighbours."""

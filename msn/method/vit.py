@@ -32,6 +32,7 @@ class Block(TimmBlock):
 
     attn: Attention
 
+    # timm's block takes tokens alone.
     def forward(  # type: ignore[override]
         self, tokens: Tensor, groups: Groups, class_only: bool = False
     ) -> Tensor:

@@ -20,6 +20,7 @@ from msn.method.distributed import num_processes
 
 def random_state() -> dict[str, Any]:
     """States of Python, NumPy, torch and this process's CUDA device, plain data."""
+    # NPY002: a user's code may draw from NumPy's global generator, so its state is kept.
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
     on_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
