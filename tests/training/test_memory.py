@@ -1,12 +1,16 @@
 """Forecast of a step's memory against what autograd keeps and what a process takes."""
 
+import json
+from itertools import accumulate
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
 
 from msn.commands.bench_step import case_of
 from msn.commands.entry import compose, to_plain
-from msn.commands.step_methods import Case
+from msn.commands.step_methods import Case, MsnStep
 from msn.commands.step_worker import Worker
 from msn.commands.verify import load_golden
 from msn.data.views import ViewSettings
@@ -182,8 +186,11 @@ def test_the_largest_chunk_that_fits_is_suggested():
         suggest_chunk_size(peaks, 5)
 
 
-def peak_of(model, **changes):
-    """Measured and forecast bytes of two steps in a process of their own."""
+def peak_of(folder, model, **changes):
+    """Bytes that torch holds at most in two steps, and the forecast.
+
+    What the process takes beyond them is the allocator's: it differs from run to run by a tenth.
+    """
     settings = module_of(load_golden(GOLDEN["default"]).config).settings["method"]
     method = {**settings, "num_prototypes": 1024, "patch_drop": 0.15}
     method["head"] = {"hidden_dim": 2048, "output_dim": 256, "use_batch_norm": True}
@@ -201,10 +208,14 @@ def peak_of(model, **changes):
             **changes,
         }
     )
-    worker = Worker("msn", case)
-    worker.ask("steps", 2)
-    measured = worker.ask("peak_bytes")
-    worker.close()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        method_step = MsnStep(case)
+        for _ in range(2):
+            method_step.step()
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    events = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
+    measured = max(accumulate(e["args"]["Bytes"] for e in events))  # freed bytes are negative
     with torch.device("meta"):
         network = MSN(model=model, head=method["head"], num_prototypes=1024)
     forecast = forecast_memory(
@@ -219,7 +230,7 @@ def peak_of(model, **changes):
 
 
 @pytest.mark.slow
-def test_a_batch_in_chunks_takes_the_memory_of_a_chunk_and_the_forecast_holds():
+def test_a_batch_in_chunks_takes_the_memory_of_a_chunk_and_the_forecast_holds(tmp_path):
     """S/16 with four of its blocks, for time; batch 64 in chunks of 8 beside batch 8."""
     model = {
         "img_size": 224,
@@ -229,9 +240,9 @@ def test_a_batch_in_chunks_takes_the_memory_of_a_chunk_and_the_forecast_holds():
         "num_heads": 6,
         "mlp_ratio": 4.0,
     }
-    small, small_forecast = peak_of(model)
-    chunked, forecast = peak_of(model, batch_size=64, chunk_size=8)
+    small, small_forecast = peak_of(tmp_path, model)
+    chunked, forecast = peak_of(tmp_path, model, batch_size=64, chunk_size=8)
     more_views = forecast.views - small_forecast.views
-    assert chunked <= 1.25 * (small + more_views)
+    assert chunked <= 1.1 * (small + more_views)
     assert small_forecast.peak == pytest.approx(small, rel=0.15)
     assert forecast.peak == pytest.approx(chunked, rel=0.15)
