@@ -308,7 +308,8 @@ def _compare(config: Any, known: Any, prefix: str = "") -> None:
 
 def _unknown(key: str, known: Iterable[Any]) -> str:
     allowed = ", ".join(sorted(str(name) for name in known if not str(name).startswith("_")))
-    return f"unknown key {key}: allowed are {allowed}"
+    allowed = ", ".join(sorted(str(name) for name in known if not str(name).startswith("_")))
+    return f"unknown key {key}: allowed are {allowed or 'none here'}"
 
 
 def _explain(error: Exception, known: DictConfig) -> str:

@@ -28,6 +28,7 @@ from msn.evaluation.protocol import (
     check_draws,
 )
 from msn.evaluation.sets import FeatureSet, LabelSet, Result
+from msn.files import writing_to
 from msn.method.distributed import process_index
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,17 @@ class _FewLabels(FeatureProtocol):
     @abstractmethod
     def few_labels(self, train: LabelledSet) -> list[LabelSet]:
         """The sets for logistic regression."""
+
+    def check(self, labels: Tensor, classes: Sequence[str]) -> None:
+        """As every protocol; the place of the lists is made, as it may be after days of training.
+
+        Raises:
+            UserError: too few images, a single class, or a place that cannot be written to.
+        """
+        super().check(labels, classes)
+        if self.write_lists is not None:
+            with writing_to(Path(self.write_lists)):
+                Path(self.write_lists).mkdir(parents=True, exist_ok=True)
 
     def plan(self, train: LabelledSet) -> Plan:
         """Choose the labelled images, and keep lists of them where that is wanted."""

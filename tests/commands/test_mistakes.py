@@ -24,6 +24,7 @@ COMMAND_LINES = {
     "data=digit": "data=digit: allowed are cifar10, cifar100, digits, folder",
     "data=base": "data=base: allowed are cifar10",
     "+typo=1": "unknown key typo: allowed are",
+    "logger._target_=[]": "unknown key logger._target_: allowed are none here",
     "+method.typo=1": "unknown key method.typo: allowed are",
     "+trainer.typo=1": "unknown key trainer.typo: allowed are",
     "+data.views.foo=1": "unknown key data.views.foo: allowed are",

@@ -163,6 +163,14 @@ def test_an_uneven_list_is_called_by_its_size_and_says_which_classes_it_lacks(tm
     assert "lists no image of 1 classes (first: class1)" in caplog.text
 
 
+def test_a_place_for_lists_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    protocol = kshot(write_lists=str(tmp_path / "file" / "lists"), knn_neighbours=None)
+    train = ToyImages(6)
+    with pytest.raises(UserError, match=r"file.lists: cannot be written \(Not a directory\)"):
+        protocol.check(train.labels, train.classes)
+
+
 def test_drawn_lists_are_written_and_give_the_same_sets_back(tmp_path):
     train = ToyImages(6)
     drawn = kshot(write_lists=str(tmp_path / "lists"), knn_neighbours=None)
