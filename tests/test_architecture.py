@@ -16,7 +16,7 @@ ALLOWED = {
     "reporting": {"method", "data", "weights", "evaluation"},
     "commands": {"method", "data", "weights", "evaluation", "training", "reporting"},
 }
-BASE = {"compilers", "errors", "files", "schema"}
+BASE = {"compilers", "errors", "files", "progress", "schema"}
 TREES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 # Longer than 60 lines with its docstring, which has a line for each setting.
 WITH_A_LONG_DOCSTRING = {"build_trainer"}

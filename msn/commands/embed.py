@@ -30,8 +30,8 @@ from msn.data.workers import in_one_line, make_loader
 from msn.errors import UserError
 from msn.evaluation.cache import digest_of, images_key, weights_key
 from msn.evaluation.features import check_feature, forward_feature, less_memory
-from msn.evaluation.progress import Progress
 from msn.files import write_bytes, writing_to
+from msn.progress import Progress
 from msn.weights import Backbone, load_backbone
 from msn.weights.files import open_weights, save_tensors
 

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from msn.data.kinds import SUFFIXES, UNREAD_SUFFIXES
-from msn.data.progress import progress_bar
 from msn.data.real_paths import follow
 from msn.data.tables import SETTLED_NS, StringTable, cache_file, load_arrays, store_arrays
+from msn.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ class _Tree:
 def _walk(root: str) -> _Tree:
     """Read the tree with many threads: first what lies in it, then, round by round, its links."""
     tree = _Tree()
-    with progress_bar("looking for images") as advance, ThreadPoolExecutor(_THREADS) as pool:
+    with Progress("looking for images") as progress, ThreadPoolExecutor(_THREADS) as pool:
         begin = {"": root}
         while begin:
             tree.real |= set(begin.values())
@@ -171,7 +171,9 @@ def _walk(root: str) -> _Tree:
                 for future in done:
                     inner = _take(tree, future.result())
                     pending |= {pool.submit(_list_folder, *folder) for folder in inner.items()}
-                advance(f"looking for images: {len(tree.paths)} in {len(tree.folders)} folders")
+                progress.advance(
+                    title=f"looking for images: {len(tree.paths)} in {len(tree.folders)} folders"
+                )
             begin = _next_links(tree)
     return tree
 

@@ -17,10 +17,10 @@ import numpy as np
 
 from msn.data.folder_labels import UNLABELLED
 from msn.data.kinds import SUFFIXES, UNREAD_SUFFIXES
-from msn.data.progress import progress_bar
 from msn.data.real_paths import RealPaths
 from msn.data.tables import SETTLED_NS, StringTable, cache_file, load_arrays, store_arrays
 from msn.errors import UserError
+from msn.progress import Progress
 
 _CACHE_FROM = 10_000  # images; smaller lists are read again faster than a cache is worth
 _SHOW_EVERY = 10_000  # rows
@@ -125,11 +125,11 @@ class _Rows:
 
     def read(self, rows: Iterator[ListedImage]) -> ListIndex:
         """Take every row and check them together."""
-        with progress_bar("reading the list") as advance:
+        with Progress("reading the list") as progress:
             for row in rows:
                 self._add(row)
                 if len(self._lines) % _SHOW_EVERY == 0:
-                    advance(f"reading the list: {len(self._lines)} images")
+                    progress.advance(title=f"reading the list: {len(self._lines)} images")
         if not self._lines:
             raise UserError(f"{self._where}: lists no image")
         ends = np.frombuffer(self._ends, np.int64)

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from msn.data.folder_labels import labels_from_folders
-from msn.data.progress import progress_bar
 from msn.data.tables import SETTLED_NS, StringTable, cache_file, load_arrays, store_arrays
 from msn.data.tar_members import NO_CLASS, ShardContents, read_shard
 from msn.errors import UserError
+from msn.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -145,13 +145,13 @@ def _read_shards(root: str, shards: list[str]) -> list[ShardContents]:
     contents: list[ShardContents] = []
     images = 0
     with (
-        progress_bar("indexing shards", total=len(shards)) as advance,
+        Progress("indexing shards", total=len(shards)) as progress,
         ThreadPoolExecutor(_THREADS) as pool,
     ):
         for path, found in zip(shards, pool.map(read_shard, shards), strict=True):
             contents.append(found)
             images += len(found.images)
-            advance(f"indexing shards: {images} images")
+            progress.advance(title=f"indexing shards: {images} images")
             if found.damage is not None:
                 log.warning("%s: is damaged from %s; what lies before is used", path, found.damage)
     links = sum(found.links for found in contents)

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from msn.data.index import system_name
 from msn.data.kinds import SUFFIXES, BadImageError, open_image
-from msn.data.progress import progress_bar
 from msn.data.shards import CLASSES_FILE, class_line
 from msn.data.sources import FileSource
 from msn.data.tar_members import member_name
 from msn.errors import UserError
+from msn.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def write_shards(source: FileSource, out: Path, *, images_per_shard: int) -> Wri
     above = _UNLABELLED if _would_get_labels(source) else ""
     shards: list[Path] = []
     taken: set[str] = set()  # a key for every image that was written
-    with progress_bar("writing shards", total=len(source)) as advance:
+    with Progress("writing shards", total=len(source)) as progress:
         for begin in range(0, len(source), images_per_shard):
             path = out / SHARD_NAME.format(len(shards))
             partial = path.with_suffix(".partial")
@@ -64,7 +64,7 @@ def write_shards(source: FileSource, out: Path, *, images_per_shard: int) -> Wri
                 with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT, encoding="utf-8") as tar:
                     for i in range(begin, min(begin + images_per_shard, len(source))):
                         _add(tar, source, i, above, taken)
-                        advance("writing shards")
+                        progress.advance()
             except OSError as error:
                 partial.unlink(missing_ok=True)
                 raise UserError(f"{error.filename or path}: {error.strerror or error}") from None

@@ -23,7 +23,7 @@ from msn.data.dataset import REPLACED
 from msn.data.workers import make_loader
 from msn.errors import UserError
 from msn.evaluation.cache import FeatureCache, images_key, weights_key
-from msn.evaluation.progress import Progress
+from msn.progress import Progress
 
 log = logging.getLogger(__name__)
 

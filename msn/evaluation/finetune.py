@@ -30,7 +30,6 @@ from msn.evaluation.features import (
     TransformedImages,
     warn_of_idle,
 )
-from msn.evaluation.progress import Progress
 from msn.evaluation.protocol import (
     Plan,
     Protocol,
@@ -41,6 +40,7 @@ from msn.evaluation.protocol import (
 from msn.evaluation.recipe import Recipe
 from msn.evaluation.sets import ChosenImages, LabelSet, Result, make_row
 from msn.method.vit import resize_position_embeddings
+from msn.progress import Progress
 from msn.schema import refuse_unknown, take
 
 _TRAINING = 8  # keeps draws of dropped paths and mixtures apart from others of the same seed

@@ -18,9 +18,9 @@ from torch import Tensor
 from msn.errors import UserError
 from msn.evaluation.logistic import LogisticFit, centre_and_normalise, fit_logistic
 from msn.evaluation.neighbours import knn_predictions
-from msn.evaluation.progress import Progress
 from msn.evaluation.selection import Fold, best_lambds, folds_of
 from msn.evaluation.sets import FeatureSet, Head, LabelSet, Result, make_row
+from msn.progress import Progress
 
 # Numbers of labelled rows gathered at once.
 _MAX_GATHERED = 2**28

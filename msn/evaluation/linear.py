@@ -25,7 +25,6 @@ from msn.evaluation.features import (
 )
 from msn.evaluation.frozen import check_lambda_choice, logistic_results
 from msn.evaluation.logistic import centre_and_normalise
-from msn.evaluation.progress import Progress
 from msn.evaluation.protocol import Plan, Protocol, all_labels, build_logistic, with_unreadable
 from msn.evaluation.sets import (
     FeatureSet,
@@ -36,6 +35,7 @@ from msn.evaluation.sets import (
     labelled_features,
     make_row,
 )
+from msn.progress import Progress
 from msn.schema import refuse_unknown, take
 
 log = logging.getLogger(__name__)

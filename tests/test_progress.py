@@ -1,0 +1,32 @@
+import io
+import sys
+
+from msn.progress import Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def shown(monkeypatch, *arguments, **titles):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with Progress(*arguments) as progress:
+        progress.advance(3, **titles)
+    return terminal.getvalue()
+
+
+def test_a_terminal_shows_how_much_is_done_under_the_newest_title(monkeypatch):
+    assert "3/7" in shown(monkeypatch, "probing", 7)
+    text = shown(monkeypatch, "looking", title="looking: 3 images")
+    assert "looking: 3 images" in text
+
+
+def test_nothing_is_shown_where_nobody_looks_or_nothing_is_to_be_done(monkeypatch, capsys):
+    assert shown(monkeypatch, "probing", 7, False) == ""
+    assert shown(monkeypatch, "probing", 0) == ""
+    monkeypatch.undo()
+    with Progress("probing", 7) as progress:
+        progress.advance()
+    assert capsys.readouterr() == ("", "")
