@@ -1,9 +1,15 @@
-"""Settings against signatures: YAML holds the values, keyword-only signatures are the schema."""
+"""Settings against signatures: YAML holds the values, keyword-only signatures are the schema.
+
+A signature is that of a function, of a class, or of a frozen dataclass of settings; a class that
+has its keywords in such a dataclass names it as its `Settings`.
+"""
 
 import inspect
+import math
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from dataclasses import is_dataclass
+from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from msn.errors import UserError
 
@@ -11,6 +17,52 @@ from msn.errors import UserError
 _LARGEST = 3.4e38
 _LARGEST_WHOLE = 2**63 - 1
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
+_Made = TypeVar("_Made")
+
+
+class Range(NamedTuple):
+    """Bounds of a number, or of each of two rising ones: `Annotated[float, Range(0, 1)]`."""
+
+    low: float
+    high: float = math.inf
+    above_low: bool = False
+    """Whether `low` itself is outside."""
+
+    def holds(self, value: float | Sequence[float]) -> bool:
+        """Whether a value is in the range."""
+        if isinstance(value, Sequence):
+            return len(value) == 2 and value[0] <= value[1] and all(map(self.holds, value))
+        return self.low <= value <= self.high and not (self.above_low and value == self.low)
+
+    def __str__(self) -> str:
+        """The range in a message."""
+        if self.high == math.inf:
+            return f"{'>' if self.above_low else '>='} {self.low:g}"
+        return f"in {'(' if self.above_low else '['}{self.low:g}, {self.high:g}]"
+
+
+def check_ranges(prefix: str, settings: Any) -> None:
+    """Check the numbers of a dataclass against the ranges in its annotations.
+
+    Args:
+        prefix: where the settings stand, for messages.
+        settings: an instance whose types are checked.
+
+    Raises:
+        UserError: one is outside its range.
+    """
+    for name, hint in get_type_hints(type(settings), include_extras=True).items():
+        value = getattr(settings, name)
+        for allowed in getattr(hint, "__metadata__", ()):
+            if not allowed.holds(value):
+                pair = isinstance(value, Sequence)
+                what = "two numbers, least and greatest, both " if pair else ""
+                raise UserError(f"{prefix}.{name}={value}: must be {what}{allowed}")
+
+
+def make(prefix: str, settings: Mapping[str, Any], target: Callable[..., _Made]) -> _Made:
+    """Call a target with those of `settings` that it takes; see `take`."""
+    return target(**take(prefix, settings, target))
 
 
 def take(
@@ -32,12 +84,14 @@ def take(
         UserError: if a value has another type than its annotation, is a number that is not finite
             in single precision or whole and beyond 64 bits, or is missing and has no default.
     """
+    target = _with_keywords(target)
     for name, parameter in inspect.signature(target).parameters.items():
         required = parameter.default is parameter.empty and parameter.kind is _KEYWORD
         if required and name not in settings and name not in derived:
             raise UserError(f"{prefix}.{name} is missing: it cannot be left out")
     taken = {name: settings[name] for name in keywords(target) if name in settings}
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    plain_class = inspect.isclass(target) and not is_dataclass(target)
+    hints = get_type_hints(target.__init__ if plain_class else target)
     for name, value in taken.items():
         if name in hints and not _fits(value, hints[name]):
             expected = _describe(hints[name])
@@ -67,8 +121,12 @@ def refuse_unknown(
 
 def keywords(target: Callable[..., Any]) -> list[str]:
     """Names of the keyword-only parameters of a class or function."""
-    parameters = inspect.signature(target).parameters.values()
+    parameters = inspect.signature(_with_keywords(target)).parameters.values()
     return [p.name for p in parameters if p.kind is _KEYWORD]
+
+
+def _with_keywords(target: Callable[..., Any]) -> Callable[..., Any]:
+    return getattr(target, "Settings", target)
 
 
 def _fits(value: Any, hint: Any) -> bool:

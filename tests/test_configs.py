@@ -52,7 +52,7 @@ def test_every_experiment_builds_and_its_parts_fit(experiment):
     out = module.network(
         torch.empty(2, 3, views.rand_size, views.rand_size, device="meta"),
         torch.empty(1, 2, 3, views.rand_size, views.rand_size, device="meta"),
-        torch.empty(views.focal_views, 2, 3, views.focal_size, views.focal_size, device="meta"),
+        torch.empty(views.focal_views, 2, 3, views.focal_side, views.focal_side, device="meta"),
         None,
     )
     assert out.anchor.shape == (1 + views.focal_views, 2, config.method.head.output_dim)
@@ -96,7 +96,7 @@ def test_the_method_s_numbers_are_those_of_the_released_file():
     method = OmegaConf.to_container(config.method)
     assert {key: method[key] for key in RELEASED} == RELEASED
     views = ViewSettings(**config.data.views)
-    assert (views.rand_size, views.focal_size) == (224, 96)
+    assert (views.rand_size, views.focal_side) == (224, 96)
     assert (list(views.rand_scale), list(views.focal_scale)) == ([0.3, 1.0], [0.05, 0.3])
     assert config.trainer.max_epochs == 800
 

@@ -187,7 +187,7 @@ def _show(
 ) -> None:
     title = (
         f"{len(source)} images of {source.where}, one core: {1 + views.rand_views} views of "
-        f"{views.rand_size} px and {views.focal_views} of {views.focal_size} px"
+        f"{views.rand_size} px and {views.focal_views} of {views.focal_side} px"
     )
     table = Table(title=title)
     table.add_column("what")

@@ -16,7 +16,7 @@ from msn.commands.run_directory import choose_run_directory, forget_directory
 from msn.data.datamodule import resolve_workers
 from msn.data.dataset import LabelledImages
 from msn.data.depth import trained_depth
-from msn.data.pools import build_pools
+from msn.data.pools import PoolSettings, build_pools
 from msn.data.sources import ArraySource
 from msn.data.tables import cache_folder
 from msn.errors import UserError
@@ -33,7 +33,7 @@ from msn.evaluation.lowshot import PIXELS, evaluate
 from msn.evaluation.protocol import Protocol
 from msn.evaluation.results import print_table, write_results
 from msn.evaluation.sets import Result
-from msn.schema import take
+from msn.schema import make
 from msn.training.launch import ignore_left_overs, join_launched_processes, meeting
 
 BASELINES = ("random", PIXELS)
@@ -222,7 +222,7 @@ def without_views(config: DictConfig) -> DictConfig:
 
 
 def _labelled_sets(data: dict[str, Any]) -> tuple[LabelledImages, LabelledImages]:
-    pools = build_pools(**take("data", data, build_pools))
+    pools = build_pools(make("data", data, PoolSettings))
     if pools.labelled is None or pools.held_out is None:
         where = data["root"] or data["source"]
         raise UserError(f"{where} has no labels, which low-shot evaluation needs: {pools.why}")

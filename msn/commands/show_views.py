@@ -13,7 +13,7 @@ from msn.commands.entry import to_plain
 from msn.data.batched_views import make_batched_views
 from msn.data.collate import ImageBatch
 from msn.data.dataset import TrainingSet
-from msn.data.pools import Pools, build_pools
+from msn.data.pools import Pools, PoolSettings, build_pools
 from msn.data.reference_views import make_reference_views
 from msn.data.sampler import BatchKey, EpochSampler
 from msn.data.views import ViewSettings, view_settings
@@ -21,7 +21,7 @@ from msn.errors import UserError
 from msn.files import write_bytes
 from msn.method.masking import PatchDrop, draw_key
 from msn.reporting.views_sheet import views_sheet
-from msn.schema import take
+from msn.schema import make, take
 from msn.training.cost import bytes_of_views, memory_installed
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def run(config: DictConfig) -> None:
     views = view_settings(data["views"])
     _refuse_beyond_reason(images, views)
     drop = PatchDrop(**take("method", settings["method"], PatchDrop))
-    pools = build_pools(**take("data", data, build_pools))
+    pools = build_pools(make("data", data, PoolSettings))
     order = _order(pools, data["global_batch_size"], seed)
     key = order.keys(epoch)[0]
     batch = _read(pools, views, seed, BatchKey(epoch, key.batch, key.indices[:images]))

@@ -54,7 +54,7 @@ def step_flops(case: Case) -> Flops:
         rand_views=views.rand_views,
         focal_views=views.focal_views,
         rand_size=views.rand_size,
-        focal_size=views.focal_size,
+        focal_size=views.focal_side,
     )
     return Flops(*(case.batch_size * part for part in an_image))
 
@@ -221,7 +221,7 @@ def product_type(precision: str) -> torch.dtype:
 def random_views(case: Case, *, dtype: torch.dtype = torch.float32) -> Views:
     """Normal noise in the shapes of the case's views, on its device."""
     settings, batch = ViewSettings(**case.views), case.batch_size
-    large, small = settings.rand_size, settings.focal_size
+    large, small = settings.rand_size, settings.focal_side
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, device=case.device, dtype=dtype)

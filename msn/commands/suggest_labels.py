@@ -4,6 +4,7 @@ import csv
 import io
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from msn.commands.eval_lowshot import cache_directory, choose_device, without_vi
 from msn.data.datamodule import resolve_workers
 from msn.data.dataset import REPLACED, LabelledImages, Subset
 from msn.data.decode import BadImageError
-from msn.data.depth import trained_depth
-from msn.data.pools import build_pools
+from msn.data.depth import check_depth, trained_depth
+from msn.data.pools import PoolSettings, build_pools
 from msn.data.sources import FileSource
 from msn.data.subsets import write_names
 from msn.data.workers import in_one_line
@@ -33,7 +34,7 @@ from msn.evaluation.label_choice import METHODS, Choice, contact_sheet, cover_pr
 from msn.evaluation.sets import FeatureSet, LabelSet, held_out_features
 from msn.files import placed_at, write_bytes
 from msn.method.network import ProjectionHead
-from msn.schema import take
+from msn.schema import make, take
 from msn.weights import Weights, read_weights
 from msn.weights.checkpoints import newest_valid_checkpoint
 from msn.weights.weights import check_heads
@@ -48,7 +49,7 @@ def run(config: DictConfig) -> None:
     """Choose images, write their names and a contact sheet, compare with chance where labels allow.
 
     Args:
-        config: `checkpoint`, `data` (of `build_pools`), `budget`, `choose`, `out`,
+        config: `checkpoint`, `data` (of `PoolSettings`), `budget`, `choose`, `out`,
             `features` (of `FeatureSettings`), `logistic` (of `frozen.Logistic`), `compare_seeds`,
             `device`, `cache_dir`, `model.num_heads`, `init_key`.
 
@@ -64,7 +65,7 @@ def run(config: DictConfig) -> None:
         raise UserError(f"choose={method}: must be one of {', '.join(METHODS)}")
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
         raise UserError(f"budget={budget}: must be a whole number >= 1")
-    data = take("data", _images_of(settings["data"]), build_pools)
+    data = make("data", _images_of(settings["data"]), PoolSettings)
     num_heads, key = settings["model"]["num_heads"], settings["init_key"]
     weights = read_weights(_with_prototypes(settings["checkpoint"]), num_heads=num_heads, key=key)
     check_heads(weights, num_heads, settings["checkpoint"])
@@ -77,8 +78,8 @@ def run(config: DictConfig) -> None:
     subject = open_backbone(
         "msn", settings["checkpoint"], image_size=size, num_heads=num_heads, key=key
     )
-    data["depth"] = trained_depth(data["depth"], [subject.about])
-    pools = build_pools(**data)
+    data = replace(data, depth=trained_depth(check_depth(data.depth), [subject.about]))
+    pools = build_pools(data)
     chooser = _Chooser(settings, subject, weights, pools.train)
     choice = chooser.choose(budget)
     _write(out, pools.train, choice)
@@ -87,7 +88,7 @@ def run(config: DictConfig) -> None:
     keys = {"checkpoint": settings["checkpoint"], "data": "list", "data.root": out / TABLE_FILE}
     arguments = shlex.join(f"{key}={value}" for key, value in keys.items())
     print(f"fill in its column label, then: python eval_lowshot.py {arguments}")
-    if not settings["compare_seeds"] or not data["use_labels"]:
+    if not settings["compare_seeds"] or not data.use_labels:
         return
     if pools.labelled is None or pools.held_out is None:
         print(f"not compared with random choices, as there are no labels: {pools.why}")

@@ -291,12 +291,12 @@ def _describe_run(
     if not trainer.is_global_zero:
         return
     parameters = sum(p.numel() for p in module.network.anchor.trunk.parameters())
-    views = data.settings
+    views = data.views
     print(
         f"training on {len(data.pools.train)} images, batch {data.global_batch_size}, "
         f"{trainer.max_epochs} epochs; backbone of {parameters / 1e6:.1f} M parameters; "
         f"1 + {views.rand_views} views of {views.rand_size} px and "
-        f"{views.focal_views} of {views.focal_size} px"
+        f"{views.focal_views} of {views.focal_side} px"
     )
     if data.pools.held_out is None:
         print(f"no labels, so no low-shot table in the end: {data.pools.why}")

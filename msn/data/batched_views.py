@@ -98,7 +98,7 @@ def make_batched_views(
         return _make(batch, views, size, kernel=kernel, greatest_blur=blur).to(dtype)
 
     large = make(slice(0, rand), settings.rand_size)
-    small = make(slice(rand, None), settings.focal_size)
+    small = make(slice(rand, None), settings.focal_side)
     return Views(target=large[0], rand=large[1:], focal=small)
 
 

@@ -73,7 +73,7 @@ def make_cuda_views(batch: ImageBatch, settings: ViewSettings, *, dtype: torch.d
         return views.view(-1, count, 3, size, size)
 
     first = make(table[:large], settings.rand_size)
-    return Views(first[0], first[1:], make(table[large:], settings.focal_size))
+    return Views(first[0], first[1:], make(table[large:], settings.focal_side))
 
 
 def _upload(values: Tensor, device: torch.device) -> Tensor:

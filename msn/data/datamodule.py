@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -20,49 +21,55 @@ from msn.data.collate import BadImage, ImageBatch
 from msn.data.dataset import LabelledImages, TrainingSet
 from msn.data.decode import BadImageError, full_size
 from msn.data.depth import Depth
-from msn.data.pools import Pools, build_pools
+from msn.data.pools import Pools, PoolSettings, build_pools
 from msn.data.reference_views import make_reference_views
 from msn.data.sampler import EpochSampler
 from msn.data.sources import ArraySource
 from msn.data.views import Views, view_settings
 from msn.data.workers import make_loader
 from msn.errors import UserError
+from msn.schema import Range, check_ranges
 
 log = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "batched", "reference")
-_MOST_PREFETCHED = 1000
 _MOST_WORKERS = 16  # a process; more rarely helps and each holds batches in memory
 _LEAST_LIMIT = 64  # that may be asked for on any machine
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(PoolSettings):
+    """Everything below `data`; the values live in `configs/data/*.yaml`.
+
+    Raises:
+        UserError: a value is out of its range, or the source does not read it.
+    """
+
+    global_batch_size: int  # images per step over all processes
+    # Worker processes per training process; None takes 0 for images in memory and one for each
+    # core that this process may use otherwise.
+    num_workers: int | None
+    prefetch_batches: Annotated[int, Range(1, 1000)]  # that each worker prepares ahead
+    seed: int  # of order and views
+    # Share of the indexed files that may be unreadable; None allows ten images, or 0.1 % where that
+    # is more.
+    max_bad_fraction: float | None
+    strict: bool  # whether one unreadable image ends the run, be it trained on or held out
+    backend: str  # one of BACKENDS; `auto` takes `batched`
+    views: Mapping[str, Any]  # of `ViewSettings`
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.backend not in BACKENDS:
+            raise UserError(f"data.backend={self.backend}: must be one of {', '.join(BACKENDS)}")
+        check_ranges("data", self)
 
 
 class MSNDataModule(LightningDataModule):
     """Images in, views out.
 
     Args:
-        source: `digits`, `folder`, `imagenet`, `cifar10`, `cifar100`, `stl10`,
-            `list` or `shards`.
-        root: where the source's files are; None for digits.
-        val_root: where held-out images are; None looks for `val` beside `train` below the root,
-            else holds out a share of every class.
-        hold_out: that share, in (0, 1).
-        split_seed: of the choice of held-out images; independent of the run's seed, so that
-            every run and every evaluation leaves the same images out.
-        use_labels: False ignores folder names and label columns.
-        download: whether torchvision may fetch cifar10, cifar100 or stl10.
-        image_size: side of the upsampled digits in px; None for everything else.
-        depth: of images of more than 8 bits: a number of bits, the values that are black and white,
-            or `auto`, which asks a sample of the training images.
-        global_batch_size: images a step over all processes.
-        num_workers: worker processes per training process; None takes 0 for images in memory and
-            one for each core that this process may use otherwise.
-        prefetch_batches: batches that each worker prepares ahead, in [1, 1000].
-        seed: of order and views.
-        max_bad_fraction: share of the indexed files that may be unreadable; None allows ten
-            images, or 0.1 % where that is more.
-        strict: whether one unreadable image ends the run, be it trained on or held out.
-        backend: `batched`, `reference` or `auto`, which takes `batched`.
-        views: settings of the views, see `ViewSettings`.
+        settings: those of `DataSettings`, by keyword.
 
     Attributes:
         run_dir: where `bad_images.csv` is written; None writes none.
@@ -72,48 +79,20 @@ class MSNDataModule(LightningDataModule):
         UserError: a setting is wrong, or there are no images.
     """
 
-    def __init__(
-        self,
-        *,
-        source: str,
-        root: str | None,
-        val_root: str | None,
-        hold_out: float,
-        split_seed: int,
-        use_labels: bool,
-        download: bool,
-        image_size: int | None,
-        depth: str | int | Sequence[int],
-        global_batch_size: int,
-        num_workers: int | None,
-        prefetch_batches: int,
-        seed: int,
-        max_bad_fraction: float | None,
-        strict: bool,
-        backend: str,
-        views: Mapping[str, Any],
-    ) -> None:
+    Settings = DataSettings
+
+    def __init__(self, **settings: Any) -> None:
         super().__init__()
-        _check(backend, prefetch_batches)
-        self.settings = view_settings(views)
-        self.use_reference = backend == "reference"
-        self.pools: Pools = build_pools(
-            source=source,
-            root=root,
-            val_root=val_root,
-            hold_out=hold_out,
-            split_seed=split_seed,
-            use_labels=use_labels,
-            download=download,
-            image_size=image_size,
-            depth=depth,
-        )
-        self.global_batch_size, self.seed = global_batch_size, seed
-        self._wished_workers = num_workers
-        resolve_workers(num_workers, in_memory=self._in_memory)  # fails early
-        self.prefetch_batches = prefetch_batches
+        self.settings = own = DataSettings(**settings)
+        self.views = view_settings(own.views)
+        self.use_reference = own.backend == "reference"
+        self.pools: Pools = build_pools(own)
+        self.global_batch_size, self.seed = own.global_batch_size, own.seed
+        resolve_workers(own.num_workers, in_memory=self._in_memory)  # fails early
         self.ledger = BadImageLedger(
-            num_images=len(self.pools.train.source), max_fraction=max_bad_fraction, strict=strict
+            num_images=len(self.pools.train.source),
+            max_fraction=own.max_bad_fraction,
+            strict=own.strict,
         )
         self.run_dir: Path | None = None
         self.force_resume = False
@@ -130,7 +109,9 @@ class MSNDataModule(LightningDataModule):
         """Of this process: as set, or the node's cores shared out over its processes."""
         # Lightning's own launcher tells nothing in the environment that torchrun tells.
         processes = 1 if self.trainer is None else self.trainer.num_devices
-        return resolve_workers(self._wished_workers, in_memory=self._in_memory, processes=processes)
+        return resolve_workers(
+            self.settings.num_workers, in_memory=self._in_memory, processes=processes
+        )
 
     @property
     def depth(self) -> Depth | None:
@@ -195,7 +176,7 @@ class MSNDataModule(LightningDataModule):
     def loader(self, sampler: EpochSampler) -> DataLoader:
         """A loader over the keys of a sampler; a batch is made whole by one worker."""
         images = TrainingSet(
-            self.pools.train, self.settings, seed=self.seed, reduce=not self.use_reference
+            self.pools.train, self.views, seed=self.seed, reduce=not self.use_reference
         )
         several = self.num_workers > 0
         return make_loader(
@@ -208,7 +189,7 @@ class MSNDataModule(LightningDataModule):
             # Its own, so that making an iterator draws nothing from the run's global generator.
             generator=torch.Generator(),
             persistent_workers=several,
-            prefetch_factor=self.prefetch_batches if several else None,
+            prefetch_factor=self.settings.prefetch_batches if several else None,
         )
 
     def transfer_batch_to_device(
@@ -236,8 +217,8 @@ class MSNDataModule(LightningDataModule):
         device = batch.pixels.device
         if self.use_reference:
             host = batch._replace(pixels=batch.pixels.cpu())
-            return make_reference_views(host, self.settings, device=device, dtype=dtype)
-        return make_batched_views(batch, self.settings, dtype=dtype)
+            return make_reference_views(host, self.views, device=device, dtype=dtype)
+        return make_batched_views(batch, self.views, dtype=dtype)
 
     def _keep_book(self, batch: ImageBatch) -> None:
         self._position = (batch.epoch, batch.batch + 1)
@@ -289,15 +270,6 @@ class MSNDataModule(LightningDataModule):
                     "resume.force=true resumes all the same"
                 )
         self._position = (int(state_dict["epoch"]), int(state_dict["batch"]))
-
-
-def _check(backend: str, prefetch_batches: int) -> None:
-    if backend not in BACKENDS:
-        raise UserError(f"data.backend={backend}: must be one of {', '.join(BACKENDS)}")
-    if not 1 <= prefetch_batches <= _MOST_PREFETCHED:
-        raise UserError(
-            f"data.prefetch_batches={prefetch_batches}: must be in [1, {_MOST_PREFETCHED}]"
-        )
 
 
 def resolve_workers(num_workers: int | None, *, in_memory: bool, processes: int = 1) -> int:

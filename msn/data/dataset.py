@@ -158,7 +158,7 @@ def _may_reduce(settings: ViewSettings, area: int) -> bool:
     """Whether any draw could allow a reduction: a quick look before drawing."""
     kinds = [(settings.rand_size, settings.rand_scale)]
     if settings.focal_views:
-        kinds.append((settings.focal_size, settings.focal_scale))
+        kinds.append((settings.focal_side, settings.focal_scale))
     return all(math.sqrt(scale[1] * area) >= 2 * REDUCING_GAP * size for size, scale in kinds)
 
 

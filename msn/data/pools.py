@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -78,6 +79,65 @@ _LIST_PATHS = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PoolSettings:
+    """Where the images are, and which ones train; the values live in `configs/data/*.yaml`.
+
+    Raises:
+        UserError: a value is out of its range, or the source does not read it.
+    """
+
+    source: str  # one of SOURCES
+    root: str | None  # where the source's files are; None for digits
+    # Where held-out images are; None looks for `val` beside `train` below the root, else holds out
+    # a share of every class.
+    val_root: str | None
+    hold_out: float  # that share, in (0, 1)
+    # Of that choice; not the run's seed, so that every run and evaluation leaves the same images
+    # out.
+    split_seed: int
+    use_labels: bool  # False ignores folder names and label columns
+    download: bool  # whether torchvision may fetch cifar10, cifar100 or stl10
+    image_size: int | None  # side of the upsampled digits in px; None for everything else
+    # Of images of more than 8 bits: a number of bits, the values that are black and white, or
+    # `auto`, which asks a sample of the training images. Runs that name none were trained with 16.
+    depth: str | int | Sequence[int] = 16
+
+    def __post_init__(self) -> None:
+        self._check_source()
+        if not 0 < self.hold_out < 1:
+            raise UserError(f"data.hold_out={self.hold_out}: must lie in (0, 1)")
+        if not 0 <= self.split_seed < 2**32:
+            raise UserError(f"data.split_seed={self.split_seed}: must be in [0, 2^32)")
+
+    def _check_source(self) -> None:
+        """Refuse what the source needs and has not, or has and does not read."""
+        source, size = self.source, self.image_size
+        if source not in SOURCES:
+            raise UserError(f"data.source={source}: must be one of {', '.join(SOURCES)}")
+        if source == "digits":
+            for key, given in {"root": self.root, "val_root": self.val_root}.items():
+                if given is not None:
+                    raise UserError(
+                        f"data.{key}={given}: digits have no {key}; data=folder reads your images"
+                    )
+            if size is None or not 1 <= size <= _LARGEST_DIGIT:
+                raise UserError(
+                    f"data.image_size={size}: must be a whole number in [1, {_LARGEST_DIGIT}]"
+                )
+        elif size is not None:
+            raise UserError(
+                f"data.image_size={size}: digits alone are upsampled, it must be null; "
+                "model.img_size is what the network sees"
+            )
+        elif self.root is None:
+            raise UserError(f"data.root is not set: data={source} needs data.root=DIR")
+        if source in TORCHVISION and self.val_root is not None:
+            raise UserError(f"data.val_root={self.val_root}: {source} has its own test images")
+        if self.download and source not in TORCHVISION:
+            raise UserError(f"data.download=true: only {', '.join(TORCHVISION)} can be fetched")
+
+
 class Pools(NamedTuple):
     """Which images are what; `labelled` and `held_out` are None where there are no labels.
 
@@ -90,39 +150,17 @@ class Pools(NamedTuple):
     why: str = ""
 
 
-def build_pools(
-    *,
-    source: str,
-    root: str | None,
-    val_root: str | None,
-    hold_out: float,
-    split_seed: int,
-    use_labels: bool,
-    download: bool,
-    image_size: int | None,
-    depth: str | int | Sequence[int] = 16,
-) -> Pools:
+def build_pools(settings: PoolSettings) -> Pools:
     """Find the images and decide which ones train.
 
     `train` and `val` below the root are used where there are both (see `find_parts`); else
-    `val_root`; else, where there are labels, a seeded share of every class is held out. The
-    arguments are those of `MSNDataModule`; runs that name no depth were trained with 16 bits.
+    `val_root`; else, where there are labels, a seeded share of every class is held out.
 
     Raises:
-        UserError: a setting is wrong or not read by this source, held-out images would be trained
-            on, or there are no images that can be read.
+        UserError: held-out images would be trained on, or there are no images that can be read.
     """
-    wanted = check_depth(depth)
-    pools = _find_pools(
-        source=source,
-        root=root,
-        val_root=val_root,
-        hold_out=hold_out,
-        split_seed=split_seed,
-        use_labels=use_labels,
-        download=download,
-        image_size=image_size,
-    )
+    wanted = check_depth(settings.depth)
+    pools = _find_pools(settings)
     _fix_depth(pools, wanted)
     return pools
 
@@ -140,28 +178,15 @@ def _fix_depth(pools: Pools, wanted: str | Depth) -> None:
             pool.source.depth = found
 
 
-def _find_pools(
-    *,
-    source: str,
-    root: str | None,
-    val_root: str | None,
-    hold_out: float,
-    split_seed: int,
-    use_labels: bool,
-    download: bool,
-    image_size: int | None,
-) -> Pools:
-    _check_own(source, root=root, val_root=val_root, download=download, image_size=image_size)
-    if not 0 < hold_out < 1:
-        raise UserError(f"data.hold_out={hold_out}: must lie in (0, 1)")
-    if not 0 <= split_seed < 2**32:
-        raise UserError(f"data.split_seed={split_seed}: must be in [0, 2^32)")
+def _find_pools(settings: PoolSettings) -> Pools:
+    source, root, val_root = settings.source, settings.root, settings.val_root
+    use_labels = settings.use_labels
     if source == "digits":
-        assert image_size is not None
-        return _digits(image_size, split_seed, use_labels)
+        assert settings.image_size is not None
+        return _digits(settings.image_size, settings.split_seed, use_labels)
     assert root is not None
     if source in TORCHVISION:
-        return _torchvision(source, root, download, use_labels)
+        return _torchvision(source, root, settings.download, use_labels)
     if source == "imagenet":
         for part in ("train", "val") if val_root is None else ("train",):
             check_folder(os.path.join(root, part), key=f"data.root={root} needs {part}/; data.root")
@@ -176,41 +201,7 @@ def _find_pools(
             "%s: a share of the training images is held out instead, as it has no labels: %s",
             *(found_val, held_out.why),
         )
-    return _hold_out(train, hold_out, split_seed)
-
-
-def _check_own(
-    source: str,
-    *,
-    root: str | None,
-    val_root: str | None,
-    download: bool,
-    image_size: int | None,
-) -> None:
-    """Refuse what a source needs and has not, or has and does not read."""
-    if source not in SOURCES:
-        raise UserError(f"data.source={source}: must be one of {', '.join(SOURCES)}")
-    if source == "digits":
-        for key, given in {"root": root, "val_root": val_root}.items():
-            if given is not None:
-                raise UserError(
-                    f"data.{key}={given}: digits have no {key}; data=folder reads your images"
-                )
-        if image_size is None or not 1 <= image_size <= _LARGEST_DIGIT:
-            raise UserError(
-                f"data.image_size={image_size}: must be a whole number in [1, {_LARGEST_DIGIT}]"
-            )
-    elif image_size is not None:
-        raise UserError(
-            f"data.image_size={image_size}: digits alone are upsampled, it must be null; "
-            "model.img_size is what the network sees"
-        )
-    elif root is None:
-        raise UserError(f"data.root is not set: data={source} needs data.root=DIR")
-    if source in TORCHVISION and val_root is not None:
-        raise UserError(f"data.val_root={val_root}: {source} has its own test images")
-    if download and source not in TORCHVISION:
-        raise UserError(f"data.download=true: only {', '.join(TORCHVISION)} can be fetched")
+    return _hold_out(train, settings.hold_out, settings.split_seed)
 
 
 def _digits(image_size: int, split_seed: int, use_labels: bool) -> Pools:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import BytesIO
 
 from PIL import Image, ImageFilter
@@ -25,7 +25,7 @@ def pil_recipe(settings: ViewSettings) -> Callable[[bytes], list[Tensor]]:
         From an image file's bytes to the normalised views, target first.
     """
     large = _one_view(settings, settings.rand_size, settings.rand_scale)
-    small = _one_view(settings, settings.focal_size, settings.focal_scale)
+    small = _one_view(settings, settings.focal_side, settings.focal_scale)
 
     def make(data: bytes) -> list[Tensor]:
         image = Image.open(BytesIO(data)).convert("RGB")
@@ -36,7 +36,7 @@ def pil_recipe(settings: ViewSettings) -> Callable[[bytes], list[Tensor]]:
 
 
 def _one_view(
-    settings: ViewSettings, size: int, scale: tuple[float, float]
+    settings: ViewSettings, size: int, scale: Sequence[float]
 ) -> Callable[[Image.Image], Tensor]:
     jitter = transforms.ColorJitter(
         settings.brightness, settings.contrast, settings.saturation, settings.hue

@@ -55,7 +55,7 @@ def make_reference_views(
         for v in range(settings.num_views)
     ]
     rand = 1 + settings.rand_views
-    s, small = settings.rand_size, settings.focal_size
+    s, small = settings.rand_size, settings.focal_side
     return Views(
         target=_normalise(rows[0]).to(device, dtype),
         rand=_normalise(_stack(rows[1:rand], len(images), s)).to(device, dtype),

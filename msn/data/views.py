@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import permutations
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from msn.data.sampler import uniform
 from msn.errors import UserError
-from msn.schema import refuse_unknown, take
+from msn.schema import Range, check_ranges, make, refuse_unknown
 
 # Views and evaluation images are normalised alike, as every published MSN backbone expects.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -49,77 +50,61 @@ class Views(NamedTuple):
     focal: Tensor
 
 
-class ViewSettings:
-    """Checked settings of the views; the values live in `configs/data/views/*.yaml`.
+_Chance = Annotated[float, Range(0, 1)]
+_Strength = Annotated[float, Range(0)]
 
-    Args:
-        rand_views: anchor views of `rand_size` px beside the one target view, >= 0.
-        focal_views: small zoomed anchor views, >= 0.
-        rand_size: side of target and rand views in px.
-        focal_size: side of focal views in px; None takes 3/7 of `rand_size` (96 of 224, as in the
-            paper) rounded to a multiple of `patch_size`.
-        patch_size: side of the model's patches in px; must divide both sizes.
-        rand_scale: least and greatest share of the image's area in a rand crop, in (0, 1].
-        focal_scale: the same for focal crops.
-        ratio: least and greatest width / height of a crop before resizing.
-        flip_probability: chance of a left-right flip.
-        jitter_probability: chance that the four colour changes happen at all.
-        brightness: factors are uniform in [max(0, 1 - brightness), 1 + brightness].
-        contrast: the same for contrast.
-        saturation: the same for saturation.
-        hue: turns of the colour circle are uniform in [-hue, hue], hue in [0, 0.5].
-        gray_probability: chance that the view loses its colours.
-        blur_probability: chance of a Gaussian blur.
-        blur_radius: least and greatest radius (standard deviation) of that blur, px.
+
+@dataclass(frozen=True, kw_only=True)
+class ViewSettings:
+    """Settings of the views; the values live in `configs/data/views/*.yaml`.
 
     Raises:
         UserError: a value is outside its range.
     """
 
-    def __init__(
-        self,
-        *,
-        rand_views: int,
-        focal_views: int,
-        rand_size: int,
-        focal_size: int | None,
-        patch_size: int,
-        rand_scale: Sequence[float],
-        focal_scale: Sequence[float],
-        ratio: Sequence[float],
-        flip_probability: float,
-        jitter_probability: float,
-        brightness: float,
-        contrast: float,
-        saturation: float,
-        hue: float,
-        gray_probability: float,
-        blur_probability: float,
-        blur_radius: Sequence[float],
-    ) -> None:
-        self.rand_views = _whole("rand_views", rand_views, 0)
-        self.focal_views = _whole("focal_views", focal_views, 0)
-        if rand_views + focal_views == 0:
+    rand_views: Annotated[int, Range(0)]  # anchors of `rand_size` px beside the one target
+    focal_views: Annotated[int, Range(0)]  # small zoomed anchors
+    rand_size: Annotated[int, Range(1)]  # side of target and rand views in px
+    focal_size: int | None  # side of focal views in px, see `focal_side`
+    patch_size: Annotated[int, Range(1)]  # side of the model's patches in px; divides both sizes
+    # Least and greatest share of the image's area in a crop.
+    rand_scale: Annotated[Sequence[float], Range(0, 1, above_low=True)]
+    focal_scale: Annotated[Sequence[float], Range(0, 1, above_low=True)]
+    # Least and greatest width / height of a crop before resizing.
+    ratio: Annotated[Sequence[float], Range(0, above_low=True)]
+    flip_probability: _Chance  # of a left-right flip
+    jitter_probability: _Chance  # that the four colour changes happen at all
+    # Factors are uniform in [max(0, 1 - strength), 1 + strength].
+    brightness: _Strength
+    contrast: _Strength
+    saturation: _Strength
+    hue: Annotated[float, Range(0, 0.5)]  # turns of the colour circle are uniform in [-hue, hue]
+    gray_probability: _Chance  # that the view loses its colours
+    blur_probability: _Chance  # of a Gaussian blur
+    # Least and greatest radius (standard deviation) of that blur in px.
+    blur_radius: Annotated[Sequence[float], Range(0)]
+
+    def __post_init__(self) -> None:
+        check_ranges("data.views", self)
+        if self.rand_views + self.focal_views == 0:
             raise UserError("data.views.rand_views + data.views.focal_views is 0: must be >= 1")
-        self.patch_size = _whole("patch_size", patch_size, 1)
-        self.rand_size = _side("rand_size", rand_size, patch_size)
-        self.focal_size = _side(
-            "focal_size",
-            default_focal_size(rand_size, patch_size) if focal_size is None else focal_size,
-            patch_size,
-        )
-        self.rand_scale = _interval("rand_scale", rand_scale, 0.0, 1.0, open_low=True)
-        self.focal_scale = _interval("focal_scale", focal_scale, 0.0, 1.0, open_low=True)
-        self.ratio = _interval("ratio", ratio, 0.0, math.inf, open_low=True)
-        self.flip_probability = _within("flip_probability", flip_probability, 0.0, 1.0)
-        self.jitter_probability = _within("jitter_probability", jitter_probability, 0.0, 1.0)
-        self.brightness = _within("brightness", brightness, 0.0, math.inf)
-        self.contrast = _within("contrast", contrast, 0.0, math.inf)
-        self.saturation = _within("saturation", saturation, 0.0, math.inf)
-        self.hue = _within("hue", hue, 0.0, 0.5)
-        self.gray_probability = _within("gray_probability", gray_probability, 0.0, 1.0)
-        self.blur_probability = _within("blur_probability", blur_probability, 0.0, 1.0)
-        self.blur_radius = _interval("blur_radius", blur_radius, 0.0, math.inf)
+        for name, size in {"rand_size": self.rand_size, "focal_size": self.focal_side}.items():
+            if size < 1 or size % self.patch_size:
+                raise UserError(
+                    f"data.views.{name}={size}: must be a multiple of the patch size "
+                    f"{self.patch_size}"
+                )
+
+    @property
+    def focal_side(self) -> int:
+        """Side of focal views in px.
+
+        Without a `focal_size` it is 3/7 of `rand_size` (96 of 224, as in the paper), rounded to a
+        multiple of `patch_size`.
+        """
+        if self.focal_size is not None:
+            return self.focal_size
+        return max(1, round(self.rand_size * 96 / 224 / self.patch_size)) * self.patch_size
 
     @property
     def num_views(self) -> int:
@@ -128,7 +113,7 @@ class ViewSettings:
 
     def size_of(self, view: int) -> int:
         """Side in px of view number `view` (0 is the target)."""
-        return self.rand_size if view <= self.rand_views else self.focal_size
+        return self.rand_size if view <= self.rand_views else self.focal_side
 
 
 def view_settings(settings: Mapping[str, Any]) -> ViewSettings:
@@ -138,12 +123,7 @@ def view_settings(settings: Mapping[str, Any]) -> ViewSettings:
         UserError: a key is unknown or missing, or a value is of a wrong type or out of its range.
     """
     refuse_unknown("data.views", settings, ViewSettings)
-    return ViewSettings(**take("data.views", settings, ViewSettings))
-
-
-def default_focal_size(rand_size: int, patch_size: int) -> int:
-    """Scale the paper's 96 px beside 224 px to another size, as a multiple of the patch size."""
-    return max(1, round(rand_size * 96 / 224 / patch_size)) * patch_size
+    return make("data.views", settings, ViewSettings)
 
 
 class ViewParameters:
@@ -215,8 +195,8 @@ def draw_parameters(
 
 def _draw_boxes(
     tries: np.ndarray,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
+    scale: Sequence[float],
+    ratio: Sequence[float],
     heights: np.ndarray,
     widths: np.ndarray,
 ) -> np.ndarray:
@@ -248,44 +228,3 @@ def _draw_boxes(
     found = fits.any(-1)
     drawn = (top, left, h, w)
     return np.stack([np.where(found, a, b) for a, b in zip(drawn, central, strict=True)], -1)
-
-
-def _whole(name: str, value: int, low: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise UserError(f"data.views.{name}={value}: must be a whole number >= {low}")
-    return value
-
-
-def _side(name: str, value: int, patch_size: int) -> int:
-    if _whole(name, value, 1) % patch_size:
-        raise UserError(
-            f"data.views.{name}={value}: must be a multiple of the patch size {patch_size}"
-        )
-    return value
-
-
-def _number(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-        raise UserError(f"data.views.{name}={value}: must be a number")
-    return float(value)
-
-
-def _within(name: str, value: float, low: float, high: float) -> float:
-    if not low <= _number(name, value) <= high:
-        raise UserError(f"data.views.{name}={value}: must lie in [{low:g}, {high:g}]")
-    return float(value)
-
-
-def _interval(
-    name: str, value: Sequence[float], low: float, high: float, *, open_low: bool = False
-) -> tuple[float, float]:
-    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
-        raise UserError(f"data.views.{name}={value}: must be two numbers, least and greatest")
-    least, greatest = (_number(name, v) for v in value)
-    if not low <= least <= greatest <= high or (open_low and least <= low):
-        bracket = "(" if open_low else "["
-        raise UserError(
-            f"data.views.{name}={list(value)}: must be least <= greatest, both in "
-            f"{bracket}{low:g}, {high:g}]"
-        )
-    return least, greatest

@@ -11,12 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from msn.data.decode import BadImageError
-from msn.data.pools import build_pools
+from msn.data.pools import PoolSettings, build_pools
 from msn.errors import UserError
 from msn.evaluation.features import forward_feature
 from msn.method.network import ProjectionHead
 from msn.method.vit import Block, VisionTransformer
-from msn.schema import take
+from msn.schema import make
 from msn.weights import Weights, build_trunk, read_weights
 from msn.weights.checkpoints import newest_valid_checkpoint
 from msn.weights.preprocessing import image_transform, short_side, trimmed
@@ -64,7 +64,7 @@ def look(
     """
     weights = _newest_weights(directory, settings)
     trunk = build_trunk(weights).float().to(device)
-    pool = build_pools(**take("data", settings["data"], build_pools)).train
+    pool = build_pools(make("data", settings["data"], PoolSettings)).train
     crop = _crop(trunk.img_size)
     chosen = np.linspace(0, len(pool) - 1, min(most, len(pool))).round().astype(np.int64)
     kept, images = [], []

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from msn.data.batched_views import make_batched_views
 from msn.data.dataset import TrainingSet
-from msn.data.pools import build_pools
+from msn.data.pools import PoolSettings, build_pools
 from msn.data.sampler import BatchKey
 from msn.data.views import view_settings
 from msn.method.masking import PatchDrop
 from msn.reporting.curves import BELOW_TITLE, COLOURS, Chart
 from msn.reporting.learned import Learned
 from msn.reporting.views_sheet import views_sheet
-from msn.schema import take
+from msn.schema import make, take
 
 MOST_PROTOTYPES, NEAREST = 24, 8
 VIEWED, ATTENDED, MOST_HEADS = 5, 8, 6
@@ -110,7 +110,7 @@ def _views(learned: Learned) -> Gallery:
     """What target and anchors saw of a few images in the first step."""
     settings = learned.settings
     views = view_settings(settings["data"]["views"])
-    pools = build_pools(**take("data", settings["data"], build_pools))
+    pools = build_pools(make("data", settings["data"], PoolSettings))
     chosen = np.linspace(0, len(pools.train) - 1, VIEWED).round().astype(np.int64)
     images = TrainingSet(pools.train, views, seed=settings["seed"], reduce=False)
     batch = images[BatchKey(0, 0, chosen)]

@@ -164,7 +164,7 @@ def forecast_memory(
 
 def bytes_of_views(views: ViewSettings, images: int, size: int) -> int:
     """Of all views of some images, `size` bytes a number."""
-    pixels = (1 + views.rand_views) * views.rand_size**2 + views.focal_views * views.focal_size**2
+    pixels = (1 + views.rand_views) * views.rand_size**2 + views.focal_views * views.focal_side**2
     return images * 3 * pixels * size
 
 
@@ -229,7 +229,7 @@ def _trunk_bytes(
     """Kept and passing bytes of the anchor trunk for one image with all its views."""
     trunk = network.anchor.trunk
     width, ratio = trunk.embed_dim, trunk.mlp_ratio
-    large, small = (side // trunk.patch_size for side in (views.rand_size, views.focal_size))
+    large, small = (side // trunk.patch_size for side in (views.rand_size, views.focal_side))
     kept = num_kept_patches(large**2, patch_drop)
     groups = [(views.rand_views, 1 + kept), (views.focal_views, 1 + small**2)]
     tokens = sum(count * length for count, length in groups)

@@ -149,7 +149,7 @@ def _draw(images: LabelledImages, most: int, size: int, device: torch.device) ->
 def _draw_pairs(data: MSNDataModule, device: torch.device) -> _Pairs:
     """Target view and an anchor view (whole) of some training images."""
     images = TrainingSet(
-        data.pools.train, data.settings, seed=data.seed, reduce=not data.use_reference
+        data.pools.train, data.views, seed=data.seed, reduce=not data.use_reference
     )
     chosen = np.linspace(0, len(images) - 1, min(PAIRS, len(images))).round().astype(np.int64)
     batch = data.transfer_batch_to_device(images[BatchKey(0, 0, chosen)], device, 0)

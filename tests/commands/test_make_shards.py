@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from msn.data.decode import full_size
-from msn.data.pools import build_pools
+from msn.data.pools import PoolSettings, build_pools
 from msn.data.shard_writer import write_shards
 from msn.data.shards import shard_source
 from msn.data.sources import list_source
@@ -30,7 +30,7 @@ def index_cache(tmp_path, monkeypatch):
 
 
 def pools(source, root):
-    return build_pools(**{**SETTINGS, "source": source, "root": str(root)})
+    return build_pools(PoolSettings(**{**SETTINGS, "source": source, "root": str(root)}))
 
 
 def pixels(subset, i):

@@ -13,9 +13,9 @@ import yaml
 from msn.__main__ import run_named
 from msn.data.datamodule import MSNDataModule
 from msn.data.dataset import LabelledImages
-from msn.data.pools import build_pools
+from msn.data.pools import PoolSettings, build_pools
 from msn.method.vit import VisionTransformer
-from msn.schema import take
+from msn.schema import make
 from msn.weights import read_weights
 from tests.commands.conftest import QUICK, TINY
 
@@ -159,7 +159,7 @@ def test_the_default_run_has_the_same_accuracy_through_transformers(command, def
     processor = transformers.AutoImageProcessor.from_pretrained(out, backend="pil")
     model = transformers.AutoModelForImageClassification.from_pretrained(out).eval()
     data = yaml.safe_load((default_run / "config.yaml").read_text())["data"]
-    held_out = build_pools(**take("data", data, build_pools)).held_out
+    held_out = build_pools(make("data", data, PoolSettings)).held_out
     images = LabelledImages(held_out, "held-out")
     inputs = processor([images[i] for i in range(len(images))], return_tensors="pt")
     with torch.no_grad():

@@ -14,7 +14,7 @@ from msn.data.depth import (
     to_eight_bits,
     trained_depth,
 )
-from msn.data.pools import build_pools
+from msn.data.pools import PoolSettings, build_pools
 from msn.errors import UserError
 from tests.data.datamodules import make_datamodule
 from tests.data.photos import make_folder
@@ -45,7 +45,7 @@ def pools_of(where, **changes):
         "image_size": None,
         "depth": "auto",
     }
-    return build_pools(**{**settings, "root": str(where), **changes})
+    return build_pools(PoolSettings(**{**settings, "root": str(where), **changes}))
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_a_set_depth_is_taken_without_a_look(tmp_path):
 def test_runs_that_name_no_depth_were_read_with_sixteen_bits(tmp_path):
     settings = dict(source="folder", val_root=None, hold_out=0.25, split_seed=0, use_labels=True)
     root = str(deep_folder(tmp_path, TWELVE))
-    pools = build_pools(root=root, download=False, image_size=None, **settings)
+    pools = build_pools(PoolSettings(root=root, download=False, image_size=None, **settings))
     assert levels_of(pools.train.source.depth) == (0, 65_535)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msn.data.pools import build_pools
+from msn.data.pools import PoolSettings, build_pools
 from msn.data.shard_writer import write_shards
 from msn.data.sources import folder_source
 from msn.errors import UserError
@@ -32,7 +32,8 @@ def make(folder, classes=2, count=5):
 
 
 def pools(root=None, **settings):
-    return build_pools(**{**SETTINGS, "root": None if root is None else str(root), **settings})
+    root = None if root is None else str(root)
+    return build_pools(PoolSettings(**{**SETTINGS, "root": root, **settings}))
 
 
 def places(subset):

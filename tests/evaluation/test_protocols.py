@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from msn.commands.entry import config_directory
 from msn.data.dataset import LabelledImages
-from msn.data.pools import build_pools
+from msn.data.pools import PoolSettings, build_pools
 from msn.errors import UserError
 from msn.evaluation import imagenet as imagenet_module
 from msn.evaluation import lowshot, protocols
@@ -235,14 +235,16 @@ def test_imagenet_lowshot_on_a_made_up_imagenet_from_files_to_rows(tmp_path):
     write_tree(tmp_path / "imagenet", val, "val")
     write_lists(tmp_path / "lists", train)
     pools = build_pools(
-        source="imagenet",
-        root=str(tmp_path / "imagenet"),
-        val_root=None,
-        hold_out=0.2,
-        split_seed=0,
-        use_labels=True,
-        download=False,
-        image_size=None,
+        PoolSettings(
+            source="imagenet",
+            root=str(tmp_path / "imagenet"),
+            val_root=None,
+            hold_out=0.2,
+            split_seed=0,
+            use_labels=True,
+            download=False,
+            image_size=None,
+        )
     )
     assert pools.labelled is not None
     assert pools.held_out is not None
