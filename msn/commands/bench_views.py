@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from msn.data.batched_views import make_batched_views
-from msn.data.collate import ImageBatch
-from msn.data.dataset import Subset, TrainingSet
+from msn.data.dataset import ImageBatch, Subset, TrainingSet
 from msn.data.decode import decode, full_size
 from msn.data.recipe import pil_recipe
 from msn.data.reference_views import make_reference_views

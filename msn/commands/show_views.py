@@ -11,8 +11,7 @@ from PIL import Image
 
 from msn.commands.entry import to_plain
 from msn.data.batched_views import make_batched_views
-from msn.data.collate import ImageBatch
-from msn.data.dataset import TrainingSet
+from msn.data.dataset import ImageBatch, TrainingSet
 from msn.data.pools import Pools, PoolSettings, build_pools
 from msn.data.reference_views import make_reference_views
 from msn.data.sampler import BatchKey, EpochSampler

@@ -15,9 +15,8 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
-from msn.data.collate import BadImage
 from msn.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -27,6 +26,14 @@ _HEADER = (",".join(COLUMNS) + "\n").encode()
 
 # What may be unreadable unless somebody sets a share.
 _ALLOWED, _ALLOWED_SHARE = 10, 0.001
+
+
+class BadImage(NamedTuple):
+    """One image that could not be read: its number in the training set, its path, the reason."""
+
+    number: int
+    path: str
+    reason: str
 
 
 def strict_message(name: str, reason: object) -> str:
@@ -69,7 +76,7 @@ class BadImageLedger:
         Returns:
             The new ones.
         """
-        fresh = {image.index: image for image in images if image.index not in self.known}
+        fresh = {image.number: image for image in images if image.number not in self.known}
         if not fresh:
             return []
         if self.file is None:
@@ -137,9 +144,9 @@ class BadImageLedger:
             log.warning("cannot write %s: %s", self.file, error.strerror or error)
 
     def _take(self, fresh: dict[int, BadImage]) -> list[BadImage]:
-        new = [image for index, image in fresh.items() if index not in self.known]
+        new = [image for number, image in fresh.items() if number not in self.known]
         for image in new:
-            self.known[image.index] = self._unwritten[image.index] = image
+            self.known[image.number] = self._unwritten[image.number] = image
             log.warning("replaced an unreadable image: %s (%s)", image.path, image.reason)
         return new
 
@@ -154,7 +161,7 @@ class BadImageLedger:
     def _read_others(self, file: BinaryIO) -> None:
         """Learn what others have written since; then the file stands at its end."""
         for image in _parse(file, self._read_to):
-            self.known.setdefault(image.index, image)
+            self.known.setdefault(image.number, image)
         if file.tell() == 0:
             file.write(_HEADER)
 
@@ -175,5 +182,5 @@ def _rows(images: Iterable[BadImage]) -> bytes:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     for image in images:
-        writer.writerow((image.path, " ".join(image.reason.split()), image.index))
+        writer.writerow((image.path, " ".join(image.reason.split()), image.number))
     return os.fsencode(text.getvalue())

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msn.compilers import missing_compiler
-from msn.data.collate import ImageBatch
 from msn.data.colour import (
     HUE_PLANES,
     blend,
@@ -31,6 +30,7 @@ from msn.data.colour import (
     turn_hue,
     whole_turns,
 )
+from msn.data.dataset import ImageBatch
 from msn.data.views import (
     COLUMNS,
     CONTRAST,

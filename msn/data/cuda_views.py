@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msn.data.collate import ImageBatch
 from msn.data.colour import CUT, HUE_STEPS, LUMA, blur_taps
+from msn.data.dataset import ImageBatch
 from msn.data.views import (
     BRIGHTNESS,
     COLUMNS,

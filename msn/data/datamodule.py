@@ -15,10 +15,9 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from msn.data.bad_images import BadImageLedger
+from msn.data.bad_images import BadImage, BadImageLedger
 from msn.data.batched_views import make_batched_views
-from msn.data.collate import BadImage, ImageBatch
-from msn.data.dataset import LabelledImages, TrainingSet
+from msn.data.dataset import ImageBatch, LabelledImages, TrainingSet
 from msn.data.decode import BadImageError, full_size
 from msn.data.depth import Depth
 from msn.data.pools import Pools, PoolSettings, build_pools
@@ -150,10 +149,10 @@ class MSNDataModule(LightningDataModule):
 
     def _can_be_read(self, image: BadImage) -> bool:
         train = self.pools.train
-        if image.index >= len(train) or train.name(image.index) != image.path:
+        if image.number >= len(train) or train.name(image.number) != image.path:
             return True  # of other data, which this run was made to go on with
         try:
-            train.source.decode(int(train.positions[image.index]), full_size)
+            train.source.decode(int(train.positions[image.number]), full_size)
         except BadImageError:
             return False
         return True

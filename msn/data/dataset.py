@@ -1,9 +1,13 @@
-"""The training set as workers see it, and labelled images as evaluation sees them."""
+"""Batches of training images as workers make them, and labelled images as evaluation sees them.
+
+The decoded images of a batch have different sizes and lie in one buffer, without padding.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,15 +15,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from msn.data.bad_images import strict_message
-from msn.data.collate import BadImage, ImageBatch, PixelBuffer
+from msn.data.bad_images import BadImage, strict_message
 from msn.data.decode import BadImageError, DecodedImage
 from msn.data.depth import SIXTEEN_BITS, levels_of
 from msn.data.folder_labels import UNLABELLED
 from msn.data.sampler import BatchKey, counter_hash
 from msn.data.sources import ArraySource, Source
 from msn.data.views import ViewParameters, ViewSettings, draw_parameters
-from msn.data.workers import shared_flags
+from msn.data.workers import empty, shared_flags
 from msn.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -28,6 +31,7 @@ REPLACEMENT_TRIES = 20
 # In the `info` of an image that stands in the place of one that cannot be read.
 REPLACED = "replaced"
 REDUCING_GAP = 2.0  # a crop keeps at least this many times its final size after reduction
+_ROOM = 1.25  # times what images as large as the first would need in the buffer
 _GRAY, _GRAY_SIZE = (127, 127, 127), (64, 64)
 _REPLACE = 3  # keeps these draws apart from those of order, split and views
 
@@ -65,6 +69,76 @@ class Subset:
         file = self.source.identity(int(self.positions[i]))
         depth = self.source.depth
         return file if levels_of(depth) == SIXTEEN_BITS else f"{file} depth {depth}"
+
+
+class ImageBatch(NamedTuple):
+    """B decoded images on their way to the views.
+
+    Attributes:
+        pixels: rows of all images one after another, uint8 [sum of h * w, 3].
+        starts: where each image begins, as a row number of `pixels`, int64 [B].
+        sizes: height and width of each image as it lies in `pixels`, int64 [B, 2].
+        table: parameters of the views, float32 [V, B, columns]; boxes in px of these sizes.
+        epoch: the batch's epoch, from 0.
+        batch: number of the batch in its epoch, from 0.
+        indices: which image of the training set each one is, int64 [B].
+        bad: images that had to be replaced, and images found unreadable while looking for one.
+    """
+
+    pixels: Tensor
+    starts: Tensor
+    sizes: Tensor
+    table: Tensor
+    epoch: int
+    batch: int
+    indices: Tensor
+    bad: list[BadImage]
+
+    def image(self, position: int) -> Tensor:
+        """Pixels of one image, uint8 [h, w, 3], a view of the buffer."""
+        start = int(self.starts[position])
+        height, width = self.sizes[position].tolist()
+        return self.pixels[start : start + height * width].view(height, width, 3)
+
+
+class PixelBuffer:
+    """Takes images of different sizes one after the other into one buffer.
+
+    Each image is copied while it is still in the cache, and its own memory is free for the next. In
+    a worker process the buffer is shared memory where there is room, so that sending it copies
+    nothing. Room that is not used is never touched and costs nothing.
+
+    Args:
+        count: images that are expected.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._expected = count
+        self._pixels = torch.empty((0, 3), dtype=torch.uint8)
+        self._sizes: list[tuple[int, int]] = []
+        self._end = 0
+
+    def add(self, image: np.ndarray) -> None:
+        """Take an image uint8 [h, w, 3]."""
+        height, width, _ = image.shape
+        end = self._end + height * width
+        if end > len(self._pixels):
+            left = max(1, self._expected - len(self._sizes))
+            self._grow(max(self._end + int(_ROOM * left * height * width), end))
+        self._pixels[self._end : end].view(height, width, 3).numpy()[:] = image
+        self._sizes.append((height, width))
+        self._end = end
+
+    def packed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`pixels`, `starts` and `sizes` of `ImageBatch`."""
+        sizes = torch.tensor(self._sizes, dtype=torch.int64).view(-1, 2)
+        areas = sizes.prod(1)
+        return self._pixels[: self._end], areas.cumsum(0) - areas, sizes
+
+    def _grow(self, num_pixels: int) -> None:
+        larger = empty((num_pixels, 3), torch.uint8)
+        larger[: self._end] = self._pixels[: self._end]
+        self._pixels = larger
 
 
 class TrainingSet(Dataset[ImageBatch]):

@@ -11,7 +11,7 @@ from PIL import Image, ImageEnhance, ImageFilter
 from torch import Tensor
 from torchvision.transforms.functional import adjust_hue
 
-from msn.data.collate import ImageBatch
+from msn.data.dataset import ImageBatch
 from msn.data.views import (
     BRIGHTNESS,
     COLUMNS,

@@ -11,8 +11,7 @@ from torch.utils.data import DataLoader
 
 from msn.commands.entry import one_line
 from msn.data import dataset
-from msn.data.bad_images import BadImageLedger
-from msn.data.collate import BadImage
+from msn.data.bad_images import BadImage, BadImageLedger
 from msn.data.dataset import REPLACED, REPLACEMENT_TRIES
 from msn.errors import UserError
 from tests.data.datamodules import make_datamodule
@@ -171,8 +170,8 @@ def ledger(path, max_fraction=1.0):
 def test_processes_count_together_and_an_image_once(tmp_path):
     path = tmp_path / "bad_images.csv"
     one, other = ledger(path, 0.003), ledger(path, 0.003)
-    assert [b.index for b in one.add([BadImage(1, "a", "x"), BadImage(2, "b", "x")])] == [1, 2]
-    assert [b.index for b in other.add([BadImage(2, "b", "x"), BadImage(3, "c", "x")])] == [3]
+    assert [b.number for b in one.add([BadImage(1, "a", "x"), BadImage(2, "b", "x")])] == [1, 2]
+    assert [b.number for b in other.add([BadImage(2, "b", "x"), BadImage(3, "c", "x")])] == [3]
     other.check()  # three of a thousand
     one.add([BadImage(4, 'd,\n"quoted"', "two\nlines")])
     with pytest.raises(UserError, match="4 of 1000"):
@@ -186,7 +185,7 @@ def test_a_resumed_run_goes_on_with_the_file_even_if_its_last_row_was_cut_off(tm
     path = tmp_path / "bad_images.csv"
     ledger(path).add([BadImage(1, "a", "x"), BadImage(2, "b", "x")])
     path.write_bytes(path.read_bytes()[:-2])  # killed while writing the second
-    assert [b.index for b in ledger(path).add([BadImage(1, "a", "x"), BadImage(2, "b", "x")])] == [
+    assert [b.number for b in ledger(path).add([BadImage(1, "a", "x"), BadImage(2, "b", "x")])] == [
         2
     ]
     assert [row["image"] for row in read_rows(path)][-1] == "2"

@@ -11,8 +11,7 @@ from sklearn.datasets import load_sample_images
 
 from msn.data import batched_views
 from msn.data.batched_views import make_batched_views
-from msn.data.collate import ImageBatch, pack
-from msn.data.dataset import Subset, TrainingSet
+from msn.data.dataset import ImageBatch, PixelBuffer, Subset, TrainingSet
 from msn.data.reference_views import make_reference_views
 from msn.data.sampler import BatchKey
 from msn.data.sources import folder_source
@@ -63,7 +62,10 @@ def draw(settings, indices, *, seed=0, epoch=0):
 def make_batch(settings, images=None):
     first, second = load_sample_images().images
     images = [first, second, first[:300, :400]] if images is None else images
-    pixels, starts, sizes = pack(images)
+    buffer = PixelBuffer(len(images))
+    for image in images:
+        buffer.add(image)
+    pixels, starts, sizes = buffer.packed()
     indices = np.arange(len(images))
     parameters = draw_parameters(
         settings,
