@@ -129,6 +129,14 @@ def _with_keywords(target: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(target, "Settings", target)
 
 
+def flat(prefix: str, settings: Any) -> list[tuple[str, Any]]:
+    """Nested settings as pairs of a full key ("data.views.rand_views") and its value."""
+    if not isinstance(settings, Mapping):
+        return [(prefix, settings)]
+    dot = f"{prefix}." if prefix else ""
+    return [pair for key, value in settings.items() for pair in flat(f"{dot}{key}", value)]
+
+
 def _fits(value: Any, hint: Any) -> bool:
     if hint is Any:
         return True

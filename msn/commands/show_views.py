@@ -19,7 +19,7 @@ from msn.data.views import ViewSettings, view_settings
 from msn.errors import UserError
 from msn.files import write_bytes
 from msn.method.masking import PatchDrop, draw_key
-from msn.reporting.views_sheet import views_sheet
+from msn.reporting.pictures import views_sheet
 from msn.schema import make, take
 from msn.training.cost import bytes_of_views, memory_installed
 

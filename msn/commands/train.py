@@ -31,6 +31,7 @@ from msn.data.workers import in_one_line
 from msn.errors import UserError
 from msn.evaluation.protocol import Protocol
 from msn.method.distributed import process_index
+from msn.training.checkpointing import check_same_run, identity_of
 from msn.training.facts import facts
 from msn.training.launch import (
     agree,
@@ -43,7 +44,6 @@ from msn.training.launch import (
 from msn.training.module import MSNModule
 from msn.training.preemption import EXIT_CODE, Preempted, Preemption, requeue_slurm_job
 from msn.training.progress import build_progress
-from msn.training.resume import check_same_run, identity_of
 from msn.weights import initialise, read_weights
 from msn.weights.checkpoints import newest_valid_checkpoint
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import normalize, to_tensor
 
 from msn.data.decode import BadImageError
 from msn.data.pools import PoolSettings, build_pools
@@ -19,7 +20,7 @@ from msn.method.vit import Block, VisionTransformer
 from msn.schema import make
 from msn.weights import Weights, build_trunk, read_weights
 from msn.weights.checkpoints import newest_valid_checkpoint
-from msn.weights.preprocessing import image_transform, short_side, trimmed
+from msn.weights.preprocessing import short_side, trimmed
 from msn.weights.weights import IMAGENET_MEAN, IMAGENET_STD
 
 _BATCH = 64
@@ -132,9 +133,8 @@ def _crop(size: int) -> Callable[[Image.Image], Image.Image]:
 
 
 def _as_input(images: list[Image.Image], trunk: VisionTransformer) -> Tensor:
-    transform = image_transform(trunk.img_size, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    # Images are cropped already: below 64 px the transform takes them whole, above it must not cut.
-    rows = [transform.transforms[-1](transform.transforms[-2](image)) for image in images]  # type: ignore[attr-defined]
+    """Images that are cropped already, as evaluation normalises them."""
+    rows = [normalize(to_tensor(image), IMAGENET_MEAN, IMAGENET_STD) for image in images]
     return torch.stack(rows).to(trunk.cls_token.device)
 
 

@@ -93,9 +93,6 @@ def _head_flops(model: Mapping[str, Any], head: Mapping[str, Any], num_prototype
     return 2.0 * (layers + projection * num_prototypes)
 
 
-_MIXED = ("bf16-mixed", "16-mixed")
-
-
 class Memory(NamedTuple):
     """Bytes on one device; `peak` is less than the sum, for gradients come as activations go."""
 
@@ -142,7 +139,7 @@ def forecast_memory(
     """
     size = 8 if precision == "64-true" else 2 if precision == "bf16-true" else 4
     held = _held_bytes(network, size, processes, sharded)
-    view_bytes = bytes_of_views(views, batch_size, 2 if precision in _MIXED else size)
+    view_bytes = bytes_of_views(views, batch_size, 2 if precision == "bf16-mixed" else size)
     images = batch_size if chunk_size is None else min(chunk_size, batch_size)
     trunk, workspace = _trunk_bytes(network, views, patch_drop, precision, compiled)
     rows = batch_size * (views.rand_views + views.focal_views)
@@ -236,7 +233,7 @@ def _trunk_bytes(
     size = 8 if precision == "64-true" else 4
     # Beside the blocks: cut patches, the last block's tokens and their norm.
     ends = tokens * size * (3 * trunk.patch_size**2 + 3 * width)
-    if precision in _MIXED:
+    if precision == "bf16-mixed":
         # In half precision the normed inputs of qkv and MLP, q, k, v, the mixed values (each
         # group's and all together), the hidden layer and its GELU: the compiler makes the GELU
         # anew only if no product of the backward pass reads it, and fc2's weight gradient does
@@ -257,7 +254,7 @@ def _trunk_bytes(
 
 def _cast_weights_bytes(network: MSN, precision: str) -> float:
     """Copies of the anchor's weights in half precision: products of the backward pass read them."""
-    if precision not in _MIXED:
+    if precision != "bf16-mixed":
         return 0.0
     return 2.0 * sum(p.numel() for p in network.anchor.parameters())
 

@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from msn.data.datamodule import MSNDataModule
 from msn.data.views import Views
 from msn.errors import UserError
 from msn.files import write_checkpoint
@@ -19,6 +18,7 @@ from msn.method import optim
 from msn.method.optim import FiniteCheck
 from msn.training.module import MSNModule
 from msn.training.strategy import whole_state
+from msn.training.trainer import data_of
 
 _TYPES = {"64-true": torch.float64}
 _AUTOCAST = {"bf16-mixed": torch.bfloat16}
@@ -55,7 +55,7 @@ def reproduce(path: Path, *, device: torch.device, chunk_size: int | None) -> Re
     Args:
         path: the file of any process; those of the others lie beside it.
         device: where to compute; the same kind as then reproduces exactly.
-        chunk_size: images a trunk pass, for a joined batch that is too large; None takes all.
+        chunk_size: images per trunk pass, for a joined batch that is too large; None takes all.
 
     Raises:
         UserError: if a file is missing, damaged or no dump.
@@ -120,7 +120,7 @@ def _load(path: Path) -> dict[str, Any]:
     except Exception:  # torch names no class for damaged files
         content = None
     if not isinstance(content, dict) or content.get("format") != DUMP_FORMAT:
-        raise UserError(f"{path} is no dump of a step (of format {DUMP_FORMAT}), or is damaged")
+        raise UserError(f"{path} is not a dump of a step (of format {DUMP_FORMAT}), or is damaged")
     return content
 
 
@@ -276,16 +276,14 @@ def _see(trainer: Trainer, module: MSNModule, batch_idx: int) -> _Seen:
 
 def _images(trainer: Trainer, seen: _Seen) -> list[int]:
     """This process's images of a batch, by their numbers in the training set."""
-    data: MSNDataModule = trainer.datamodule  # type: ignore[attr-defined]
+    data = data_of(trainer)
     sampler = data.sampler(rank=trainer.global_rank, world_size=trainer.world_size)
     return sampler.keys(seen.epoch)[seen.batch].indices.tolist()
 
 
 def _views(trainer: Trainer, module: MSNModule, seen: _Seen) -> Views:
-    data: MSNDataModule = trainer.datamodule  # type: ignore[attr-defined]
+    data = data_of(trainer)
     sampler = data.sampler(rank=trainer.global_rank, world_size=trainer.world_size)
     batch = data.loader(sampler).dataset[sampler.keys(seen.epoch)[seen.batch]]
-    return data.make_views(
-        data.transfer_batch_to_device(batch, module.device, 0),
-        module.dtype,  # type: ignore[arg-type]
-    )
+    assert isinstance(module.dtype, torch.dtype)
+    return data.make_views(data.transfer_batch_to_device(batch, module.device, 0), module.dtype)

@@ -19,6 +19,7 @@ from msn.errors import UserError
 from msn.files import read_rows, write_atomically
 from msn.training.module import MSNModule
 from msn.training.monitors import Monitors
+from msn.training.trainer import callbacks_of
 
 Row = Mapping[str, float]
 
@@ -303,7 +304,7 @@ class Judge(Callback):
             self._write()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        rows = next(c.rows for c in trainer.callbacks if isinstance(c, Monitors))  # type: ignore[attr-defined]
+        rows = callbacks_of(trainer, Monitors)[0].rows
         if not rows:  # resumed at the very end of an epoch
             return
         epoch, step = trainer.current_epoch + 1, trainer.global_step

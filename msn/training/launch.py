@@ -70,7 +70,7 @@ def read_launch(environment: Mapping[str, str]) -> Launch | None:
         return None
     if launch.nodes * launch.processes_per_node != launch.processes:
         raise UserError(
-            f"{launch.by} started {launch.processes} processes, which is no multiple of the "
+            f"{launch.by} started {launch.processes} processes, which is not a multiple of the "
             f"{launch.processes_per_node} on this node: every node must have the same number"
         )
     return launch
@@ -230,13 +230,13 @@ def agree(trainer: Trainer, module: LightningModule, decide: Callable[[], T]) ->
     trainer.strategy.connect(module)
     with meeting():
         trainer.strategy.setup_environment()
-    answer: tuple[T | None, str | None] = (None, None)
+    answer: tuple[list[T], str | None] = ([], None)
     if trainer.is_global_zero:
         try:
-            answer = (decide(), None)
+            answer = ([decide()], None)
         except (UserError, OSError) as error:
-            answer = (None, str(error))
-    value, mistake = trainer.strategy.broadcast(answer)
+            answer = ([], str(error))
+    values, mistake = trainer.strategy.broadcast(answer)
     if mistake is not None:
         raise UserError(mistake)
-    return value  # type: ignore[return-value]
+    return values[0]

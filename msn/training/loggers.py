@@ -248,8 +248,8 @@ class TensorBoardRun(TensorBoardLogger):
         super().__init__(save_dir, name="", version="tensorboard", **purge)
 
     @rank_zero_only
-    def log_hyperparams(  # type: ignore[override]
-        self, params: Mapping[str, Any], *args: Any, **kwargs: Any
+    def log_hyperparams(
+        self, params: Any, metrics: dict[str, Any] | None = None, step: int | None = None
     ) -> None:
         """Show the settings as text; as "hparams" they would need a score of each run."""
         text = json.dumps(params, indent=2)

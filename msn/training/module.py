@@ -32,7 +32,7 @@ class MSNModule(LightningModule):
         method: every number of the method: keywords of `MSNLoss`, `Schedule`, `PatchDrop` and
             `optim.build_optimizer`, and num_prototypes, head, prior_exponent, clip_grad_norm.
         seed: decides, with the step, which patches are dropped.
-        chunk_size: images a trunk pass under activation checkpointing; None takes all at once.
+        chunk_size: images per trunk pass under activation checkpointing; None takes all at once.
         compile: compile the blocks: true, false, or "auto" (on CUDA).
 
     Raises:
@@ -184,7 +184,8 @@ class MSNModule(LightningModule):
             assert self.network.prototypes.grad is not None
             prototype_norm = whole(self.network.prototypes.grad.norm())
             numbers = [self.loss_value, self.grad_norm, prototype_norm]
-            optimizer.found_inf = self.finite_check.judge(numbers)  # type: ignore[attr-defined]
+            # What torch's fused kernels read: they skip the step where it is not 0.
+            vars(optimizer)["found_inf"] = self.finite_check.judge(numbers)
 
     def optimizer_step(
         self,
@@ -193,7 +194,7 @@ class MSNModule(LightningModule):
         optimizer: Any,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Set the step's rates, step, then move the target: once an optimiser step, after it."""
+        """Set the step's rates, step, then move the target: once per optimiser step, after it."""
         assert self.schedule is not None
         values = self.schedule.at(self.global_step)
         optim.set_values(optimizer, values)

@@ -1,24 +1,20 @@
 """What a run tells while it trains: loss terms, use of prototypes, features, schedules, speed."""
 
+import math
+import time
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from msn.data.views import Views
-from msn.method.distributed import num_processes, whole
+from msn.method.distributed import all_reduce_sum, num_processes, whole
+from msn.method.loss import LossTerms
 from msn.training.cost import flops_per_image, measure_matrix_rate
 from msn.training.module import MSNModule
-from msn.training.statistics import (
-    Bucket,
-    StepClock,
-    StepMeans,
-    Window,
-    step_scalars,
-    strongest_prototypes,
-)
 
 # What a precision multiplies matrices in.
 _DTYPES = {
@@ -83,7 +79,7 @@ class Monitors(Callback):
         self._clock.step_ends()
         self._add(pl_module, outputs, batch)
         self._images += batch.target.shape[0] * num_processes()
-        interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        interval = vars(trainer)["log_every_n_steps"]
         if trainer.global_step % interval and not trainer.is_last_batch:
             return
         assert self._window is not None
@@ -133,13 +129,16 @@ class Monitors(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Sums and window, plain: a run resumed within an interval logs what it would have."""
         window = self._window
-        return {
+        state: dict[str, Any] = {
             "seconds": self._seconds,
             "means": (self._means.names, self._means.sums, self._means.steps),
-            "window": None
-            if window is None
-            else (window.num_prototypes, window.width, *map(_plain, (window.older, window.newer))),
+            "window": None,
         }
+        if window is not None:
+            buckets = (window.older, window.newer)
+            plain = (None if bucket is None else tuple(bucket) for bucket in buckets)
+            state["window"] = (window.num_prototypes, window.width, *plain)
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what was added up before the checkpoint."""
@@ -159,10 +158,7 @@ def _to_host(figures: dict[str, Tensor]) -> dict[str, float]:
     return dict(zip(figures, values.tolist(), strict=True))
 
 
-@cache
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """`measure_matrix_rate`, once a process."""
-    return measure_matrix_rate(device, dtype)
+matrix_rate = cache(measure_matrix_rate)
 
 
 def _flops_per_image(module: MSNModule, batch: Views) -> float:
@@ -184,5 +180,226 @@ def _scheduled(module: MSNModule, step: int) -> dict[str, float]:
     return {f"schedule/{name}": value for name, value in module.schedule.at(step)._asdict().items()}
 
 
-def _plain(bucket: Bucket | None) -> tuple[Any, ...] | None:
-    return None if bucket is None else tuple(bucket)
+# A window holds at least so many images a prototype and a feature dimension, at most twice that.
+IMAGES_PER_PROTOTYPE, IMAGES_PER_DIMENSION = 8, 4
+
+
+class StepMeans:
+    """Means of scalars over the steps since the last row, over all processes.
+
+    A step's value that is not finite is left out: the guard has skipped that step. A mean is NaN
+    where no step had a finite value.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.sums: Tensor | None = None
+        """Sums of finite values and their numbers, [2, names]."""
+        self.steps = 0
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Add the scalars of a step; every step brings the same names."""
+        row = torch.stack([value.detach().float() for value in values.values()])
+        both = torch.stack([row.nan_to_num(0, 0, 0), row.isfinite().float()])
+        self.names = list(values)
+        self.sums = both if self.sums is None else self.sums.to(row.device) + both
+        self.steps += 1
+
+    def take(self) -> dict[str, Tensor]:
+        """The means, still on the device; starts anew."""
+        assert self.sums is not None
+        total, count = all_reduce_sum(self.sums).unbind()
+        self.sums, self.steps = None, 0
+        return dict(zip(self.names, (total / count).unbind(), strict=True))
+
+
+class Window:
+    """Use of prototypes and geometry of features over the last images of all processes.
+
+    Two buckets: when the newer one holds enough images the older one is dropped, so that a window
+    never is a handful of images, whatever the interval of rows, and memory stays constant.
+
+    Args:
+        num_prototypes: K.
+        width: D.
+    """
+
+    def __init__(self, num_prototypes: int, width: int) -> None:
+        self.num_prototypes, self.width = num_prototypes, width
+        self.enough = max(IMAGES_PER_PROTOTYPE * num_prototypes, IMAGES_PER_DIMENSION * width)
+        self.older: Bucket | None = None
+        self.newer: Bucket | None = None
+
+    def add(self, terms: LossTerms, strongest: Tensor, features: Tensor, *, processes: int) -> None:
+        """Add the images of a step.
+
+        Args:
+            terms: of the loss.
+            strongest: prototype of the largest target probability of each image, [B].
+            features: of the target's unmasked view, any scale, [B, D].
+            processes: number of them, each with as many images.
+        """
+        if self.newer is not None and self.newer.images * processes >= self.enough:
+            self.older, self.newer = self.newer, None
+        if self.newer is None:
+            self.newer = _empty_bucket(self.num_prototypes, self.width, features.device)
+        self.newer = self.newer.add(terms, strongest, features)
+
+    def figures(self) -> dict[str, Tensor]:
+        """Use of prototypes and geometry of features, on the device; see docs/monitoring.md."""
+        assert self.newer is not None
+        total = self.newer if self.older is None else self.newer.plus(self.older)
+        used, targets, predictions = all_reduce_sum(total.use).unbind()
+        target_entropy, prediction_entropy = (_entropy(x / x.sum()) for x in (targets, predictions))
+        moments = all_reduce_sum(total.moments)
+        gram = moments[1:]
+        images = gram.diagonal().sum().clamp_min(1e-12)  # rows have length 1
+        means = moments[0] / images
+        variances = (gram.diagonal() / images - means.square()).clamp_min(0)
+        return {
+            "collapse/prototypes_used": (used > 0).sum(),
+            "collapse/prototype_perplexity": target_entropy.exp(),
+            "collapse/mean_prediction_entropy": prediction_entropy / math.log(self.num_prototypes),
+            "features/rankme": _effective_rank(gram),
+            "features/std": variances.sqrt().mean() * math.sqrt(self.width),
+        }
+
+
+class Bucket(NamedTuple):
+    """Sums over images."""
+
+    use: Tensor
+    """Images whose strongest prototype it is, targets, mean predictions: [3, K]."""
+    moments: Tensor
+    """Sum and second moments of unit-length features, [1 + D, D]."""
+    images: int
+
+    def add(self, terms: LossTerms, strongest: Tensor, features: Tensor) -> "Bucket":
+        """This bucket and the images of a step."""
+        images = features.shape[0]
+        ones = torch.ones(images, device=features.device)
+        use = torch.stack(
+            [
+                torch.zeros_like(self.use[0]).index_add_(0, strongest, ones),
+                terms.targets.sum(dim=0).float(),
+                terms.mean_prediction.float() * images,
+            ]
+        )
+        unit = F.normalize(features.detach().to(self.moments.dtype), dim=1)
+        moments = torch.cat([unit.sum(dim=0, keepdim=True), unit.T @ unit])
+        # A step that is not finite is skipped (msn.training.guard) and must not spoil the window.
+        return self.plus(Bucket(use.nan_to_num(0, 0, 0), moments.nan_to_num(0, 0, 0), images))
+
+    def plus(self, other: "Bucket") -> "Bucket":
+        """Sum of two buckets."""
+        device = other.use.device
+        return Bucket(
+            self.use.to(device) + other.use,
+            self.moments.to(device) + other.moments,
+            self.images + other.images,
+        )
+
+
+def step_scalars(
+    terms: LossTerms, anchor_strongest: Tensor, strongest: Tensor, rand_views: int
+) -> dict[str, Tensor]:
+    """Scalars of a step on this process.
+
+    Args:
+        terms: of the loss.
+        anchor_strongest: strongest prototype of each anchor view, [V, B], rand views first.
+        strongest: of each image's target, [B].
+        rand_views: R.
+    """
+    agreement = (anchor_strongest == strongest).float().mean(dim=1)  # [V]
+    scalars = {
+        "train/loss": terms.loss,
+        "train/cross_entropy": terms.cross_entropy,
+        "train/cross_entropy_floor": _entropy(terms.targets).mean(),
+        "train/me_max": terms.me_max,
+        "train/entropy": terms.entropy,
+        "collapse/target_max_prob": terms.targets.max(dim=-1).values.mean(),
+    }
+    if rand_views:
+        scalars["collapse/agreement_rand"] = agreement[:rand_views].mean()
+    if rand_views < len(agreement):
+        scalars["collapse/agreement_focal"] = agreement[rand_views:].mean()
+    return scalars
+
+
+def strongest_prototypes(projections: Tensor, prototypes: Tensor) -> Tensor:
+    """Number of the prototype of the largest cosine, [..., P] and [K, P] -> [...]."""
+    # The scale of a projection does not change which prototype is nearest.
+    with torch.autocast(device_type=projections.device.type, enabled=False):
+        return (projections.float() @ F.normalize(prototypes.float(), dim=1).T).argmax(dim=-1)
+
+
+class StepClock:
+    """Where the time goes: training steps, or waiting for data and making views.
+
+    On CUDA the device's own time line is read (events), because the host runs ahead of it.
+
+    Args:
+        device: that trains.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+        self.restart()
+
+    def restart(self) -> None:
+        """Start a new interval now."""
+        self._since = time.perf_counter()
+        self._ended: Any = self._now()
+        self._waits: list[Any] = []
+
+    def step_begins(self) -> None:
+        """The step's views are there."""
+        now = self._now()
+        self._waits.append((self._ended, now) if self._on_cuda else now - self._ended)
+
+    def step_ends(self) -> None:
+        """The step is taken."""
+        self._ended = self._now()
+
+    def read(self) -> tuple[float, float]:
+        """Seconds of the interval and the share of them between steps; after a synchronisation."""
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        if self._on_cuda:
+            waited = sum(end.elapsed_time(begin) for end, begin in self._waits) / 1000
+        else:
+            waited = sum(self._waits)
+        return seconds, min(1.0, waited / seconds)
+
+    def _now(self) -> Any:
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _empty_bucket(num_prototypes: int, width: int, device: torch.device) -> Bucket:
+    # Second moments of collapsed features need the digits; MPS has no float64.
+    precise = torch.float32 if device.type == "mps" else torch.float64
+    return Bucket(
+        torch.zeros(3, num_prototypes, device=device),
+        torch.zeros(1 + width, width, dtype=precise, device=device),
+        0,
+    )
+
+
+def _entropy(probs: Tensor) -> Tensor:
+    """In nats, [..., K] -> [...]."""
+    return -torch.special.xlogy(probs, probs).sum(dim=-1)
+
+
+def _effective_rank(gram: Tensor) -> Tensor:
+    """RankMe from second moments X^T X, whose eigenvalues are the squared singular values of X.
+
+    Features that are not finite, of a training that has diverged, have the rank nan.
+    """
+    host = gram.cpu() if gram.device.type == "mps" else gram  # MPS has no eigenvalues
+    values = torch.linalg.eigvalsh(host.nan_to_num(0, 0, 0)).clamp_min(0).sqrt().to(gram.device)
+    rank = _entropy(values / values.sum().clamp_min(1e-12)).exp()
+    return rank.where(gram.isfinite().all(), math.nan)

@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from msn.method.distributed import num_processes, process_index
 from msn.training.checkpointing import PeriodicCheckpoint
+from msn.training.trainer import callbacks_of, override
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +92,8 @@ class Preemption(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
         # Lightning's handlers write checkpoints and call collectives inside the handler, and its
         # loop broadcasts process 0's flag, and waits for the device, in each step.
-        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        override(trainer._signal_connector, "register_signal_handlers", lambda: None)
+        override(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", lambda: None)
         self._is_own = not self._before
         if self._is_own:
             self.install()
@@ -163,7 +164,7 @@ class Preemption(Callback):
         return int(flag)
 
     def _save_and_stop(self, trainer: Trainer, wish: int, *, finished_epochs: int) -> None:
-        (saver,) = (c for c in trainer.callbacks if isinstance(c, PeriodicCheckpoint))  # type: ignore[attr-defined]
+        (saver,) = callbacks_of(trainer, PeriodicCheckpoint)
         path = saver.save(trainer, finished_epochs=finished_epochs, wait=True)
         assert path is not None
         raise Preempted(path, requeue=self._requeues(wish))

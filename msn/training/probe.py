@@ -17,6 +17,7 @@ from msn.evaluation.neighbours import alignment, knn_predictions, rankme, unifor
 from msn.method.distributed import gathered
 from msn.method.vit import VisionTransformer
 from msn.training.module import MSNModule
+from msn.training.trainer import data_of
 from msn.weights.preprocessing import image_transform
 
 NEIGHBOURS = 10
@@ -67,9 +68,8 @@ class Probe(Callback):
         if epoch % self.every_n_epochs and epoch != trainer.max_epochs:
             return
         assert isinstance(pl_module, MSNModule)
-        data = trainer.datamodule  # type: ignore[attr-defined]
         if self._images is None:
-            self._images = self._choose(data, pl_module)
+            self._images = self._choose(data_of(trainer), pl_module)
         # All processes probe alike: a sharded trunk needs every one of them.
         # Eager: other shapes than those of a step would make compiled blocks compile again.
         with (

@@ -1,4 +1,4 @@
-"""Progress for a person: a bar in a terminal or notebook, a line an epoch in a log file."""
+"""Progress for a person: a bar in a terminal or notebook, a line per epoch in a log file."""
 
 import sys
 from typing import Any
@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from msn.training.judge import Judge
 from msn.training.monitors import Monitors
 from msn.training.probe import Probe
+from msn.training.trainer import callbacks_of
 
 _SHOWN = {
     "train/loss": "loss",
@@ -66,19 +67,15 @@ def _epoch(trainer: Trainer) -> str:
 
 
 def _figures(trainer: Trainer) -> dict[str, str]:
-    latest = {
-        name: value for part in _parts(trainer, Monitors) for name, value in part.latest.items()
-    }
+    latest: dict[str, float] = {}
+    for monitors in callbacks_of(trainer, Monitors):
+        latest |= monitors.latest
     return {label: f"{latest[name]:.4g}" for name, label in _SHOWN.items() if name in latest}
 
 
 def _verdict(trainer: Trainer) -> str:
-    lines = [part.latest.line for part in _parts(trainer, Judge) if part.latest is not None]
-    for probe in _parts(trainer, Probe):
+    lines = [part.latest.line for part in callbacks_of(trainer, Judge) if part.latest is not None]
+    for probe in callbacks_of(trainer, Probe):
         if probe.latest_epoch == trainer.current_epoch and "probe/knn_top1" in probe.latest:
             lines.append(f"10-NN {probe.latest['probe/knn_top1']:.1%}")
     return "; ".join(lines)
-
-
-def _parts(trainer: Trainer, kind: type) -> list[Any]:
-    return [part for part in trainer.callbacks if isinstance(part, kind)]  # type: ignore[attr-defined]

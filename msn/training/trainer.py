@@ -1,9 +1,9 @@
 """Lightning's Trainer, with the settings that MSN needs and no others."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -11,10 +11,13 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
 
+from msn.data.datamodule import MSNDataModule
 from msn.errors import UserError
 from msn.training.checkpointing import DurableCheckpointIO
 from msn.training.launch import cluster_environment
 from msn.training.strategy import ShardedStrategy
+
+T = TypeVar("T")
 
 # Not 16-mixed: its scaled gradients would be clipped as they are, and the target move after steps
 # that it skips. Not bf16-true: the target's small moves would round away.
@@ -56,7 +59,7 @@ def build_trainer(
         precision: "auto" is bf16-mixed on CUDA and 32-true elsewhere.
         deterministic: use deterministic kernels alone, for bit-equal reruns on CUDA.
         log_every_n_steps: >= 1.
-        limit_train_batches: steps an epoch, for a trial, >= 1; None takes all.
+        limit_train_batches: steps per epoch, for a trial, >= 1; None takes all.
         accumulate_grad_batches: 1; anything else is refused.
         callbacks: of the run.
         loggers: of the run.
@@ -69,14 +72,10 @@ def build_trainer(
         max_epochs=max_epochs,
         num_nodes=num_nodes,
         log_every_n_steps=log_every_n_steps,
-        limit_train_batches=1 if limit_train_batches is None else limit_train_batches,
+        limit_train_batches=limit_train_batches,
     )
-    if accumulate_grad_batches != 1:
-        raise UserError(
-            "trainer.accumulate_grad_batches must be 1: BatchNorm, me-max and Sinkhorn would see "
-            "fragments of the batch; chunk_size=N fits a whole batch into less memory exactly"
-        )
-    arguments: dict[str, Any] = dict(
+    _refuse_accumulation(accumulate_grad_batches)
+    return _trainer(
         max_epochs=max_epochs,
         accelerator=accelerator,
         devices=devices,
@@ -89,26 +88,59 @@ def build_trainer(
         callbacks=list(callbacks),
         logger=list(loggers),
         default_root_dir=str(run_dir),
-        plugins=[DurableCheckpointIO(), cluster_environment(os.environ)],
-        # Else Lightning adds a writer of its own; ours may also come once the run has a directory.
-        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-        # Likewise: `msn.training.progress` chooses one that fits the output, or lines.
-        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
-        **_FIXED,
     )
+
+
+def _trainer(*, callbacks: list[Callback], **arguments: Any) -> Trainer:
     try:
-        trainer = Trainer(**arguments)
+        trainer = Trainer(
+            callbacks=callbacks,
+            plugins=[DurableCheckpointIO(), cluster_environment(os.environ)],
+            # Else Lightning adds a writer of its own; ours may also come once the run has a
+            # directory.
+            enable_checkpointing=any(isinstance(part, Checkpoint) for part in callbacks),
+            # Likewise: `msn.training.progress` chooses one that fits the output, or lines.
+            enable_progress_bar=any(isinstance(part, ProgressBar) for part in callbacks),
+            **arguments,
+            **_FIXED,
+        )
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"trainer: {error}") from None
     # Boxes of crops must not be rounded to the network's type; views are made in that type.
-    trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
+    override(trainer.precision_plugin, "convert_input", lambda data: data)
     return trainer
 
 
-def _check_at_least_one(**numbers: int) -> None:
+def override(owner: object, method: str, by: Callable[..., Any]) -> None:
+    """Put a function in the place of one object's method, which must be there."""
+    assert callable(getattr(owner, method))
+    setattr(owner, method, by)
+
+
+def callbacks_of(trainer: Trainer, kind: type[T]) -> list[T]:
+    """The trainer's callbacks of a kind; Lightning declares no type for what it holds."""
+    return [part for part in vars(trainer)["callbacks"] if isinstance(part, kind)]
+
+
+def data_of(trainer: Trainer) -> MSNDataModule:
+    """The data module that the trainer fits on."""
+    data = vars(trainer)["datamodule"]
+    assert isinstance(data, MSNDataModule)
+    return data
+
+
+def _check_at_least_one(**numbers: int | None) -> None:
     for name, value in numbers.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise UserError(f"trainer.{name} must be >= 1, got {value}")
+
+
+def _refuse_accumulation(batches: int) -> None:
+    if batches != 1:
+        raise UserError(
+            "trainer.accumulate_grad_batches must be 1: BatchNorm, me-max and Sinkhorn would see "
+            "fragments of the batch; chunk_size=N fits a whole batch into less memory exactly"
+        )
 
 
 def resolve_precision(precision: str, accelerator: str) -> str:

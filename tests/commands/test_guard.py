@@ -100,7 +100,7 @@ def test_several_in_a_row_stop_the_run_with_a_dump_that_replay_reproduces(
 
 def test_what_is_no_dump_is_refused(command, tmp_path):
     torch.save({"format": "x"}, tmp_path / "rank-0.pt")
-    for name, message in {"rank-0.pt": "is no dump", "rank-1.pt": "no such dump"}.items():
+    for name, message in {"rank-0.pt": "is not a dump", "rank-1.pt": "no such dump"}.items():
         code, _, err = command("replay", f"dump={tmp_path / name}")
         assert code == 2
         assert message in err

@@ -6,7 +6,7 @@ from PIL import Image
 
 from msn.commands.entry import build, compose
 from msn.data.sampler import BatchKey
-from msn.reporting.views_sheet import views_sheet
+from msn.reporting.pictures import views_sheet
 
 SMALL = ["experiment=small_images", "data.global_batch_size=4", "images=3", "epoch=2", "seed=5"]
 

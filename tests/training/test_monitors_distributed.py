@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from msn.method.loss import MSNLoss
-from msn.training.statistics import StepMeans, Window, step_scalars, strongest_prototypes
+from msn.training.monitors import StepMeans, Window, step_scalars, strongest_prototypes
 
 
 def figures(anchor, target, prototypes, rank=0, world=1):

@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 
 from msn.commands.entry import compose, to_plain
 from msn.errors import UserError
-from msn.training.resume import check_same_run, identity_of
+from msn.training.checkpointing import check_same_run, identity_of
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from msn.evaluation.neighbours import rankme
 from msn.method.loss import MSNLoss
-from msn.training.statistics import (
+from msn.training.monitors import (
     IMAGES_PER_PROTOTYPE,
     StepClock,
     StepMeans,

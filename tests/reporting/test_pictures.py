@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from msn.data.views import IMAGENET_MEAN, IMAGENET_STD, Views
-from msn.reporting.views_sheet import cover_dropped, picture, views_sheet
+from msn.reporting.pictures import cover_dropped, view_pixels, views_sheet
 
 
 def normalised(pixels):
@@ -15,7 +15,7 @@ def normalised(pixels):
 
 def test_a_view_is_shown_with_the_pixels_it_had():
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)
-    assert (picture(normalised(pixels)) == pixels).all()
+    assert (view_pixels(normalised(pixels)) == pixels).all()
 
 
 def test_exactly_the_dropped_patches_are_grey():
