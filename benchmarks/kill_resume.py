@@ -30,7 +30,7 @@ from msn.commands.entry import compose
 from msn.commands.run_directory import read_status
 from msn.files import read_rows
 from msn.training.monitors import matrix_rate
-from msn.weights.checkpoints import newest_checkpoint
+from msn.weights.reading import newest_checkpoint
 
 ARGUMENTS = [
     *("model.embed_dim=48", "model.depth=2", "method.num_prototypes=32"),

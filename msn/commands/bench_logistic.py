@@ -14,7 +14,7 @@ from torch import Tensor
 from msn.commands.eval_lowshot import choose_device
 from msn.errors import UserError
 from msn.evaluation.logistic import fit_logistic
-from msn.weights.files import open_weights
+from msn.weights.tensors import open_weights
 
 _BLOCK = 2**22  # numbers of scores held at once while checking
 

@@ -33,7 +33,7 @@ from msn.evaluation.features import check_feature, forward_feature, less_memory
 from msn.files import write_bytes, writing_to
 from msn.progress import Progress
 from msn.weights import Backbone, load_backbone
-from msn.weights.files import open_weights, save_tensors
+from msn.weights.tensors import open_weights, save_tensors
 
 log = logging.getLogger(__name__)
 

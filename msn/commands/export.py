@@ -9,11 +9,9 @@ from omegaconf import DictConfig
 
 from msn.commands.entry import to_plain
 from msn.errors import UserError
-from msn.weights.checkpoints import newest_valid_checkpoint
 from msn.weights.classifier import read_classifier
-from msn.weights.export import export
-from msn.weights.formats import FORMATS
-from msn.weights.reading import read_weights
+from msn.weights.export import FORMATS, export
+from msn.weights.reading import newest_valid_checkpoint, read_weights
 from msn.weights.weights import check_heads, say_notes
 
 

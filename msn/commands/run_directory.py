@@ -19,7 +19,7 @@ from msn.errors import UserError
 from msn.files import write_atomically
 from msn.training.judge import VERDICTS_FILE
 from msn.training.loggers import ID_FILE
-from msn.weights.checkpoints import newest_valid_checkpoint
+from msn.weights.reading import newest_valid_checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -36,7 +36,7 @@ from msn.files import placed_at, write_bytes
 from msn.method.network import ProjectionHead
 from msn.schema import make, take
 from msn.weights import Weights, read_weights
-from msn.weights.checkpoints import newest_valid_checkpoint
+from msn.weights.reading import newest_valid_checkpoint
 from msn.weights.weights import check_heads
 
 NAMES_FILE, TABLE_FILE, SHEET_FILE = "suggested.txt", "suggested.csv", "contact_sheet.png"

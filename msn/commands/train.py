@@ -45,7 +45,7 @@ from msn.training.module import MSNModule
 from msn.training.preemption import EXIT_CODE, Preempted, Preemption, requeue_slurm_job
 from msn.training.progress import build_progress
 from msn.weights import initialise, read_weights
-from msn.weights.checkpoints import newest_valid_checkpoint
+from msn.weights.reading import newest_valid_checkpoint
 
 
 def run(config: DictConfig) -> None:

@@ -22,7 +22,7 @@ from msn.evaluation.features import (
 )
 from msn.method.vit import VisionTransformer
 from msn.weights import build_trunk, read_weights
-from msn.weights.preprocessing import image_transform, trimmed
+from msn.weights.backbone import image_transform, trimmed
 from msn.weights.timm import check_same_model, named_model, told_by_model
 from msn.weights.weights import BASELINES, EXACT_GELU, IMAGENET_MEAN, IMAGENET_STD, say_notes
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from msn.errors import UserError
-from msn.weights.files import save_tensors
+from msn.weights.tensors import save_tensors
 from msn.weights.weights import trunk_digest
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from msn.evaluation.curves import draw_curve
 from msn.evaluation.sets import Head, Result
 from msn.evaluation.table import csv_table, list_of, markdown_table, table_of
 from msn.files import write_bytes
-from msn.weights.files import save_tensors
+from msn.weights.tensors import save_tensors
 
 _ANY_WIDTH = 100_000
 _FILE_WIDTH = 200  # characters of a line where the output is no terminal

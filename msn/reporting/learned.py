@@ -19,9 +19,9 @@ from msn.method.network import ProjectionHead
 from msn.method.vit import Block, VisionTransformer
 from msn.schema import make
 from msn.weights import Weights, build_trunk, read_weights
-from msn.weights.checkpoints import newest_valid_checkpoint
-from msn.weights.preprocessing import short_side, trimmed
-from msn.weights.weights import IMAGENET_MEAN, IMAGENET_STD
+from msn.weights.backbone import trimmed
+from msn.weights.reading import newest_valid_checkpoint
+from msn.weights.weights import IMAGENET_MEAN, IMAGENET_STD, short_side
 
 _BATCH = 64
 

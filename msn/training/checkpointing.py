@@ -24,7 +24,7 @@ from msn.errors import UserError
 from msn.files import remove_stale, write_checkpoint
 from msn.method.distributed import num_processes
 from msn.schema import flat
-from msn.weights.checkpoints import checkpoints, epoch_and_step, newest_checkpoint
+from msn.weights.reading import checkpoints, epoch_and_step, newest_checkpoint
 
 log = logging.getLogger(__name__)
 

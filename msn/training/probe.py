@@ -18,7 +18,7 @@ from msn.method.distributed import gathered
 from msn.method.vit import VisionTransformer
 from msn.training.module import MSNModule
 from msn.training.trainer import data_of
-from msn.weights.preprocessing import image_transform
+from msn.weights.backbone import image_transform
 
 NEIGHBOURS = 10
 PAIRS = 128  # training images of which two views are compared

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from msn.errors import UserError
 from msn.method.vit import LAYER_NORM_EPS
-from msn.weights.files import open_weights
+from msn.weights.tensors import open_weights
 from msn.weights.weights import check_tensors
 
 

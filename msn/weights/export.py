@@ -4,25 +4,166 @@ import dataclasses
 import importlib.util
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from msn.errors import UserError
-from msn.files import placed_at, write_bytes
+from msn.files import placed_at, write_bytes, write_checkpoint, writing_to
 from msn.method.vit import VisionTransformer, resize_position_embeddings
-from msn.weights.backbone import complete_meta
+from msn.weights import huggingface, timm
+from msn.weights.backbone import complete_meta, save_backbone
 from msn.weights.card import model_card
-from msn.weights.classifier import Classifier
-from msn.weights.formats import FORMATS, Export, Format, write_json
-from msn.weights.loading import versions
-from msn.weights.parity import bytes_of_scores, check
-from msn.weights.reading import read_weights
-from msn.weights.weights import BASELINES, Weights, build_trunk, trunk_digest
+from msn.weights.classifier import Classifier, fold
+from msn.weights.onnx import write_onnx
+from msn.weights.parity import (
+    OFFICIAL_FILE,
+    ONNX_FILE,
+    Loaded,
+    bytes_of_scores,
+    check,
+    load_huggingface,
+    load_official_in_timm,
+    load_onnx,
+    load_state_dict_in_timm,
+    load_timm_directory,
+    versions,
+)
+from msn.weights.reading import HEAD_PREFIX, read_weights
+from msn.weights.tensors import save_tensors
+from msn.weights.weights import BACKBONE_FILE, BASELINES, Weights, build_trunk, trunk_digest
 
 PARITY_FILE = "parity.json"
-_MOST_PATCHES = 128  # a side: attention over more takes many minutes to compare
+_MOST_PATCHES = 128  # per side: attention over more takes many minutes to compare
+
+
+class Export(NamedTuple):
+    """What is to be written."""
+
+    weights: Weights
+    """float32, at the size to be exported."""
+    header: dict[str, Any]
+    """What the weights are; travels in every file that has room for it."""
+    head: Classifier | None
+    """For huggingface alone."""
+
+
+class Format(NamedTuple):
+    """How one kind of export is written and checked."""
+
+    write: Callable[[Export, Path], None]
+    """Fills an empty directory."""
+    load: Callable[[Path], list[Loaded]]
+    """Loads that directory in another library."""
+    needs: tuple[str, ...] = ()
+    """Packages that the core does not depend on."""
+    extra: str = ""
+    """The extra that has them."""
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write indented JSON atomically."""
+    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _write_timm(export: Export, directory: Path) -> None:
+    header = export.header
+    config = timm.config(
+        header["model"], mean=header["mean"], std=header["std"], licence=header["licence"]
+    )
+    write_json(directory / "config.json", config)
+    save_tensors(directory / "model.safetensors", export.weights.trunk, _metadata(header))
+
+
+def _write_huggingface(export: Export, directory: Path) -> None:
+    header, trunk, head = dict(export.header), dict(export.weights.trunk), export.head
+    extra = {}
+    if head is not None:
+        folded = fold(head, trunk["norm.weight"], trunk["norm.bias"])
+        # The norm that reading back restores; Python's floats hold float32 exactly.
+        header["norm"] = {kind: trunk[f"norm.{kind}"].tolist() for kind in ("weight", "bias")}
+        trunk |= {"norm.weight": folded.norm_weight, "norm.bias": folded.norm_bias}
+        extra = {"classifier.weight": folded.weight, "classifier.bias": folded.bias}
+    tensors, prefix = huggingface.to_huggingface(trunk), "" if head is None else "vit."
+    tensors = {prefix + name: tensor for name, tensor in tensors.items()} | extra
+    model, classes = header["model"], None if head is None else head.classes
+    config = huggingface.model_config(model, classes)
+    # The header of the weights says it too, but transformers drops that when it saves the model.
+    config["msn"] = {key: header[key] for key in ("licence", "norm") if key in header}
+    write_json(directory / "config.json", config)
+    preprocessing = huggingface.preprocessor_config(
+        model["img_size"], mean=header["mean"], std=header["std"]
+    )
+    write_json(directory / "preprocessor_config.json", preprocessing)
+    save_tensors(directory / "model.safetensors", tensors, _metadata(header))
+
+
+def _write_torch(export: Export, directory: Path) -> None:
+    trunk = dict(export.weights.trunk)
+    _save(directory / "backbone.pth", trunk)
+    save_backbone(directory / BACKBONE_FILE, trunk, export.header)
+
+
+def _write_official(export: Export, directory: Path) -> None:
+    layout = {**official_layout(export.weights), "msn": export.header}
+    _save(directory / OFFICIAL_FILE, layout)
+
+
+def official_layout(weights: Weights) -> dict[str, Any]:
+    """What to `torch.save` so that the reference's loaders find their keys.
+
+    `encoder` is there where the weights have an anchor; `epoch` where they say one.
+
+    Raises:
+        UserError: if the norms have another eps than the reference's, which the layout cannot say.
+    """
+    if "layer_norm_eps" in weights.model:
+        eps = weights.model["layer_norm_eps"]
+        raise UserError(f"format=official: cannot say layer_norm_eps={eps:g}; format=torch can")
+    layout: dict[str, Any] = {}
+    if weights.anchor_trunk is not None:
+        layout["encoder"] = _joined(weights.anchor_trunk, weights.anchor_head)
+    layout["target_encoder"] = _joined(weights.trunk, weights.head)
+    if weights.prototypes is not None:
+        layout["prototypes"] = weights.prototypes
+    if weights.meta.get("epoch") is not None:
+        layout["epoch"] = weights.meta["epoch"]
+    return layout
+
+
+def _joined(trunk: Mapping[str, Tensor], head: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    parts = dict(trunk) | {f"{HEAD_PREFIX}{name}": tensor for name, tensor in (head or {}).items()}
+    return {f"module.{name}": tensor for name, tensor in parts.items()}
+
+
+def _save(path: Path, content: dict[str, Any]) -> None:
+    """As `torch.save`, with a checksum."""
+    with writing_to(path):
+        write_checkpoint(path, content)
+
+
+def _write_onnx(export: Export, directory: Path) -> None:
+    write_onnx(directory / ONNX_FILE, export.weights, export.header)
+
+
+def _metadata(header: Mapping[str, Any]) -> dict[str, str]:
+    return {"msn": json.dumps(header)}
+
+
+FORMATS = {
+    "timm": Format(_write_timm, load_timm_directory),
+    "huggingface": Format(
+        _write_huggingface, load_huggingface, needs=("transformers",), extra="hf"
+    ),
+    "torch": Format(_write_torch, load_state_dict_in_timm),
+    "official": Format(_write_official, load_official_in_timm),
+    "onnx": Format(
+        _write_onnx, load_onnx, needs=("onnx", "onnxscript", "onnxruntime"), extra="onnx"
+    ),
+}
 
 
 def export(

@@ -14,11 +14,11 @@ from torch import Tensor
 from msn.errors import UserError
 from msn.method.vit import LAYER_NORM_EPS
 from msn.weights.architecture import NOT_YET
-from msn.weights.preprocessing import short_side
 from msn.weights.weights import (
     PUBLISHED_LICENCE,
     check_channels,
     check_number,
+    short_side,
 )
 
 # model_type -> what `Weights.source` calls it.

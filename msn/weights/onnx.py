@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from msn.errors import UserError
 from msn.files import write_bytes
-from msn.weights.files import CHECKSUM, checksum
+from msn.weights.tensors import CHECKSUM, checksum
 from msn.weights.timm import plain_timm
 from msn.weights.weights import Weights, strip_prefix
 

@@ -1,6 +1,7 @@
 """One reader for every kind of weight file and directory."""
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,13 +11,11 @@ import torch
 from torch import Tensor
 
 from msn.errors import UserError
+from msn.files import damage
 from msn.weights import huggingface, timm
-from msn.weights.architecture import check_trunk, infer_model
-from msn.weights.candidates import find_trunk
-from msn.weights.checkpoints import newest_valid_checkpoint
-from msn.weights.files import open_weights
-from msn.weights.official import split_encoder
+from msn.weights.architecture import check_trunk, find_trunk, infer_model
 from msn.weights.onnx import read_onnx
+from msn.weights.tensors import open_weights
 from msn.weights.weights import (
     BACKBONE_FILE,
     EXACT_GELU,
@@ -33,7 +32,12 @@ from msn.weights.weights import (
     widen,
 )
 
+log = logging.getLogger(__name__)
+
+HEAD_PREFIX = "fc."  # of the projection head in the layout of facebookresearch/msn
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+# Times do not survive a copy, names do.
+_CHECKPOINT = re.compile(r"epoch-(\d+)-step-(\d+)\.ckpt")
 _INDEX = ".index.json"
 _MAX_JSON = 1 << 26
 _OUR_CLASS_TOKEN = "network.target.trunk.cls_token"
@@ -311,9 +315,66 @@ def _checkpoint(content: Mapping[Any, Any], where: str) -> _Parts:
     )
 
 
+def split_encoder(
+    encoder: Mapping[Any, Any],
+) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, tuple[str, ...]]:
+    """Trunk, head (None if there is none) and ignored names of an encoder of facebookresearch/msn.
+
+    Trunk and head (`fc.*`) stand together under DDP's prefix `module.`; the reference's optional
+    prediction head (`pred.*`) has no place in our network.
+    """
+    names = {
+        name.removeprefix("module."): tensor
+        for name, tensor in encoder.items()
+        if isinstance(name, str) and isinstance(tensor, Tensor)
+    }
+    head = strip_prefix(names, HEAD_PREFIX)
+    ignored = tuple(name for name in names if name.startswith("pred."))
+    trunk = {
+        name: tensor
+        for name, tensor in names.items()
+        if not name.startswith(HEAD_PREFIX) and name not in ignored
+    }
+    return trunk, head or None, ignored
+
+
 def _tensor_or_none(value: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
 def _widen(tensors: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
     return None if tensors is None else widen(tensors)
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Checkpoint files of a directory, oldest first; none where there is no directory."""
+    if not directory.is_dir():
+        return []
+    files = [path for path in directory.iterdir() if _CHECKPOINT.fullmatch(path.name)]
+    return sorted(files, key=epoch_and_step)
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint file of a directory, None if there is none."""
+    files = checkpoints(directory)
+    return files[-1] if files else None
+
+
+def newest_valid_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint file that is whole; damaged ones are named in the log and passed over.
+
+    Reads each file that it considers once.
+    """
+    for path in reversed(checkpoints(directory)):
+        reason = damage(path)
+        if reason is None:
+            return path
+        log.warning("checkpoint %s is damaged (%s): skipped", path, reason)
+    return None
+
+
+def epoch_and_step(path: Path) -> tuple[int, int]:
+    """Finished epochs and optimiser steps of a checkpoint, by its name."""
+    match = _CHECKPOINT.fullmatch(path.name)
+    assert match is not None
+    return int(match[1]), int(match[2])

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from msn.errors import UserError
 from msn.method.vit import LAYER_NORM_EPS
 from msn.weights.architecture import NOT_YET
-from msn.weights.preprocessing import short_side
-from msn.weights.weights import Weights, check_channels, differences, summary
+from msn.weights.weights import Weights, check_channels, differences, short_side, summary
 
 # Model arguments that shapes tell, or that evaluation does not see.
 _READ_ARGUMENTS = {

@@ -32,6 +32,7 @@ EXACT_GELU = "activation: exact GELU assumed, as the file cannot tell (not quick
 # Names in a low-shot table that stand for no backbone of a person.
 BASELINES = ("random", "pixels")
 
+WHOLE_BELOW = 64  # px
 MAX_DIFFERENCES = 10
 # Bytes of its names and numbers: no header of ours comes near.
 _MAX_PLAIN = 100_000
@@ -168,6 +169,15 @@ def summary(phrases: list[str]) -> str:
     more = len(phrases) - MAX_DIFFERENCES
     tail = f"; and {more} more" if more > 0 else ""
     return "; ".join(phrases[:MAX_DIFFERENCES]) + tail
+
+
+def short_side(image_size: int) -> int:
+    """Length in px of the short side from which the centre crop is taken: 256 for 224.
+
+    Below 64 px images are taken whole, as is usual with digits and CIFAR: to enlarge what has
+    that size already and cut its border off would only lose a part of it.
+    """
+    return image_size if image_size < WHOLE_BELOW else round(image_size * 256 / 224)
 
 
 def build_trunk(weights: Weights) -> VisionTransformer:

@@ -18,7 +18,7 @@ from msn.evaluation.features import (
     extract_features,
     forward_feature,
 )
-from msn.weights.preprocessing import image_transform
+from msn.weights.backbone import image_transform
 from msn.weights.weights import IMAGENET_MEAN, IMAGENET_STD
 from tests.evaluation.toys import FEATURES, MODEL, ToyImages, toy_trunk
 

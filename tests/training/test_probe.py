@@ -13,7 +13,7 @@ from msn.training.judge import Judge
 from msn.training.loggers import MetricsCSV
 from msn.training.monitors import Monitors
 from msn.training.probe import Probe
-from msn.weights.preprocessing import image_transform
+from msn.weights.backbone import image_transform
 from tests.commands.conftest import TINY
 
 

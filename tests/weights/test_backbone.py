@@ -13,7 +13,7 @@ from msn.data.decode import decode, full_size
 from msn.errors import UserError
 from msn.evaluation.backbones import pixel_transform
 from msn.weights import Backbone, save_backbone
-from msn.weights.preprocessing import image_transform, trimmed
+from msn.weights.backbone import image_transform, trimmed
 from msn.weights.weights import IMAGENET_MEAN, IMAGENET_STD
 from tests.data.tiffs import deep_png
 from tests.weights.builders import (

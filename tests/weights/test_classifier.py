@@ -12,7 +12,7 @@ from msn.errors import UserError
 from msn.weights import build_trunk, load_backbone, read_weights
 from msn.weights.classifier import Classifier, fold, read_classifier
 from msn.weights.export import export
-from msn.weights.files import save_tensors
+from msn.weights.tensors import save_tensors
 from tests.weights.conftest import assert_same, make_weights
 
 CLASSES = [str(digit) for digit in range(10)]
