@@ -101,7 +101,7 @@ def main() -> None:
     for label, (preset, i) in rows.items():
         times = (seconds(traffic(preset, n)[i], n) * 1e3 for n in GPUS)
         print(f"| {label} | " + " | ".join(f"{t:.2f}" for t in times) + " |")
-    print("\n| ms a step | " + " | ".join(f"{n} GPUs" for n in GPUS) + " |")
+    print("\n| ms per step | " + " | ".join(f"{n} GPUs" for n in GPUS) + " |")
     print("|---" * (1 + len(GPUS)) + "|")
     for name, preset in presets.items():
         cells = []
