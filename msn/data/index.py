@@ -12,17 +12,14 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import field
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from msn.data.kinds import SUFFIXES, UNREAD_SUFFIXES
 from msn.data.real_paths import follow
-from msn.data.tables import SETTLED_NS, StringTable, cache_file, load_arrays, store_arrays
+from msn.data.tables import KEEP_FROM, Stamp, StringTable, Table, keep_table, kept_table, stamp
 from msn.progress import Progress
 
 log = logging.getLogger(__name__)
 
 _THREADS = 16
-_CACHE_FROM = 10_000  # images; smaller folders are read again faster than a cache is worth
 # Files and folders that operating systems, network drives and notebooks put beside images; systems
 # and the tools that copy write them in any case.
 _SYSTEM = frozenset(
@@ -44,7 +41,7 @@ class FoundImages(NamedTuple):
     linked: bool
 
 
-def scan_folder(root: str, cache_from: int = _CACHE_FROM) -> FoundImages:
+def scan_folder(root: str, cache_from: int = KEEP_FROM) -> FoundImages:
     """Find every image file below a folder, in the order of their relative paths.
 
     Hidden files and folders and those that systems make for themselves are passed over. Links are
@@ -64,25 +61,25 @@ def scan_folder(root: str, cache_from: int = _CACHE_FROM) -> FoundImages:
         OSError: the root cannot be listed.
     """
     root = os.path.realpath(root)
-    cached = _load_cached(root)
-    if cached is not None:
-        return cached
+    key = f"folder {root}"
+    table = kept_table(key)
+    if table is not None:
+        _say(root, table.facts["notes"])
+        return FoundImages(table.strings["paths"], table.facts["linked"])
     started = time.time_ns()
     tree = _walk(root)
     repeated = tree.repeated + _repeated_files(root, tree)
-    paths = sorted(tree.paths)
-    if repeated:
-        gone = set(repeated)
-        paths = [path for path in paths if path not in gone]
+    gone = set(repeated)
+    paths = StringTable.from_strings(sorted(path for path in tree.paths if path not in gone))
     notes = _notes(tree, sorted(repeated))
     _say(root, notes)
-    found = FoundImages(StringTable.from_strings(paths), tree.linked)
-    if len(found.paths) >= cache_from:
-        settled = all(stamp < started - SETTLED_NS for stamp in tree.folders.values())
-        if settled and not tree.closed:  # else they stay away when they can be listed again
-            _store_cached(root, found, tree.folders, notes)
+    if len(paths) >= cache_from:
+        if not tree.closed:  # else they stay away when they can be listed again
+            table = Table({}, {"paths": paths}, {"linked": tree.linked, "notes": notes})
+            watched = {os.path.join(root, folder): at for folder, at in tree.folders.items()}
+            keep_table(key, table, watched, started)
         log.info("found %d images below %s in %.1f s", len(paths), root, _since(started))
-    return found
+    return FoundImages(paths, tree.linked)
 
 
 def system_name(name: str) -> str | None:
@@ -146,7 +143,7 @@ class _Tree:
     """What lies below a root. Paths are relative, real ones absolute."""
 
     paths: list[str] = field(default_factory=list)
-    folders: dict[str, int] = field(default_factory=dict)  # with times of their last change in ns
+    folders: dict[str, Stamp] = field(default_factory=dict)  # with their stamps
     real: set[str] = field(default_factory=set)  # real paths of all folders
     links: dict[str, str] = field(default_factory=dict)  # to folders not yet listed: real paths
     linked_files: list[str] = field(default_factory=list)  # those of the paths that are links
@@ -233,10 +230,10 @@ def _repeated_files(root: str, tree: _Tree) -> list[str]:
 
 @dataclasses.dataclass
 class _Listing:
-    """One folder: its time of last change in ns and what is in it, as in `_Tree`."""
+    """One folder: its stamp and what is in it, as in `_Tree`."""
 
     folder: str
-    stamp: int = 0
+    stamp: Stamp = (0, 0)
     files: list[str] = field(default_factory=list)
     inner: dict[str, str] = field(default_factory=dict)  # folders: real paths
     links: dict[str, str] = field(default_factory=dict)
@@ -251,7 +248,7 @@ def _list_folder(folder: str, real: str) -> _Listing:
     """List one folder; one below the root that cannot be listed is closed and empty."""
     found = _Listing(folder)
     try:
-        found.stamp = os.stat(real).st_mtime_ns
+        found.stamp = stamp(real)
         with os.scandir(real) as entries:
             for entry in entries:
                 _sort_in(entry, found)
@@ -304,38 +301,3 @@ def _is_special(entry: os.DirEntry[str]) -> bool:
         return not entry.is_file() and os.path.exists(entry.path)
     except OSError:
         return False
-
-
-def _store_cached(
-    root: str, found: FoundImages, folders: dict[str, int], notes: Sequence[_Note]
-) -> None:
-    names = StringTable.from_strings(folders)
-    arrays = {
-        "data": found.paths.data,
-        "offsets": found.paths.offsets,
-        "folder_data": names.data,
-        "folder_offsets": names.offsets,
-        "folder_stamps": np.fromiter(folders.values(), np.int64),
-    }
-    header = {"root": root, "linked": found.linked, "notes": notes}
-    store_arrays(cache_file(root), header, arrays)
-
-
-def _load_cached(root: str) -> FoundImages | None:
-    """The stored table, unless a folder was added, removed or changed since.
-
-    Adding, removing or renaming a file changes its folder's time, so only folders are looked at.
-    """
-    loaded = load_arrays(cache_file(root))
-    if loaded is None or loaded[0]["root"] != root:
-        return None
-    header, arrays = loaded
-    folders = StringTable(arrays["folder_data"], arrays["folder_offsets"])
-    try:
-        for folder, stamp in zip(folders, arrays["folder_stamps"], strict=True):
-            if os.stat(os.path.join(root, folder)).st_mtime_ns != stamp:
-                return None
-    except OSError:
-        return None
-    _say(root, header["notes"])
-    return FoundImages(StringTable(arrays["data"], arrays["offsets"]), header["linked"])

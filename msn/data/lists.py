@@ -15,14 +15,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from msn.data.folder_labels import UNLABELLED
 from msn.data.kinds import SUFFIXES, UNREAD_SUFFIXES
+from msn.data.layout import UNLABELLED
 from msn.data.real_paths import RealPaths
-from msn.data.tables import SETTLED_NS, StringTable, cache_file, load_arrays, store_arrays
+from msn.data.tables import KEEP_FROM, StringTable, Table, keep_table, kept_table, stamp
 from msn.errors import UserError
 from msn.progress import Progress
 
-_CACHE_FROM = 10_000  # images; smaller lists are read again faster than a cache is worth
 _SHOW_EVERY = 10_000  # rows
 
 
@@ -36,7 +35,7 @@ class ListIndex(NamedTuple):
 
 
 def index_list(
-    file: str, *, key: str, base: str, use_labels: bool, cache_from: int = _CACHE_FROM
+    file: str, *, key: str, base: str, use_labels: bool, cache_from: int = KEEP_FROM
 ) -> ListIndex:
     """Read a list, or what an earlier reading kept of it.
 
@@ -55,52 +54,29 @@ def index_list(
             for one image.
     """
     started, base = time.time_ns(), os.path.abspath(base)
-    kept = cache_file(f"list {os.path.abspath(file)} in {base}, labels {use_labels}")
-    stamps = _stamps(file)
-    cached = load_arrays(kept)
+    kept = f"list {os.path.abspath(file)} in {base}, labels {use_labels}"
     where = f"{key}={file}"
-    if cached is not None and cached[0]["stamps"] == stamps:
-        _say_repeated(where, cached[0]["repeated"])
-        return _from_arrays(cached[1], cached[0]["why"])
+    table = kept_table(kept)
+    if table is not None:
+        _say_repeated(where, table.facts["repeated"])
+        classes = list(table.strings["classes"])
+        labels = table.arrays["labels"] if classes else None
+        return ListIndex(table.strings["paths"], labels, classes, table.facts["why"])
+    watched = {file: stamp(file)} if os.path.isfile(file) else {}
     rows = _Rows(where, base, use_labels)
     index = rows.read(read_list(file, key=key))
     _say_repeated(where, rows.repeated)
-    # A list changed this shortly before may be changed again unseen.
-    if len(index.paths) >= cache_from and stamps[1] < started - SETTLED_NS:
-        header = {"stamps": stamps, "repeated": rows.repeated, "why": index.why}
-        store_arrays(kept, header, _to_arrays(index))
+    if len(index.paths) >= cache_from:
+        labels = np.empty(0, np.int64) if index.labels is None else index.labels
+        strings = {"paths": index.paths, "classes": StringTable.from_strings(index.classes)}
+        facts = {"repeated": rows.repeated, "why": index.why}
+        keep_table(kept, Table({"labels": labels}, strings, facts), watched, started)
     return index
-
-
-def _stamps(file: str) -> list[int]:
-    """Size in bytes and time of the last change in ns; what is missing is said by who reads it."""
-    try:
-        status = os.stat(file)
-    except OSError:
-        return []
-    return [status.st_size, status.st_mtime_ns]
 
 
 def _say_repeated(where: str, count: int) -> None:
     if count:
         log.warning("%s: %d rows name an image that is there before; once counts", where, count)
-
-
-def _to_arrays(index: ListIndex) -> dict[str, np.ndarray]:
-    classes = StringTable.from_strings(index.classes)
-    return {
-        "data": index.paths.data,
-        "offsets": index.paths.offsets,
-        "class_data": classes.data,
-        "class_offsets": classes.offsets,
-        "labels": np.empty(0, np.int64) if index.labels is None else index.labels,
-    }
-
-
-def _from_arrays(arrays: dict[str, np.ndarray], why: str) -> ListIndex:
-    classes = list(StringTable(arrays["class_data"], arrays["class_offsets"]))
-    labels = arrays["labels"] if classes else None
-    return ListIndex(StringTable(arrays["data"], arrays["offsets"]), labels, classes, why)
 
 
 class _Rows:

@@ -13,8 +13,7 @@ import numpy as np
 from msn.data.dataset import Subset
 from msn.data.decode import BadImageError, full_size
 from msn.data.depth import AUTO, Depth, check_depth
-from msn.data.folder_labels import UNLABELLED
-from msn.data.layout import find_parts
+from msn.data.layout import UNLABELLED, find_parts
 from msn.data.real_paths import first_shared
 from msn.data.sampler import permutation
 from msn.data.shards import ShardSource, shard_source

@@ -29,9 +29,9 @@ from msn.data.decode import (
     read_file,
 )
 from msn.data.depth import AUTO, Depth, depth_for, levels_of
-from msn.data.folder_labels import FolderLabels, read_folder_labels
 from msn.data.index import scan_folder
 from msn.data.kinds import FORMATS
+from msn.data.layout import FolderLabels, read_folder_labels
 from msn.data.lists import index_list
 from msn.data.tables import StringTable
 from msn.errors import UserError

@@ -1,7 +1,9 @@
-"""Tables that are kept between runs: arrays in a file that every process maps into memory.
+"""Tables that are kept between runs, while the files and folders they were read from stay.
+
+A table is a file of arrays that every process maps into memory.
 
 Strings lie end to end in one block of bytes with an array of offsets, so a million of them load in
-milliseconds and all workers and processes share the same pages.
+milliseconds and all processes share the same pages.
 """
 
 from __future__ import annotations
@@ -10,10 +12,11 @@ import hashlib
 import json
 import logging
 import os
+import stat
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -23,8 +26,11 @@ from msn.files import write_atomically
 log = logging.getLogger(__name__)
 
 # Also raised when the rules of folders, lists and shards change: a table holds what they find.
-_FORMAT = 6
-SETTLED_NS = 2_000_000_000  # a directory or list changed this shortly before may change unseen
+_FORMAT = 7
+_SETTLED_NS = 2_000_000_000  # what changed this shortly before may change again unseen
+KEEP_FROM = 10_000  # images; fewer are found again faster than a file in the cache is worth
+_WATCHED, _STAMPS = "watched", "stamps"
+Stamp = tuple[int, int]  # size and time of last change
 
 
 class StringTable(Sequence[str]):
@@ -76,8 +82,77 @@ def cache_folder() -> Path:
         return Path(tempfile.gettempdir()) / f"msn-cache-{os.getuid()}"
 
 
-def cache_file(key: str) -> Path:
-    """The cache file for whatever the key describes."""
+def stamp(path: str) -> Stamp:
+    """Size in bytes, 0 for a folder, and time of the last change in ns.
+
+    Adding, removing or renaming a file changes its folder's time.
+
+    Raises:
+        OSError: nothing is there.
+    """
+    status = os.stat(path)
+    return 0 if stat.S_ISDIR(status.st_mode) else status.st_size, status.st_mtime_ns
+
+
+class Table(NamedTuple):
+    """Columns of numbers and of strings, and what else was found with them, as JSON has it."""
+
+    arrays: dict[str, np.ndarray]
+    strings: dict[str, StringTable]
+    facts: dict[str, Any]
+
+
+def keep_table(key: str, table: Table, watched: Mapping[str, Stamp], since: int) -> None:
+    """Keep a table for `kept_table`.
+
+    It is not kept where something it was read from changed so shortly before that it may change
+    again unseen, or where the cache cannot be written, which is logged.
+
+    Args:
+        key: describes the table.
+        table: what to keep.
+        watched: the files and folders it was read from, with their stamps before that.
+        since: when reading began, in ns.
+    """
+    if any(changed >= since - _SETTLED_NS for _, changed in watched.values()):
+        return
+    arrays = {**table.arrays, _STAMPS: np.array(list(watched.values()), np.int64).ravel()}
+    strings = {**table.strings, _WATCHED: StringTable.from_strings(watched)}
+    for name, column in strings.items():
+        arrays |= {f"{name}:data": column.data, f"{name}:offsets": column.offsets}
+    try:
+        _store(_cache_file(key), {"key": key, "strings": list(strings), **table.facts}, arrays)
+    except OSError as error:
+        log.info("the index of the images is not kept: %s", error)
+
+
+def kept_table(key: str, read_from: Sequence[str] | None = None) -> Table | None:
+    """The table of that key, while all it was read from is as it was; its columns are mapped.
+
+    Args:
+        key: of `keep_table`.
+        read_from: what it must have been read from, where that may be more or less by now.
+    """
+    try:
+        with _cache_file(key).open("rb") as file:  # all of one: another process may replace it
+            header, arrays = _map(file)
+        if header.get("key") != key:
+            return None
+        strings = {
+            name: StringTable(arrays.pop(f"{name}:data"), arrays.pop(f"{name}:offsets"))
+            for name in header["strings"]
+        }
+        watched, stamps = strings.pop(_WATCHED), arrays.pop(_STAMPS).reshape(-1, 2).tolist()
+        if read_from is not None and list(watched) != read_from:
+            return None
+        if any(stamp(path) != tuple(seen) for path, seen in zip(watched, stamps, strict=True)):
+            return None
+    except (OSError, ValueError):  # not there, or damaged
+        return None
+    return Table(arrays, strings, header)
+
+
+def _cache_file(key: str) -> Path:
     digest = hashlib.sha256(os.fsencode(key)).hexdigest()[:32]
     return cache_folder() / f"index-{digest}.bin"
 
@@ -86,11 +161,8 @@ def _format() -> list[int | str]:
     return [_FORMAT, *SUFFIXES]  # which kinds are read depends on what is installed
 
 
-def store_arrays(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    """Write a JSON header and arrays so that they can be mapped; all or nothing.
-
-    A cache that cannot be written is a cache not used: the error is logged, not raised.
-    """
+def _store(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """Write a JSON header and arrays so that they can be mapped; all or nothing."""
     at, layout = 0, {}
     for name, array in arrays.items():
         layout[name] = [array.dtype.str, at, len(array)]
@@ -103,31 +175,20 @@ def store_arrays(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarra
         for array in arrays.values():
             file.write(array.tobytes() + bytes(-array.nbytes % 64))
 
-    try:
-        write_atomically(path, write)
-    except OSError as error:
-        log.info("the index of the images is not kept: %s", error)
+    write_atomically(path, write)
 
 
-def load_arrays(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-    """Map a file of `store_arrays`; None if there is none of this format or it is damaged."""
-    try:
-        with path.open("rb") as file:  # all of one file: another process may replace it meanwhile
-            return _map_arrays(file)
-    except (OSError, ValueError):
-        return None
-
-
-def _map_arrays(file: BinaryIO) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+def _map(file: BinaryIO) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Header and arrays of `_store`; both are empty where they are of another format or cut off."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(length)) if length < size else {}
     if header.get("format") != _format():
-        return None
+        return {}, {}
     arrays: dict[str, np.ndarray] = {}
     for name, (dtype, at, count) in header["arrays"].items():
         if 8 + length + at + count * np.dtype(dtype).itemsize > size:
-            return None
+            return {}, {}
         if count == 0:
             arrays[name] = np.empty(0, dtype)
         else:

@@ -10,9 +10,9 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from msn.data.folder_labels import UNLABELLED
 from msn.data.index import system_name
 from msn.data.kinds import SUFFIXES
+from msn.data.layout import UNLABELLED
 from msn.errors import UserError
 
 NO_CLASS = -2  # no .cls member, or no number in it; UNLABELLED is a number that says so

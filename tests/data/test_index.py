@@ -5,14 +5,15 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from msn.data import index, tables
-from msn.data.folder_labels import labels_from_folders
 from msn.data.index import scan_folder, system_name
+from msn.data.layout import labels_from_folders
 from msn.data.sources import folder_source
 from msn.data.tables import StringTable
 from msn.errors import UserError
@@ -300,10 +301,12 @@ def test_a_million_paths_load_quickly_and_small(tmp_path, index_cache):
     for folder in folders:
         (root / folder).mkdir(parents=True, exist_ok=True)
     age(root)
-    stamps = {folder: os.stat(root / folder).st_mtime_ns for folder in folders}
+    watched = {f"{root}/{folder}": tables.stamp(root / folder) for folder in folders}
     names = (f"class_{c:04d}/image_{i:08d}.JPEG" for c in range(1000) for i in range(1000))
-    found = index.FoundImages(StringTable.from_strings(names), linked=False)
-    index._store_cached(os.path.realpath(root), found, stamps, [])
+    table = tables.Table(
+        {}, {"paths": StringTable.from_strings(names)}, {"linked": False, "notes": []}
+    )
+    tables.keep_table(f"folder {os.path.realpath(root)}", table, watched, time.time_ns())
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     run = [sys.executable, "-c", MILLION, str(root)]
     out = subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout

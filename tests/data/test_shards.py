@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from msn.data.decode import BadImageError, decode, full_size
-from msn.data.shard_index import find_shards
 from msn.data.shard_writer import write_shards
-from msn.data.shards import shard_source
+from msn.data.shards import find_shards, shard_source
 from msn.data.sources import folder_source, list_source
 from msn.errors import UserError
 from tests.data.logs import warnings_in
@@ -97,7 +96,7 @@ def test_the_index_is_kept_until_a_shard_changes(folder, tmp_path, index_cache, 
     first = open_shards(out)
     assert list(index_cache.glob("index-*.bin"))
     with monkeypatch.context() as patch:
-        patch.setattr("msn.data.shard_index.read_shard", None)  # fails if a shard is read again
+        patch.setattr("msn.data.shards.read_shard", None)  # fails if a shard is read again
         again = open_shards(out)
     assert [again.name(i) for i in range(12)] == [first.name(i) for i in range(12)]
     assert again.labels.tolist() == first.labels.tolist()
