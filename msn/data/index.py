@@ -1,4 +1,8 @@
-"""An index of the image files below a folder: built in parallel, kept between runs."""
+"""An index of the image files below a folder: built in parallel, kept between runs.
+
+Two names of one file are one image. No file that is no link is looked at: folders say which of
+their entries are links.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,21 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import field
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from msn.data.kinds import SUFFIXES, UNREAD_SUFFIXES
-from msn.data.real_paths import follow
 from msn.data.tables import KEEP_FROM, Stamp, StringTable, Table, keep_table, kept_table, stamp
 from msn.progress import Progress
 
 log = logging.getLogger(__name__)
 
 _THREADS = 16
+_MOST_LINKS = 40  # to a file, one after the other, as in the kernel
 # Files and folders that operating systems, network drives and notebooks put beside images; systems
 # and the tools that copy write them in any case.
 _SYSTEM = frozenset(
@@ -301,3 +307,61 @@ def _is_special(entry: os.DirEntry[str]) -> bool:
         return not entry.is_file() and os.path.exists(entry.path)
     except OSError:
         return False
+
+
+def follow(path: str, folders: dict[str, str]) -> str:
+    """Where a link to a file leads.
+
+    Args:
+        path: the link, absolute.
+        folders: real paths of folders that are known already; those that are met are added.
+
+    Returns:
+        The real path; for a link that leads round in a circle one of its names.
+    """
+    for _ in range(_MOST_LINKS):
+        folder, name = os.path.split(path)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        path = os.path.join(folders[folder], name)
+        try:
+            path = os.path.join(folders[folder], os.readlink(path))
+        except OSError:  # no link
+            break
+    return path
+
+
+class RealPaths:
+    """Real paths of many files, with one look at each of their folders."""
+
+    def __init__(self) -> None:
+        self._folders: dict[str, tuple[str, dict[str, str]]] = {}
+        self._real: dict[str, str] = {}
+
+    def of(self, path: str) -> str:
+        """The real path of an absolute path; also where nothing is there."""
+        folder, _, name = path.rpartition("/")
+        if folder not in self._folders:
+            self._folders[folder] = self._look(folder)
+        real, links = self._folders[folder]
+        return links.get(name) or f"{real}/{name}"
+
+    def _look(self, folder: str) -> tuple[str, dict[str, str]]:
+        real = os.path.realpath(folder or "/")
+        try:
+            with os.scandir(real) as entries:
+                links = [entry for entry in entries if entry.is_symlink()]
+        except OSError:  # not there or closed: whoever reads the file says so
+            links = []
+        return real, {link.name: follow(link.path, self._real) for link in links}
+
+
+def first_shared(ours: Iterable[str], theirs: Iterable[str]) -> tuple[int, int] | None:
+    """The first of our absolute paths whose file is among theirs, and its place there, from 0."""
+    real = RealPaths()
+    known = np.fromiter((hash(real.of(path)) for path in theirs), np.int64)
+    mine = np.fromiter((hash(real.of(path)) for path in ours), np.int64)
+    shared = np.flatnonzero(np.isin(mine, known))
+    if not len(shared):
+        return None
+    return int(shared[0]), int(np.flatnonzero(known == mine[shared[0]])[0])

@@ -1,4 +1,4 @@
-"""Which folders below a root train and which are held out."""
+"""What folders say: which train, which are held out, and which class an image has."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 
 TRAIN = "train"
 HELD_OUT = ("val", "valid", "validation", "test")  # names beside `train`, the first one there is
+UNLABELLED = -1  # the class number of an image without a label
+_HALVES = (("labelled", "unlabelled"), ("labeled", "unlabeled"))
+_OR_LIST = "or give a CSV with the columns path and label (data=list data.root=FILE)"
 _DEEPEST = 8  # folders around each other; links may make a circle
 
 
@@ -99,11 +102,6 @@ def _refuse_overlap(train: str, held_out: str) -> None:
             f"data.val_root={held_out}: {how} the training folder {train}, and held-out images "
             "must not be trained on"
         )
-
-
-UNLABELLED = -1  # the class number of an image without a label
-_HALVES = (("labelled", "unlabelled"), ("labeled", "unlabeled"))
-_OR_LIST = "or give a CSV with the columns path and label (data=list data.root=FILE)"
 
 
 class FolderLabels(NamedTuple):

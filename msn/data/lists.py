@@ -15,13 +15,23 @@ from typing import NamedTuple
 
 import numpy as np
 
+from msn.data.index import RealPaths
 from msn.data.kinds import SUFFIXES, UNREAD_SUFFIXES
 from msn.data.layout import UNLABELLED
-from msn.data.real_paths import RealPaths
 from msn.data.tables import KEEP_FROM, StringTable, Table, keep_table, kept_table, stamp
 from msn.errors import UserError
 from msn.progress import Progress
 
+log = logging.getLogger(__name__)
+
+# Names of columns in lower case, the first one there is.
+_PATH = (
+    *("path", "filepath", "filename", "file", "image", "img", "file_path", "file_name"),
+    *("image_path", "image_name", "image_id", "img_path"),
+)
+_LABEL = ("label", "class")
+_SHOWN = 8  # columns that a message names
+_SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}
 _SHOW_EVERY = 10_000  # rows
 
 
@@ -179,18 +189,6 @@ class _Rows:
             "no row has a label: it stands in the column that the header calls label or class, in "
             "a list without a header in the second"
         )
-
-
-log = logging.getLogger(__name__)
-
-# Names of columns in lower case, the first one there is.
-_PATH = (
-    *("path", "filepath", "filename", "file", "image", "img", "file_path", "file_name"),
-    *("image_path", "image_name", "image_id", "img_path"),
-)
-_LABEL = ("label", "class")
-_SHOWN = 8  # columns that a message names
-_SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}
 
 
 class ListedImage(NamedTuple):

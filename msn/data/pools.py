@@ -13,8 +13,8 @@ import numpy as np
 from msn.data.dataset import Subset
 from msn.data.decode import BadImageError, full_size
 from msn.data.depth import AUTO, Depth, check_depth
+from msn.data.index import first_shared
 from msn.data.layout import UNLABELLED, find_parts
-from msn.data.real_paths import first_shared
 from msn.data.sampler import permutation
 from msn.data.shards import ShardSource, shard_source
 from msn.data.sources import (
@@ -30,41 +30,6 @@ from msn.data.sources import (
 )
 from msn.errors import UserError
 
-_HOLD_OUT = 2  # keeps these draws apart from those of order and views
-DIGITS_TRAIN = 1297  # the other 500 digits are held out
-
-
-def hold_out_per_class(
-    labels: np.ndarray, fraction: float, split_seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Hold out a seeded share of every class.
-
-    A class keeps at least one image to train on, and gives at least one up if it has two.
-
-    Args:
-        labels: class numbers, int64 [n].
-        fraction: share to hold out, in (0, 1).
-        split_seed: of the choice; not the run's seed, so that every run leaves the same images out.
-
-    Returns:
-        Sorted positions to train on and to hold out, int64.
-    """
-    held_out = []
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        count = min(max(1, round(fraction * len(members))), len(members) - 1)
-        order = permutation(len(members), split_seed, _HOLD_OUT, int(label))
-        held_out.append(members[order[:count]])
-    out = np.sort(np.concatenate(held_out))
-    return np.setdiff1d(np.arange(len(labels)), out), out
-
-
-def split_digits(num_images: int, split_seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split the digits by a seeded permutation: 1,297 to train, the rest held out."""
-    order = permutation(num_images, split_seed, _HOLD_OUT)
-    return np.sort(order[:DIGITS_TRAIN]), np.sort(order[DIGITS_TRAIN:])
-
-
 log = logging.getLogger(__name__)
 
 TORCHVISION = ("cifar10", "cifar100", "stl10")
@@ -76,6 +41,8 @@ _LIST_PATHS = (
     "a list names files with their endings and with / between folders, no URLs; "
     "relative paths start at"
 )
+_HOLD_OUT = 2  # keeps these draws apart from those of order and views
+DIGITS_TRAIN = 1297  # the other 500 digits are held out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +238,37 @@ def refuse_shared(train: Source, held_out: Source) -> None:
             f"data.val_root={held_out.where}: {ours} is in data.root={train.where} too{alias}; "
             "held-out images must not be trained on"
         )
+
+
+def hold_out_per_class(
+    labels: np.ndarray, fraction: float, split_seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hold out a seeded share of every class.
+
+    A class keeps at least one image to train on, and gives at least one up if it has two.
+
+    Args:
+        labels: class numbers, int64 [n].
+        fraction: share to hold out, in (0, 1).
+        split_seed: of the choice; not the run's seed, so that every run leaves the same images out.
+
+    Returns:
+        Sorted positions to train on and to hold out, int64.
+    """
+    held_out = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        count = min(max(1, round(fraction * len(members))), len(members) - 1)
+        order = permutation(len(members), split_seed, _HOLD_OUT, int(label))
+        held_out.append(members[order[:count]])
+    out = np.sort(np.concatenate(held_out))
+    return np.setdiff1d(np.arange(len(labels)), out), out
+
+
+def split_digits(num_images: int, split_seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split the digits by a seeded permutation: 1,297 to train, the rest held out."""
+    order = permutation(num_images, split_seed, _HOLD_OUT)
+    return np.sort(order[:DIGITS_TRAIN]), np.sort(order[DIGITS_TRAIN:])
 
 
 def _hold_out(train: Source, share: float, split_seed: int) -> Pools:

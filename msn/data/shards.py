@@ -1,4 +1,4 @@
-"""Tar shards in WebDataset's layout, read at random: indexed once, then by byte offset.
+"""Tar shards in WebDataset's layout, read at random: by byte offset, from an index in the cache.
 
 A sample is a run of members that differ in their extension alone: `cat/17.jpg`, `cat/17.cls`. The
 image is what has an image's extension, of several the shortest; `.cls`, where every image has one,
@@ -28,6 +28,10 @@ from msn.data.workers import TOO_MANY_OPEN, open_files_limit
 from msn.errors import UserError
 from msn.progress import Progress
 
+log = logging.getLogger(__name__)
+
+CLASSES_FILE = "classes.txt"
+_MOST_OPEN = 256  # shards that a process keeps open; fewer where few files may be open
 _THREADS = 16
 _COMPRESSED = (".tar.gz", ".tgz")
 
@@ -173,12 +177,6 @@ def _members(contents: list[ShardContents]) -> Members:
             label[order] = found_labels
     texts = (StringTable.from_strings(names), StringTable.from_strings(folders))
     return Members(shard, offset, size, label, *texts, without_cls)
-
-
-log = logging.getLogger(__name__)
-
-CLASSES_FILE = "classes.txt"
-_MOST_OPEN = 256  # shards that a process keeps open; fewer where few files may be open
 
 
 class _OpenShard:

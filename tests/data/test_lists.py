@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from msn.data import lists as list_index
+from msn.data import lists
 from msn.data.lists import index_list
 from tests.data.logs import warnings_in
 
@@ -38,9 +38,9 @@ def plain(index):
 def readings(monkeypatch):
     """How often a list was read instead of taken from the cache."""
     files = []
-    read_list = list_index.read_list
+    read_list = lists.read_list
     monkeypatch.setattr(
-        list_index, "read_list", lambda file, key: files.append(file) or read_list(file, key=key)
+        lists, "read_list", lambda file, key: files.append(file) or read_list(file, key=key)
     )
     return files
 
@@ -99,7 +99,7 @@ def test_a_short_list_is_not_kept(tmp_path, readings):
 
 
 def test_paths_whose_hashes_agree_are_still_two(tmp_path, monkeypatch):
-    monkeypatch.setattr(list_index, "hash", lambda text: 7, raising=False)
+    monkeypatch.setattr(lists, "hash", lambda text: 7, raising=False)
     index = read(write(tmp_path / "a.txt", "1.jpg\n2.jpg\n./1.jpg\n"))
     assert list(index.paths) == ["1.jpg", "2.jpg"]
 
