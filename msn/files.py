@@ -21,6 +21,7 @@ from msn.errors import UserError
 
 log = logging.getLogger(__name__)
 
+TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
 SLACK = 1 << 20  # bytes that must stay free beside a checkpoint: names, tables, other small files
 SEAL = b"sha256:"  # begins the comment of an archive with a checksum
 # A zip archive ends in a record of 22 bytes, the last two the length of a comment, and that.

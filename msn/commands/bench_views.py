@@ -14,7 +14,6 @@ from rich.table import Table
 
 from msn.data.batched_views import make_batched_views
 from msn.data.dataset import ImageBatch, Subset, TrainingSet
-from msn.data.decode import decode, full_size
 from msn.data.recipe import pil_recipe
 from msn.data.reference_views import make_reference_views
 from msn.data.sampler import BatchKey
@@ -22,6 +21,7 @@ from msn.data.sources import FileSource, folder_source
 from msn.data.tables import StringTable
 from msn.data.views import ViewSettings, view_settings
 from msn.errors import UserError
+from msn.images.decode import decode, full_size
 from msn.training.cost import synchronise
 from msn.training.strategy import keep_freed_memory
 

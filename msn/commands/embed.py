@@ -23,14 +23,14 @@ from msn.commands.entry import to_plain
 from msn.commands.eval_lowshot import choose_device
 from msn.data.datamodule import resolve_workers
 from msn.data.dataset import Subset
-from msn.data.decode import BadImageError
-from msn.data.depth import RECORDED, check_depth, trained_depth
 from msn.data.sources import Source, find_depth, folder_source, list_source
 from msn.data.workers import in_one_line, make_loader
 from msn.errors import UserError
 from msn.evaluation.cache import digest_of, images_key, weights_key
 from msn.evaluation.features import check_feature, forward_feature, less_memory
 from msn.files import write_bytes, writing_to
+from msn.images.decode import BadImageError
+from msn.images.depth import RECORDED, check_depth, trained_depth
 from msn.progress import Progress
 from msn.weights import Backbone, load_backbone
 from msn.weights.tensors import open_weights, save_tensors

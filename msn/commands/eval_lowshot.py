@@ -15,7 +15,6 @@ from msn.commands.evaluation_log import WandbLog
 from msn.commands.run_directory import choose_run_directory, forget_directory
 from msn.data.datamodule import resolve_workers
 from msn.data.dataset import LabelledImages
-from msn.data.depth import trained_depth
 from msn.data.pools import PoolSettings, build_pools
 from msn.data.sources import ArraySource
 from msn.data.tables import cache_folder
@@ -33,6 +32,7 @@ from msn.evaluation.lowshot import PIXELS, evaluate
 from msn.evaluation.protocol import Protocol
 from msn.evaluation.results import print_table, write_results
 from msn.evaluation.sets import Result
+from msn.images.depth import trained_depth
 from msn.schema import make
 from msn.training.launch import ignore_left_overs, join_launched_processes, meeting
 

@@ -20,8 +20,6 @@ from msn.commands.entry import to_plain
 from msn.commands.eval_lowshot import cache_directory, choose_device, without_views
 from msn.data.datamodule import resolve_workers
 from msn.data.dataset import REPLACED, LabelledImages, Subset
-from msn.data.decode import BadImageError
-from msn.data.depth import check_depth, trained_depth
 from msn.data.pools import PoolSettings, build_pools
 from msn.data.sources import FileSource
 from msn.data.subsets import write_names
@@ -33,6 +31,8 @@ from msn.evaluation.frozen import Logistic, logistic_results
 from msn.evaluation.label_choice import METHODS, Choice, contact_sheet, cover_prototypes, k_medoids
 from msn.evaluation.sets import FeatureSet, LabelSet, held_out_features
 from msn.files import placed_at, write_bytes
+from msn.images.decode import BadImageError
+from msn.images.depth import check_depth, trained_depth
 from msn.method.network import ProjectionHead
 from msn.schema import make, take
 from msn.weights import Weights, read_weights

@@ -18,8 +18,6 @@ from torch.utils.data import DataLoader
 from msn.data.bad_images import BadImage, BadImageLedger
 from msn.data.batched_views import make_batched_views
 from msn.data.dataset import ImageBatch, LabelledImages, TrainingSet
-from msn.data.decode import BadImageError, full_size
-from msn.data.depth import Depth
 from msn.data.pools import Pools, PoolSettings, build_pools
 from msn.data.reference_views import make_reference_views
 from msn.data.sampler import EpochSampler
@@ -27,6 +25,8 @@ from msn.data.sources import ArraySource
 from msn.data.views import Views, view_settings
 from msn.data.workers import make_loader
 from msn.errors import UserError
+from msn.images.decode import BadImageError, full_size
+from msn.images.depth import Depth
 from msn.schema import Range, check_ranges
 
 log = logging.getLogger(__name__)

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from msn.data.bad_images import BadImage, strict_message
-from msn.data.decode import BadImageError, DecodedImage
-from msn.data.depth import SIXTEEN_BITS, levels_of
 from msn.data.layout import UNLABELLED
 from msn.data.sampler import BatchKey, counter_hash
 from msn.data.sources import ArraySource, Source
 from msn.data.views import ViewParameters, ViewSettings, draw_parameters
 from msn.data.workers import empty, shared_flags
 from msn.errors import UserError
+from msn.images.decode import BadImageError, DecodedImage
+from msn.images.depth import SIXTEEN_BITS, levels_of
 
 log = logging.getLogger(__name__)
 

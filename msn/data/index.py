@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from msn.data.kinds import SUFFIXES, UNREAD_SUFFIXES
 from msn.data.tables import KEEP_FROM, Stamp, StringTable, Table, keep_table, kept_table, stamp
+from msn.images.kinds import SUFFIXES, UNREAD_SUFFIXES
 from msn.progress import Progress
 
 log = logging.getLogger(__name__)

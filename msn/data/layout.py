@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from msn.data.index import system_name
-from msn.data.kinds import SUFFIXES
 from msn.errors import UserError
+from msn.images.kinds import SUFFIXES
 
 log = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 
 from msn.data.index import RealPaths
-from msn.data.kinds import SUFFIXES, UNREAD_SUFFIXES
 from msn.data.layout import UNLABELLED
 from msn.data.tables import KEEP_FROM, StringTable, Table, keep_table, kept_table, stamp
 from msn.errors import UserError
+from msn.images.kinds import SUFFIXES, UNREAD_SUFFIXES
 from msn.progress import Progress
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,6 @@ from typing import NamedTuple
 import numpy as np
 
 from msn.data.dataset import Subset
-from msn.data.decode import BadImageError, full_size
-from msn.data.depth import AUTO, Depth, check_depth
 from msn.data.index import first_shared
 from msn.data.layout import UNLABELLED, find_parts
 from msn.data.sampler import permutation
@@ -29,6 +27,8 @@ from msn.data.sources import (
     torchvision_source,
 )
 from msn.errors import UserError
+from msn.images.decode import BadImageError, full_size
+from msn.images.depth import AUTO, Depth, check_depth
 
 log = logging.getLogger(__name__)
 

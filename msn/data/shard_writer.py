@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from msn.data.index import system_name
-from msn.data.kinds import SUFFIXES, BadImageError, open_image
 from msn.data.shards import CLASSES_FILE, class_line
 from msn.data.sources import FileSource
 from msn.data.tar_members import member_name
 from msn.errors import UserError
+from msn.images.kinds import SUFFIXES, BadImageError, open_image
 from msn.progress import Progress
 
 log = logging.getLogger(__name__)

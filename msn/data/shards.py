@@ -19,13 +19,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from msn.data.decode import MOST_BYTES, BadImageError, unreadable
 from msn.data.layout import UNLABELLED, labels_from_folders
 from msn.data.sources import Source
 from msn.data.tables import StringTable, Table, keep_table, kept_table, stamp
 from msn.data.tar_members import NO_CLASS, ShardContents, read_shard
-from msn.data.workers import TOO_MANY_OPEN, open_files_limit
+from msn.data.workers import open_files_limit
 from msn.errors import UserError
+from msn.files import TOO_MANY_OPEN
+from msn.images.decode import MOST_BYTES, BadImageError, unreadable
 from msn.progress import Progress
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
-from msn.data.decode import (
+from msn.data.index import scan_folder
+from msn.data.layout import FolderLabels, read_folder_labels
+from msn.data.lists import index_list
+from msn.data.tables import StringTable
+from msn.errors import UserError
+from msn.images.decode import (
     BadImageError,
     DecodedImage,
     decode,
@@ -28,13 +33,8 @@ from msn.data.decode import (
     full_size,
     read_file,
 )
-from msn.data.depth import AUTO, Depth, depth_for, levels_of
-from msn.data.index import scan_folder
-from msn.data.kinds import FORMATS
-from msn.data.layout import FolderLabels, read_folder_labels
-from msn.data.lists import index_list
-from msn.data.tables import StringTable
-from msn.errors import UserError
+from msn.images.depth import AUTO, Depth, depth_for, levels_of
+from msn.images.kinds import FORMATS
 
 log = logging.getLogger(__name__)
 

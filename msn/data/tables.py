@@ -20,8 +20,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from msn.data.kinds import SUFFIXES
 from msn.files import write_atomically
+from msn.images.kinds import SUFFIXES
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from msn.data.index import system_name
-from msn.data.kinds import SUFFIXES
 from msn.data.layout import UNLABELLED
 from msn.errors import UserError
+from msn.images.kinds import SUFFIXES
 
 NO_CLASS = -2  # no .cls member, or no number in it; UNLABELLED is a number that says so
 _LARGEST_META = 1 << 20  # bytes of a long name or of a PAX header

@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from msn.errors import UserError
+from msn.files import TOO_MANY_OPEN
 
 log = logging.getLogger(__name__)
 
-TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
 _SHARED_MEMORY = "/dev/shm"
 _SPARE = 4 << 20  # bytes of shared memory left to others: locks lie there too
 _FILES_A_WORKER = 4  # that this process keeps open: two pipes

@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import normalize, to_tensor
 
-from msn.data.decode import BadImageError
 from msn.data.pools import PoolSettings, build_pools
 from msn.errors import UserError
 from msn.evaluation.features import forward_feature
+from msn.images.decode import BadImageError
 from msn.method.network import ProjectionHead
 from msn.method.vit import Block, VisionTransformer
 from msn.schema import make

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from msn.data.depth import levels_of, recorded_depth
+from msn.images.depth import levels_of, recorded_depth
 from msn.weights.classifier import Classifier
 from msn.weights.weights import PUBLISHED_LICENCE
 

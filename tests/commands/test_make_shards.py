@@ -6,11 +6,11 @@ import shutil
 import numpy as np
 import pytest
 
-from msn.data.decode import full_size
 from msn.data.pools import PoolSettings, build_pools
 from msn.data.shard_writer import write_shards
 from msn.data.shards import shard_source
 from msn.data.sources import list_source
+from msn.images.decode import full_size
 from tests.data.photos import make_folder
 from tests.data.test_pools import SETTINGS
 

@@ -5,8 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from msn.data import decode
-from msn.data.depth import (
+from msn.data.pools import PoolSettings, build_pools
+from msn.errors import UserError
+from msn.images import decode
+from msn.images.depth import (
     BeyondWhite,
     check_depth,
     levels_of,
@@ -14,8 +16,6 @@ from msn.data.depth import (
     to_eight_bits,
     trained_depth,
 )
-from msn.data.pools import PoolSettings, build_pools
-from msn.errors import UserError
 from tests.data.datamodules import make_datamodule
 from tests.data.photos import make_folder
 from tests.data.tiffs import deep_png, tiff

@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from msn.data.decode import BadImageError, decode, full_size
 from msn.data.shard_writer import write_shards
 from msn.data.shards import find_shards, shard_source
 from msn.data.sources import folder_source, list_source
 from msn.errors import UserError
+from msn.images.decode import BadImageError, decode, full_size
 from tests.data.logs import warnings_in
 from tests.data.photos import make_folder, photo
 from tests.data.test_pools import pools

@@ -5,9 +5,9 @@ import os
 import numpy as np
 import pytest
 
-from msn.data.decode import BadImageError, full_size
 from msn.data.sources import folder_source, list_source
 from msn.errors import UserError
+from msn.images.decode import BadImageError, full_size
 from tests.data.logs import warnings_in
 from tests.data.photos import make_folder, photo
 from tests.data.test_pools import pools

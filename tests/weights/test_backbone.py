@@ -9,9 +9,9 @@ from torchvision.transforms import Compose
 from torchvision.transforms.functional import pil_to_tensor
 
 import msn
-from msn.data.decode import decode, full_size
 from msn.errors import UserError
 from msn.evaluation.backbones import pixel_transform
+from msn.images.decode import decode, full_size
 from msn.weights import Backbone, save_backbone
 from msn.weights.backbone import image_transform, trimmed
 from msn.weights.weights import IMAGENET_MEAN, IMAGENET_STD

@@ -20,7 +20,8 @@ import torchvision.io  # registers the JPEG decoder among torch's operators
 from PIL import ExifTags, Image
 from torch.utils.data import get_worker_info
 
-from msn.data.depth import (
+from msn.files import TOO_MANY_OPEN
+from msn.images.depth import (
     SIXTEEN_BITS,
     BeyondWhite,
     Deep,
@@ -29,8 +30,7 @@ from msn.data.depth import (
     is_gray,
     to_eight_bits,
 )
-from msn.data.kinds import BadImageError, open_image
-from msn.data.workers import TOO_MANY_OPEN
+from msn.images.kinds import BadImageError, open_image
 
 log = logging.getLogger(__name__)
 

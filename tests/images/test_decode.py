@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import ExifTags, Image, ImageOps
 
-from msn.data import decode as decoding
-from msn.data.decode import BadImageError, decode, extremes, full_size, read_file
-from msn.data.kinds import FORMATS
+from msn.images import decode as decoding
+from msn.images.decode import BadImageError, decode, extremes, full_size, read_file
+from msn.images.kinds import FORMATS
 from tests.data.photos import photo
 from tests.data.tiffs import deep_png, tiff
 
@@ -173,7 +173,7 @@ def test_of_an_animation_the_first_picture_is_taken():
 
 
 def test_heic_without_its_package_says_what_to_install(monkeypatch):
-    from msn.data import kinds
+    from msn.images import kinds
 
     monkeypatch.setattr(kinds, "_HEIF", ())
     monkeypatch.setattr(kinds, "FORMATS", ("JPEG", "PNG"))
@@ -336,7 +336,7 @@ def test_what_pillow_warns_of_is_counted_and_not_printed(caplog, monkeypatch):
 PEAK = """
 import sys
 from pathlib import Path
-from msn.data.decode import decode, full_size
+from msn.images.decode import decode, full_size
 def kilobytes(name):
     return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0])
 data = open(sys.argv[1], "rb").read()

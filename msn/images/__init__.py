@@ -1,0 +1,1 @@
+"""One image from its file to pixels: which kinds, how deep, decoded once."""
