@@ -4,16 +4,46 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from msn.api import (
+        Embeddings,
+        Run,
+        Table,
+        embed,
+        evaluate,
+        export,
+        pretrain,
+        show_views,
+        suggest_labels,
+    )
+    from msn.errors import UserError
     from msn.method.loss import MSNLoss
+    from msn.method.mae import MAE
     from msn.method.network import MSN
     from msn.weights import load_backbone
 
 __version__ = "0.1.0"
-__all__ = ["MSN", "MSNLoss", "load_backbone"]
+__all__ = [
+    "MAE",
+    "MSN",
+    "Embeddings",
+    "MSNLoss",
+    "Run",
+    "Table",
+    "UserError",
+    "embed",
+    "evaluate",
+    "export",
+    "load_backbone",
+    "pretrain",
+    "show_views",
+    "suggest_labels",
+]
 
-_HOMES = {
+_HOMES = {name: "msn.api" for name in __all__} | {
+    "MAE": "msn.method.mae",
     "MSN": "msn.method.network",
     "MSNLoss": "msn.method.loss",
+    "UserError": "msn.errors",
     "load_backbone": "msn.weights",
 }
 
@@ -23,3 +53,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'msn' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -55,7 +55,14 @@ def after_a_run(tmp_path_factory):
     return where
 
 
-@pytest.mark.parametrize("code", [code for language, code in BLOCKS if language == "python"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param(code, marks=pytest.mark.slow) if "msn.pretrain" in code else code
+        for language, code in BLOCKS
+        if language == "python"
+    ],
+)
 def test_python_snippets_run(code, after_a_run, monkeypatch):
     if "transformers" in code:
         pytest.importorskip("transformers")

@@ -26,7 +26,7 @@ from msn.commands.readers import without_readers
 from msn.errors import UserError
 from msn.schema import refuse_unknown, take
 
-Job = Callable[[DictConfig], None]
+Job = Callable[[DictConfig], Any]
 
 # What a person can mend: the message says how, a traceback would not.
 MISTAKES = (UserError, OSError, HydraException, OmegaConfBaseException)
@@ -61,7 +61,7 @@ def run_command(config_name: str, job: Job, arguments: list[str]) -> None:
     logging.getLogger("hydra").setLevel(logging.CRITICAL)  # it tells what it also raises
     with without_readers():
         try:
-            _run(config_name, _explained(job), parse_flags(arguments))
+            _run(config_name, explained(job), parse_flags(arguments))
         except MISTAKES as error:
             if os.environ.get("MSN_DEBUG"):
                 raise
@@ -80,12 +80,12 @@ def _run(config_name: str, job: Job, flags: argparse.Namespace) -> None:
         job(compose(config_name, flags.overrides))
 
 
-def _explained(job: Job) -> Job:
+def explained(job: Job) -> Job:
     """The job with one line for what is beyond the machine: memory, shared memory, processes."""
 
-    def run(config: DictConfig) -> None:
+    def run(config: DictConfig) -> Any:
         try:
-            job(config)
+            return job(config)
         except (RuntimeError, MemoryError) as error:
             from msn.data.workers import explain  # loads torch, as such a job has done
 

@@ -40,21 +40,24 @@ BASELINES = ("random", PIXELS)
 TABLE_FILE = "lowshot.json"
 
 
-def run(config: DictConfig) -> None:
+def run(config: DictConfig) -> Path | None:
     """Evaluate one backbone or several on the same label sets, beside the baselines.
 
     Under torchrun or srun all processes share the extraction of features; the first one writes.
+
+    Returns:
+        The run directory, in the first process.
 
     Raises:
         UserError: if a setting, a path or a file is wrong, or the data have no labels.
     """
     try:
-        _run(config)
+        return _run(config)
     finally:
         forget_directory()
 
 
-def _run(config: DictConfig) -> None:
+def _run(config: DictConfig) -> Path | None:
     config = without_views(config)
     settings = to_plain(config)
     protocol: Protocol = build(config, "protocol", Protocol)
@@ -93,13 +96,14 @@ def _run(config: DictConfig) -> None:
             shared=processes > 1,
         )
     if directory is None:
-        return
+        return None
     directory.create(OmegaConf.create(settings))
     write_table(directory.path, results, (train, held_out), settings)
     directory.write_status("finished")
     if log is not None:
         log.write(directory.path, results)
     print(f"run directory: {directory.path}")
+    return directory.path
 
 
 def write_table(

@@ -4,7 +4,8 @@ import logging
 import os
 import sys
 import warnings
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -48,11 +49,14 @@ from msn.weights import initialise, read_weights
 from msn.weights.reading import newest_valid_checkpoint
 
 
-def run(config: DictConfig) -> None:
+def run(config: DictConfig) -> Path | None:
     """Pretrain, export the backbone, print the low-shot table.
 
     Everything that can be wrong is found before the run directory is made. A run that a signal
     interrupts is saved and ends the process with `preemption.EXIT_CODE`.
+
+    Returns:
+        The run directory; None of a plan.
 
     Raises:
         UserError: if a setting, a path or a file is wrong.
@@ -67,19 +71,19 @@ def run(config: DictConfig) -> None:
     _check_switch("resume.force", settings["resume"]["force"])
     if settings["plan"]:
         plan.run(config, settings, Console())
-        return
+        return None
     preemption: Preemption = build(config, "callbacks.preemption", Preemption)
     preemption.install()
     try:
-        _run(config, settings, preemption)
+        return _run(config, settings, preemption)
     except Preempted as stop:
-        _leave(stop)
+        return _leave(stop)
     finally:
         preemption.uninstall()
         forget_directory()
 
 
-def _run(config: DictConfig, settings: dict[str, Any], preemption: Preemption) -> None:
+def _run(config: DictConfig, settings: dict[str, Any], preemption: Preemption) -> Path:
     data: MSNDataModule = build(config, "data", MSNDataModule)
     plan.refuse_beyond_reason(config, settings)
     module: MSNModule = build(config, "module", MSNModule)
@@ -116,6 +120,7 @@ def _run(config: DictConfig, settings: dict[str, Any], preemption: Preemption) -
                 error.trained = trained
                 end_started_processes(trainer)
             raise
+    return directory.path
 
 
 def _set_up(
@@ -231,7 +236,7 @@ def _attach(
     trainer.callbacks.sort(key=lambda callback: isinstance(callback, Checkpoint))  # type: ignore[attr-defined]
 
 
-def _leave(stop: Preempted) -> None:
+def _leave(stop: Preempted) -> NoReturn:
     """Say what was saved and what goes on, requeue, and end with the documented code."""
     if is_inherited():
         sys.exit(0)  # the process that started this one speaks, and its observer expects a 0

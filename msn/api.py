@@ -1,0 +1,321 @@
+"""The commands from Python: the same keys, the same files, mistakes as `UserError`.
+
+Further keywords are keys of the command, `**{"trainer.max_epochs": 5}`; see docs/keys.md.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import logging
+import os
+import random
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from msn.errors import UserError
+
+_PLAIN = re.compile(r"[\w.+/:@-]+")  # text that Hydra reads as it stands
+
+
+class Table(Sequence[dict[str, Any]]):
+    """Rows of a low-shot evaluation, as `lowshot.json` holds them; a notebook shows the table."""
+
+    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
+        self.rows = list(rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame` with a line per row; pandas must be installed."""
+        return import_module("pandas").DataFrame(self.rows)
+
+    def __str__(self) -> str:
+        from msn.evaluation.table import markdown_table
+
+        return markdown_table(self.rows)
+
+    def _repr_html_(self) -> str:
+        from rich.console import Console
+
+        from msn.evaluation.table import table_of
+
+        console = Console(record=True, file=io.StringIO(), width=160)
+        console.print(table_of(self.rows, ""))
+        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory."""
+
+    path: Path
+
+    @property
+    def metrics(self) -> list[dict[str, str]]:
+        """Lines of `metrics.csv`, one per logged step; `pandas.read_csv` reads the file too."""
+        return _lines(self.path / "metrics.csv")
+
+    @property
+    def verdicts(self) -> list[dict[str, str]]:
+        """Lines of `verdicts.csv`: step, epoch, verdict, and the verdict in words."""
+        return _lines(self.path / "verdicts.csv")
+
+    @property
+    def table(self) -> Table | None:
+        """The low-shot table at the end of the run; None without labels."""
+        return _read_table(self.path)
+
+    @property
+    def backbone(self) -> Any:
+        """The target trunk as an `msn.weights.Backbone`."""
+        from msn.weights import load_backbone
+
+        return load_backbone(self.path)
+
+    def report(self, out: str | os.PathLike[str] | None = None) -> Path:
+        """Make the page of this run again, at `out` or in the run directory; returns its path."""
+        place = self.path / "report.html" if out is None else Path(out)
+        _run("report", {"runs": [self.path], "out": place}, quiet=True)
+        return place
+
+    def _repr_html_(self) -> str:
+        table = self.table
+        return f"<code>{self.path}</code>" + ("" if table is None else table._repr_html_())
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Features of images."""
+
+    names: list[str]
+    """Paths of the images, relative to the folder or list."""
+    features: Any
+    """Float32 tensor [n, D], in the order of `names`."""
+
+
+def pretrain(
+    data: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    experiment: str | None = None,
+    **keys: Any,
+) -> Run:
+    """`python train.py`: pretrain, export the backbone, evaluate it where there are labels.
+
+    Args:
+        data: a folder, a list file, or a name of `configs/data`; None is the experiment's own.
+        out: run directory; an unfinished run there goes on. None makes `runs/EXPERIMENT/NUMBER`.
+        experiment: a preset of `configs/experiment`; None is `digits`, a small network at 32 px.
+        keys: any key of the command.
+
+    Raises:
+        UserError: a key, a value, a path or a file is wrong.
+        SystemExit: a signal has interrupted the run; it is saved, and the same call goes on.
+    """
+    given = {"experiment": experiment, "run.dir": out}
+    given = {key: value for key, value in given.items() if value is not None}
+    return Run(_run("train", {**given, **_data(data), **keys}).absolute())
+
+
+def evaluate(
+    checkpoint: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]],
+    data: str | os.PathLike[str] | None = None,
+    *,
+    protocol: str = "kshot",
+    out: str | os.PathLike[str] | None = None,
+    **keys: Any,
+) -> Table:
+    """`python eval_lowshot.py`: label few images and measure any backbone with them.
+
+    Args:
+        checkpoint: a run, checkpoint or export; several as `{name: path}`.
+        data: a folder, a list file, or a name of `configs/data`; None is the command's default.
+        protocol: one of `configs/protocol`.
+        out: directory for `lowshot.json`, pictures and heads; None keeps no files.
+        keys: any key of the command.
+
+    Raises:
+        UserError: a key, a value, a path or a file is wrong, or the data have no labels.
+    """
+    if isinstance(checkpoint, Mapping):
+        checkpoint = [f"{name}:{path}" for name, path in checkpoint.items()]  # type: ignore[assignment]
+    with tempfile.TemporaryDirectory() as place:
+        given = {"checkpoint": checkpoint, "protocol": protocol}
+        given["run.dir"] = Path(place) / "table" if out is None else out
+        table = _read_table(_run("eval_lowshot", {**given, **_data(data), **keys}, quiet=True))
+    assert table is not None
+    return table
+
+
+def embed(
+    checkpoint: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str] | None = None,
+    **keys: Any,
+) -> Embeddings:
+    """`python -m msn embed`: one feature row per image; unreadable images are left out.
+
+    Args:
+        checkpoint: a run, checkpoint or export.
+        data: a folder or a list file.
+        out: a `.safetensors` file to keep; None keeps none.
+        keys: any key of the command.
+
+    Raises:
+        UserError: a key, a value, a path or a file is wrong, or no image can be read.
+    """
+    from safetensors import safe_open
+
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "features.safetensors" if out is None else Path(out)
+        given = {"checkpoint": checkpoint, "data.root": data, "out": file}
+        _run("embed", {**given, **keys}, quiet=True)
+        with safe_open(file, "pt") as found:
+            names = json.loads(found.metadata()["ids"])
+            return Embeddings(names, found.get_tensor("features"))
+
+
+def export(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    format: str = "timm",
+    **keys: Any,
+) -> Path:
+    """`python -m msn export`: a backbone for timm, Hugging Face, torch or ONNX; returns `out`.
+
+    Raises:
+        UserError: see `msn.weights.export.export`.
+    """
+    _run("export", {"checkpoint": checkpoint, "out": out, "format": format, **keys}, quiet=True)
+    return Path(out)
+
+
+def show_views(data: str | os.PathLike[str], out: str | os.PathLike[str], **keys: Any) -> Path:
+    """`python -m msn show_views`: a picture of what the networks see; returns `out`.
+
+    Raises:
+        UserError: a key, a value, a path or a file is wrong.
+    """
+    _run("show_views", {**_data(data), "out": out, **keys}, quiet=True)
+    return Path(out)
+
+
+def suggest_labels(
+    checkpoint: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    budget: int,
+    **keys: Any,
+) -> list[dict[str, str]]:
+    """`python -m msn suggest_labels`: which images to label first.
+
+    Args:
+        checkpoint: a run, checkpoint or export.
+        data: a folder or a list file.
+        out: a new directory for `suggested.csv` and a contact sheet.
+        budget: number of images, >= 1.
+        keys: any key of the command.
+
+    Returns:
+        Lines of `suggested.csv`, with an empty column `label` to fill in.
+
+    Raises:
+        UserError: a key, a value, a path or a file is wrong.
+    """
+    given = {"checkpoint": checkpoint, **_data(data), "out": out, "budget": budget}
+    _run("suggest_labels", {**given, **keys}, quiet=True)
+    return _lines(Path(out) / "suggested.csv")
+
+
+def _run(command: str, keys: Mapping[str, Any], *, quiet: bool = False) -> Any:
+    from msn.commands.entry import compose, explained
+
+    overrides = [f"{key}={_text(value)}" for key, value in keys.items()]
+    with _undisturbed():
+        config = compose(command, overrides)
+        job = explained(import_module(f"msn.commands.{command}").run)
+        with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
+            return job(config)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Leave the process as it was: random states, switches, environment, warnings, levels."""
+    drawn = random.getstate()  # some libraries draw when they are imported
+    import numpy as np
+    import torch
+    from hydra.core.singleton import Singleton
+
+    names = ("lightning.pytorch", "lightning.fabric")
+    levels = {name: logging.getLogger(name).level for name in names}
+    environment, hydra = dict(os.environ), Singleton.get_state()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    numbers = np.random.get_state()  # noqa: NPY002  # the global one, which a seed sets
+    try:
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            yield
+    finally:
+        random.setstate(drawn)
+        np.random.set_state(numbers)  # noqa: NPY002
+        torch.use_deterministic_algorithms(deterministic)
+        Singleton.set_state(hydra)
+        os.environ.clear()
+        os.environ.update(environment)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _data(data: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """Keys for a folder, a list file or a name of `configs/data`."""
+    if data is None:
+        return {}
+    from msn.commands.entry import config_directory
+
+    path = Path(data).expanduser()
+    if not path.exists() and (config_directory() / "data" / f"{data}.yaml").is_file():
+        return {"data": str(data)}
+    if not path.exists():
+        raise UserError(f"data={data}: no such file or folder, and no name in configs/data")
+    return {"data": "list" if path.is_file() else "folder", "data.root": path}
+
+
+def _text(value: Any) -> str:
+    """A Python value in Hydra's grammar."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_text(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(_quoted(item) for item in value) + "]"
+    text = os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+    return text if _PLAIN.fullmatch(text) or isinstance(value, os.PathLike) else _quoted(text)
+
+
+def _quoted(value: Any) -> str:
+    if not isinstance(value, str | os.PathLike):
+        return _text(value)
+    return "'" + os.fspath(value).replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _lines(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", errors="surrogateescape") as file:
+        return list(csv.DictReader(file))
+
+
+def _read_table(directory: Path) -> Table | None:
+    path = directory / "lowshot.json"
+    return Table(json.loads(path.read_text())["rows"]) if path.is_file() else None
