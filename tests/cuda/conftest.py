@@ -1,0 +1,55 @@
+"""The fake device, where it makes sense, and the product's step on it."""
+
+import importlib.util
+import shutil
+
+import pytest
+import torch
+
+from msn.commands.bench_step import case_of
+from msn.commands.entry import compose, to_plain
+from msn.data.datamodule import copy_stream
+
+
+def why_not() -> str | None:
+    """Why there can be no fake device here."""
+    if torch.cuda.is_available():
+        return "there is a real CUDA device, which tests marked gpu use"
+    if not torch.backends.cuda.is_built() or importlib.util.find_spec("triton") is None:
+        return "needs torch with CUDA and Triton"
+    if not any(map(shutil.which, ("g++", "clang++"))):
+        return "needs a C++ compiler"
+    return None
+
+
+@pytest.fixture(scope="session")
+def guard(request):
+    """Autograd believes in one CUDA device from now on; the library is kept in pytest's cache."""
+    if reason := why_not():
+        pytest.skip(reason)
+    from tests.cuda.fake_cuda import build_guard
+
+    build_guard(request.config.cache.mkdir("fake_cuda"))
+
+
+@pytest.fixture
+def gpu(guard):
+    from msn.data import cuda_views
+    from tests.cuda.fake_cuda import FakeCuda
+
+    def forget():
+        cuda_views._orders.cache_clear()
+        copy_stream.cache_clear()
+
+    forget()
+    with FakeCuda() as gpu:
+        yield gpu
+    forget()
+
+
+def case(experiment="msn_vits16", *, depth=2, **changes):
+    """A preset's training step with few blocks, not compiled, in bf16."""
+    settings = to_plain(compose("bench", ["what=step", f"experiment={experiment}"]))
+    made = case_of(settings)._replace(batch_size=6, precision="bf16-mixed", device="cuda")
+    model = made.model if depth is None else {**made.model, "depth": depth}
+    return made._replace(model=model, compile=False)._replace(**changes)

@@ -1,0 +1,91 @@
+"""The training step on the fake CUDA device: no wait, the types of mixed precision, its memory."""
+
+import contextlib
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
+
+from msn.commands.step_methods import MsnStep
+from msn.method.distributed import BatchNorm
+from msn.method.loss import MSNLoss
+from msn.method.optim import FiniteCheck
+from tests.cuda.conftest import case
+
+HALF = torch.bfloat16
+# What mixed precision takes in half precision wherever it stands; products of the loss are float32.
+TYPED = ("addmm", "convolution", "gelu", "gelu_backward", "_scaled_dot_product_flash_attention")
+
+
+def check_step(gpu, made):
+    """Take two steps and look at the second one: in the first one states come to the device."""
+    gpu.strict = False
+    method = MsnStep(made)
+    method.step()
+    gpu.reset()
+    gpu.strict = True
+    method.step()
+    assert {"_fused_adamw_", "native_batch_norm"} <= {launch.name for launch in gpu.launches}
+    found = {launch.dtype for launch in gpu.launches if launch.name in TYPED}
+    assert found == {HALF if made.precision == "bf16-mixed" else torch.float32}
+    assert {p.dtype for p in method.module.network.parameters()} == {torch.float32}
+    return method
+
+
+@pytest.mark.parametrize(
+    ("experiment", "precision", "chunk_size"),
+    [
+        ("msn_vits16", "bf16-mixed", None),
+        ("msn_vits16", "32-true", 4),
+        ("pmsn_vits16", "bf16-mixed", 4),
+        ("pmsn_vits16", "32-true", None),
+    ],
+)
+def test_a_step_never_waits(gpu, experiment, precision, chunk_size):
+    check_step(gpu, case(experiment, precision=precision, chunk_size=chunk_size))
+
+
+NORM = BatchNorm.forward
+
+
+def read_a_norm(self, numbers):
+    return numbers[0].new_full((), numbers[0].item())
+
+
+def take_by_mask(self, x):
+    return NORM(self, x[x[:, 0] > 0])
+
+
+def look_at_statistics(self, x):
+    self.running_mean.cpu()
+    return NORM(self, x)
+
+
+def forget_the_device(self, prototypes):
+    return torch.full((prototypes.shape[0],), -1.0)
+
+
+def scale_in_float32(self, x):
+    return NORM(self, x * torch.ones(x.shape[-1], device=x.device))
+
+
+def no_autocast(self):
+    return contextlib.nullcontext()  # views in half precision meet weights in float32
+
+
+MUTATIONS = {
+    "item": (FiniteCheck, "judge", read_a_norm, "reads"),
+    "boolean index": (BatchNorm, "forward", take_by_mask, "nonzero"),
+    "blocking copy": (BatchNorm, "forward", look_at_statistics, "blocking copy"),
+    "host constant": (MSNLoss, "_log_prior", forget_the_device, "on the host"),
+    "float32 constant": (BatchNorm, "forward", scale_in_float32, "float32"),
+    "refused dtype": (MsnStep, "_autocast", no_autocast, "dtype"),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_the_check_sees(gpu, monkeypatch, mutation):
+    *where, wrong, said = MUTATIONS[mutation]
+    monkeypatch.setattr(*where, wrong)
+    with pytest.raises((AssertionError, RuntimeError, DynamicOutputShapeException), match=said):
+        check_step(gpu, case())
