@@ -16,7 +16,7 @@ from msn.data.dataset import REPLACED, REPLACEMENT_TRIES
 from msn.errors import UserError
 from tests.data.datamodules import make_datamodule
 from tests.data.photos import make_folder, photo
-from tests.data.test_decode import encode, png_bomb
+from tests.images.test_decode import encode, png_bomb
 
 WHOLE = encode(photo(0), "JPEG")
 DAMAGE = {

@@ -16,7 +16,7 @@ from msn.data.sources import folder_source
 from msn.data.views import IMAGENET_MEAN, IMAGENET_STD, ViewSettings
 from tests.conftest import ROOT
 from tests.data.test_batched_views import PAPER
-from tests.data.test_decode import encode
+from tests.images.test_decode import encode
 
 SETTINGS = ViewSettings(**{**PAPER, "rand_views": 0, "focal_views": 2})  # a large and two small
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
