@@ -29,8 +29,8 @@ from msn.errors import UserError
 from msn.evaluation.cache import digest_of, images_key, weights_key
 from msn.evaluation.features import check_feature, forward_feature, less_memory
 from msn.files import write_bytes, writing_to
-from msn.images.decode import BadImageError
 from msn.images.depth import RECORDED, check_depth, trained_depth
+from msn.images.kinds import BadImageError
 from msn.progress import Progress
 from msn.weights import Backbone, load_backbone
 from msn.weights.tensors import open_weights, save_tensors

@@ -31,8 +31,8 @@ from msn.evaluation.frozen import Logistic, logistic_results
 from msn.evaluation.label_choice import METHODS, Choice, contact_sheet, cover_prototypes, k_medoids
 from msn.evaluation.sets import FeatureSet, LabelSet, held_out_features
 from msn.files import placed_at, write_bytes
-from msn.images.decode import BadImageError
 from msn.images.depth import check_depth, trained_depth
+from msn.images.kinds import BadImageError
 from msn.method.network import ProjectionHead
 from msn.schema import make, take
 from msn.weights import Weights, read_weights

@@ -25,8 +25,9 @@ from msn.data.sources import ArraySource
 from msn.data.views import Views, view_settings
 from msn.data.workers import make_loader
 from msn.errors import UserError
-from msn.images.decode import BadImageError, full_size
+from msn.images.decode import full_size
 from msn.images.depth import Depth
+from msn.images.kinds import BadImageError
 from msn.schema import Range, check_ranges
 
 log = logging.getLogger(__name__)
@@ -208,8 +209,7 @@ class MSNDataModule(LightningDataModule):
             return torch.float32
         if self.trainer.precision == "bf16-mixed":
             return torch.bfloat16
-        # Lightning's annotation allows a string, which it never holds.
-        return self.trainer.lightning_module.dtype  # type: ignore[return-value]
+        return next(self.trainer.lightning_module.parameters()).dtype
 
     def make_views(self, batch: ImageBatch, dtype: torch.dtype = torch.float32) -> Views:
         """Make the views of a batch by the chosen back end."""

@@ -22,8 +22,9 @@ from msn.data.sources import ArraySource, Source
 from msn.data.views import ViewParameters, ViewSettings, draw_parameters
 from msn.data.workers import empty, shared_flags
 from msn.errors import UserError
-from msn.images.decode import BadImageError, DecodedImage
+from msn.images.decode import DecodedImage
 from msn.images.depth import SIXTEEN_BITS, levels_of
+from msn.images.kinds import BadImageError
 
 log = logging.getLogger(__name__)
 

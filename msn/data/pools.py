@@ -27,8 +27,9 @@ from msn.data.sources import (
     torchvision_source,
 )
 from msn.errors import UserError
-from msn.images.decode import BadImageError, full_size
+from msn.images.decode import full_size
 from msn.images.depth import AUTO, Depth, check_depth
+from msn.images.kinds import BadImageError
 
 log = logging.getLogger(__name__)
 

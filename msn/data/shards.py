@@ -26,7 +26,7 @@ from msn.data.tar_members import NO_CLASS, ShardContents, read_shard
 from msn.data.workers import open_files_limit
 from msn.errors import UserError
 from msn.files import TOO_MANY_OPEN
-from msn.images.decode import MOST_BYTES, BadImageError, unreadable
+from msn.images.kinds import MOST_BYTES, BadImageError, unreadable
 from msn.progress import Progress
 
 log = logging.getLogger(__name__)

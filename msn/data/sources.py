@@ -25,16 +25,9 @@ from msn.data.layout import FolderLabels, read_folder_labels
 from msn.data.lists import index_list
 from msn.data.tables import StringTable
 from msn.errors import UserError
-from msn.images.decode import (
-    BadImageError,
-    DecodedImage,
-    decode,
-    extremes,
-    full_size,
-    read_file,
-)
+from msn.images.decode import DecodedImage, decode, extremes, full_size
 from msn.images.depth import AUTO, Depth, depth_for, levels_of
-from msn.images.kinds import FORMATS
+from msn.images.kinds import FORMATS, BadImageError, read_file
 
 log = logging.getLogger(__name__)
 

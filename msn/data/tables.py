@@ -16,7 +16,7 @@ import stat
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, overload
 
 import numpy as np
 
@@ -51,9 +51,15 @@ class StringTable(Sequence[str]):
         """Number of strings."""
         return len(self.offsets) - 1
 
-    # Sequence promises slices as well, which nobody takes of a million strings.
-    def __getitem__(self, i: int) -> str:  # type: ignore[override]
-        """String number i; a slice is not supported."""
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[str]: ...
+
+    def __getitem__(self, i: int | slice) -> str | list[str]:
+        """String number i >= 0, or a list of some."""
+        if isinstance(i, slice):
+            return [self[k] for k in range(len(self))[i]]
         if not 0 <= i < len(self):
             raise IndexError(i)
         return os.fsdecode(self.data[self.offsets[i] : self.offsets[i + 1]].tobytes())

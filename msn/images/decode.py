@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
-import os
-import stat
 import threading
 import warnings
 from collections import Counter
@@ -20,7 +17,6 @@ import torchvision.io  # registers the JPEG decoder among torch's operators
 from PIL import ExifTags, Image
 from torch.utils.data import get_worker_info
 
-from msn.files import TOO_MANY_OPEN
 from msn.images.depth import (
     SIXTEEN_BITS,
     BeyondWhite,
@@ -33,9 +29,6 @@ from msn.images.depth import (
 from msn.images.kinds import BadImageError, open_image
 
 log = logging.getLogger(__name__)
-
-
-MOST_BYTES = 1 << 30  # of a file: Pillow's greatest image takes as much at 16 bits a channel
 # Pillow warns above 89 megapixels and refuses above 179; only what it refuses is a bomb here.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -70,49 +63,6 @@ class DecodedImage(NamedTuple):
 def full_size(height: int, width: int) -> int:
     """Allow no reduction: the `allowed_reduction` of whoever wants every pixel."""
     return 1
-
-
-def read_file(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of a regular file: pipes, sockets and devices, which may never end, are not opened.
-
-    Raises:
-        BadImageError: it is no regular file, larger than 1 GiB or than the memory, or cannot be
-            read.
-        OSError: too many files are open, or memory is short.
-    """
-    try:
-        with open(path, "rb", opener=_open_at_once) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise BadImageError("not a regular file")
-            if status.st_size > MOST_BYTES:
-                raise BadImageError(f"{status.st_size} bytes: files above 1 GiB are not read")
-            return file.read()
-    except OSError as error:
-        raise unreadable(error) from error
-    except MemoryError:
-        raise BadImageError("does not fit into memory") from None
-
-
-def unreadable(error: OSError, where: str = "") -> BadImageError:
-    """Why the bytes of an image cannot be read.
-
-    Args:
-        error: of the system.
-        where: what it speaks of, where that is not the image's own file.
-
-    Raises:
-        OSError: the image is not to blame: too many files are open, or memory is short.
-    """
-    if error.errno in (*TOO_MANY_OPEN, errno.ENOMEM):
-        raise error
-    reason = error.strerror or type(error).__name__
-    return BadImageError(f"{where}: {reason}" if where else reason)
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """Open without waiting for whoever may write into a pipe."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def decode(

@@ -1,12 +1,19 @@
-"""Which kinds of image files are read, which are not, and why."""
+"""Reading image files as far as opening them: which kinds are read, which are not, and why."""
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
+import stat
 from io import BytesIO
 from typing import Any
 
 from PIL import Image, ImageFile, PngImagePlugin, TiffImagePlugin, features
+
+from msn.files import TOO_MANY_OPEN
+
+MOST_BYTES = 1 << 30  # of a file: Pillow's greatest image takes as much at 16 bits per channel
 
 
 class BadImageError(Exception):
@@ -32,7 +39,7 @@ SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"),
     *(".gif", *_AVIF, *_HEIF),
 )
-# Images too, of kinds that are passed over: that shall not go unseen.
+# Images of other kinds: skipped, but reported.
 UNREAD_SUFFIXES = tuple(
     suffix
     for suffix in (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".psd")
@@ -46,6 +53,49 @@ TiffImagePlugin.OPEN_INFO.setdefault((b"MM", 1, (1,), 1, (32,), ()), ("I", "I;32
 # libtiff hands numbers over in the machine's order, for which Pillow does not look in these.
 _NATIVE = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "I;32B": "I;32N"}
 _SAMPLE_FORMAT, _SIGNED, _FLOAT, _COMPLEX = 339, 2, 3, (5, 6)  # of a TIFF
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a regular file: pipes, sockets and devices, which may never end, are not opened.
+
+    Raises:
+        BadImageError: it is no regular file, larger than 1 GiB or than the memory, or cannot be
+            read.
+        OSError: too many files are open, or memory is short.
+    """
+    try:
+        with open(path, "rb", opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise BadImageError("not a regular file")
+            if status.st_size > MOST_BYTES:
+                raise BadImageError(f"{status.st_size} bytes: files above 1 GiB are not read")
+            return file.read()
+    except OSError as error:
+        raise unreadable(error) from error
+    except MemoryError:
+        raise BadImageError("does not fit into memory") from None
+
+
+def unreadable(error: OSError, where: str = "") -> BadImageError:
+    """Why the bytes of an image cannot be read.
+
+    Args:
+        error: of the system.
+        where: what it speaks of, where that is not the image's own file.
+
+    Raises:
+        OSError: the image is not to blame: too many files are open, or memory is short.
+    """
+    if error.errno in (*TOO_MANY_OPEN, errno.ENOMEM):
+        raise error
+    reason = error.strerror or type(error).__name__
+    return BadImageError(f"{where}: {reason}" if where else reason)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open without waiting for whoever may write into a pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def open_image(data: bytes) -> Image.Image:

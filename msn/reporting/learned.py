@@ -14,7 +14,7 @@ from torchvision.transforms.functional import normalize, to_tensor
 from msn.data.pools import PoolSettings, build_pools
 from msn.errors import UserError
 from msn.evaluation.features import forward_feature
-from msn.images.decode import BadImageError
+from msn.images.kinds import BadImageError
 from msn.method.network import ProjectionHead
 from msn.method.vit import Block, VisionTransformer
 from msn.schema import make

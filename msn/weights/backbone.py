@@ -13,8 +13,9 @@ from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
 from msn.errors import UserError
-from msn.images.decode import BadImageError, decode, full_size, read_file, upright_rgb
+from msn.images.decode import decode, full_size, upright_rgb
 from msn.images.depth import SIXTEEN_BITS, Levels, levels_of, recorded_depth
+from msn.images.kinds import BadImageError, read_file
 from msn.method.vit import VisionTransformer
 from msn.weights.reading import read_weights
 from msn.weights.tensors import save_tensors

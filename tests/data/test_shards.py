@@ -14,7 +14,8 @@ from msn.data.shard_writer import write_shards
 from msn.data.shards import find_shards, shard_source
 from msn.data.sources import folder_source, list_source
 from msn.errors import UserError
-from msn.images.decode import BadImageError, decode, full_size
+from msn.images.decode import decode, full_size
+from msn.images.kinds import BadImageError
 from tests.data.logs import warnings_in
 from tests.data.photos import make_folder, photo
 from tests.data.test_pools import pools

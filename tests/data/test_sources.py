@@ -7,7 +7,8 @@ import pytest
 
 from msn.data.sources import folder_source, list_source
 from msn.errors import UserError
-from msn.images.decode import BadImageError, full_size
+from msn.images.decode import full_size
+from msn.images.kinds import BadImageError
 from tests.data.logs import warnings_in
 from tests.data.photos import make_folder, photo
 from tests.data.test_pools import pools

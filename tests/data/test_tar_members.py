@@ -13,7 +13,7 @@ import pytest
 from msn.data.shards import shard_source
 from msn.data.tar_members import NO_CLASS, read_shard
 from msn.errors import UserError
-from msn.images.decode import BadImageError
+from msn.images.kinds import BadImageError
 from tests.data.logs import warnings_in
 
 GIB = 1 << 30

@@ -1,6 +1,7 @@
 """Batches leave workers also where memory or files are short; what ends them is one line."""
 
 import errno
+import gc
 import os
 import signal
 import subprocess
@@ -84,6 +85,7 @@ def test_rows_arrive_as_columns_with_and_without_shared_memory(short, monkeypatc
 
 
 def test_too_few_files_for_the_workers_are_said_before_any_is_started(monkeypatch):
+    gc.collect()  # or what earlier tests opened is closed meanwhile
     opened = len(os.listdir("/dev/fd"))
     monkeypatch.setattr(workers, "open_files_limit", lambda: opened + 14)
     with pytest.raises(UserError) as caught:

@@ -14,8 +14,8 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from msn.images import decode as decoding
-from msn.images.decode import BadImageError, decode, extremes, full_size, read_file
-from msn.images.kinds import FORMATS
+from msn.images.decode import decode, extremes, full_size
+from msn.images.kinds import FORMATS, BadImageError, read_file
 from tests.data.photos import photo
 from tests.data.tiffs import deep_png, tiff
 
