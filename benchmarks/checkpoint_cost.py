@@ -64,7 +64,7 @@ def seconds_of(directory: Path, *, save: bool) -> float:
 
     def attach_too(config: Any, trainer: Trainer, *rest: Any) -> None:
         attach(config, trainer, *rest)
-        trainer.callbacks.append(clock)  # type: ignore[attr-defined]  # after the one that saves
+        trainer.callbacks.append(clock)  # after the one that saves
 
     train._attach = attach_too
     try:

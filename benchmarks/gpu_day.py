@@ -29,9 +29,8 @@ import torch
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
-from msn.commands.bench_step import case_of
 from msn.commands.entry import compose, to_plain
-from msn.commands.step_methods import Case, MsnStep, step_flops
+from msn.commands.step import Case, MsnStep, ViewMaker, case_of, step_flops
 from msn.data.views import ViewSettings
 from msn.training.cost import forecast_memory, measure_matrix_rate, synchronise
 
@@ -162,15 +161,13 @@ def views() -> dict[str, Any]:
     """Views of a batch that lies on the device: device time, host time, launches."""
     found = {}
     for batch in (8,) if SMALL else (64, 128, 256, 1024):
-        maker = MsnStep.__new__(MsnStep)  # its views alone, without a network
-        maker.case, maker.device = _case("msn_vits16", batch), DEVICE
-        maker._make_views()
-        seconds = _median(maker._cut_views, 10)
+        make_views = ViewMaker(_case("msn_vits16", batch))
+        seconds = _median(make_views, 10)
         synchronise(DEVICE)
         start = time.perf_counter()
-        maker._cut_views()
+        make_views()
         host = time.perf_counter() - start
-        kernels, _ = _profiled(maker._cut_views, 1)
+        kernels, _ = _profiled(make_views, 1)
         found[str(batch)] = {
             "ms": seconds * 1000,
             "ms_per_image": seconds * 1000 / batch,

@@ -1,4 +1,4 @@
-"""The yardstick of `msn bench what=step`: a training step of MSN as a plain program would take it.
+"""The yardstick of `benchmarks/step.py`: a training step of MSN as a plain program would take it.
 
 The same method, eager and in the dtype of its weights, with none of the product's fast paths: the
 views of a size go through the whole trunk by themselves, every patch is embedded before patches

@@ -16,7 +16,7 @@ from msn.commands.plan_settings import (
     count_processes,
     planned_device,
 )
-from msn.commands.step_methods import Case, step_flops
+from msn.commands.step import Case, step_flops
 from msn.data.datamodule import MSNDataModule
 from msn.data.views import ViewSettings
 from msn.errors import UserError

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from msn.commands.step_methods import Case, MsnStep, product_type
+from msn.commands.step import Case, MsnStep, product_type
 from msn.errors import UserError
 from msn.training.cost import Flops, Memory, measure_matrix_rate, synchronise
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from msn.commands import plan, plan_rate
 from msn.commands.entry import compose, to_plain
 from msn.commands.plan_settings import count_processes
-from msn.commands.step_methods import Case, MsnStep
+from msn.commands.step import Case, MsnStep
 from msn.errors import UserError
 from msn.training.cost import Flops, Memory
 

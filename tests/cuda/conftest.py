@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 
-from msn.commands.bench_step import case_of
 from msn.commands.entry import compose, to_plain
+from msn.commands.step import case_of
 from msn.data.datamodule import copy_stream
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
-from msn.commands.step_methods import MsnStep
+from msn.commands.step import MsnStep
 from msn.method.distributed import BatchNorm
 from msn.method.loss import MSNLoss
 from msn.method.optim import FiniteCheck

@@ -8,9 +8,9 @@ import pytest
 import torch
 from sklearn.datasets import load_sample_images
 
+from benchmarks.views import pil_recipe
 from msn.data.batched_views import make_batched_views
 from msn.data.dataset import Subset, TrainingSet
-from msn.data.recipe import pil_recipe
 from msn.data.sampler import BatchKey
 from msn.data.sources import folder_source
 from msn.data.views import IMAGENET_MEAN, IMAGENET_STD, ViewSettings

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from msn.commands.bench_step import case_of
 from msn.commands.entry import compose, to_plain
-from msn.commands.step_methods import MsnStep
+from msn.commands.step import MsnStep, case_of
 from msn.data.views import ViewSettings
 from msn.training.cost import forecast_memory
 

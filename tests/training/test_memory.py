@@ -8,10 +8,9 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-from msn.commands.bench_step import case_of
+from benchmarks.step_worker import Worker
 from msn.commands.entry import compose, to_plain
-from msn.commands.step_methods import Case, MsnStep
-from msn.commands.step_worker import Worker
+from msn.commands.step import Case, MsnStep, case_of
 from msn.commands.verify import load_golden
 from msn.data.views import ViewSettings
 from msn.method.network import MSN
@@ -157,7 +156,7 @@ def test_vit_b16_with_1024_images_is_forecast_to_fit_12_gb_in_chunks_of_32(chunk
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_step_of_vit_b16_with_1024_images_takes_less_than_12_gb():
-    worker = Worker("msn", vit_b16_of_12_gb())
+    worker = Worker("msn", MsnStep, vit_b16_of_12_gb())
     try:
         worker.ask("steps", 2)
         assert worker.ask("peak_bytes") < 12e9

@@ -1,11 +1,18 @@
-"""`python -m msn bench what=monitors`: the share of a training step that watching it costs."""
+"""The share of a training step that monitors, verdict and probe cost.
+
+    python benchmarks/monitors.py [experiment=digits] [epochs=2] [steps=40] [json=FILE]
+
+Further keys of train.py: overrides=[data.root=DIR,model=vit_s16].
+"""
 
 import logging
 import statistics
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +20,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.script import run_script
 from msn.commands.entry import build, compose
 from msn.errors import UserError
 from msn.training.cost import synchronise
@@ -28,11 +38,11 @@ def run(settings: dict[str, Any], console: Console) -> list[dict[str, Any]]:
     """Train for a short while with everything that watches, and time each part of it.
 
     Args:
-        settings: experiment and overrides of train.py; epochs and steps an epoch, >= 1.
+        settings: experiment and overrides of train.py; epochs, and steps per epoch.
         console: where the table is shown.
 
     Returns:
-        Rows with name, milliseconds a step (or a time), and share of a step.
+        Rows with name, milliseconds per step (or per time), and share of a step.
 
     Raises:
         UserError: if a setting is wrong.
@@ -144,5 +154,14 @@ def _train(settings: dict[str, Any]) -> _Watch:
 def _time_parts(watch: _Watch, monitors: Monitors, judge: Judge, probe: Probe) -> None:
     for hook in ("on_train_batch_start", "on_train_batch_end", "_keep_features"):
         setattr(monitors, hook, watch.time(watch.monitors, getattr(monitors, hook)))
-    judge.on_train_epoch_end = watch.time(watch.verdict, judge.on_train_epoch_end)  # type: ignore[method-assign]
-    probe.on_train_epoch_end = watch.time(watch.probe, probe.on_train_epoch_end)  # type: ignore[method-assign]
+    judge.on_train_epoch_end = watch.time(watch.verdict, judge.on_train_epoch_end)
+    probe.on_train_epoch_end = watch.time(watch.probe, probe.on_train_epoch_end)
+
+
+def main() -> None:
+    """Run with the settings of the command line."""
+    run_script(run, {"experiment": "digits", "overrides": [], "epochs": 2, "steps": 40})
+
+
+if __name__ == "__main__":
+    main()

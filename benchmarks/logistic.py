@@ -1,5 +1,11 @@
-"""`python -m msn bench what=logistic`: how fast, and how exactly, logistic regression is solved."""
+"""How fast, and how exactly, logistic regression is solved.
 
+    python benchmarks/logistic.py [features=FILE] [json=FILE] [n=12811 d=384 classes=1000 ...]
+
+Objective and gradient are computed afresh in float64.
+"""
+
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,23 +17,34 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.script import run_script
 from msn.commands.eval_lowshot import choose_device
 from msn.errors import UserError
 from msn.evaluation.logistic import fit_logistic
 from msn.weights.tensors import open_weights
 
+DEFAULTS = {
+    "features": None,  # safetensors with x [n, d] and y [n], solved as they are; None: made up
+    "lambd": 0.075,  # lambda * n
+    "n": 12811,  # of made-up unit rows, as d, classes and seed
+    "d": 384,
+    "classes": 1000,
+    "seed": 0,
+    "tolerance": 1e-6,  # certified relative distance of the objective from its optimum
+    "max_evaluations": 2000,
+    "device": "cpu",
+}
 _BLOCK = 2**22  # numbers of scores held at once while checking
 
 
 def run(config: Mapping[str, Any], console: Console) -> list[dict[str, Any]]:
     """Solve given or made-up rows once and print objective, gradient norm, seconds, passes.
 
-    Objective and gradient are computed afresh in float64 at the weights that the solver returned.
-
     Args:
-        config: plain settings: `features` (safetensors with x [n, d] and y [n], solved as they
-            are; null makes unit rows up), `lambd` (lambda * n), `n`, `d`,
-            `classes`, `seed` (of made-up rows), `tolerance`, `max_evaluations`, `device`.
+        config: the keys of `DEFAULTS`.
+        console: where the table is shown.
 
     Raises:
         UserError: if a setting or a file is wrong.
@@ -130,3 +147,12 @@ def _read(path: Path) -> tuple[Tensor, Tensor]:
         raise UserError(f"features={path}: y must be whole numbers, got {labels.dtype}")
     rows = rows if rows.dtype == torch.float64 else rows.float()
     return rows, labels.long()
+
+
+def main() -> None:
+    """Run with the settings of the command line."""
+    run_script(run, DEFAULTS)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,20 +6,17 @@ turns, so that a slow moment of the machine hits all alike.
 
 import multiprocessing
 import os
-import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from msn.commands.entry import one_line
-from msn.commands.step_methods import METHODS, Case, Step
+from msn.commands.step import Case, Step, memory_of_process, peak_memory, seconds_per_step
 from msn.errors import UserError
-from msn.training.cost import synchronise
 
 
 class MethodFailed(UserError):
@@ -30,21 +27,20 @@ class Worker:
     """A method in its own process.
 
     Args:
-        name: one of `METHODS`.
+        name: of the method, in messages.
+        make: makes it; a class or function of a module, for it travels by name.
         case: what to measure.
     """
 
-    def __init__(self, name: str, case: Case) -> None:
+    def __init__(self, name: str, make: Callable[[Case], Step], case: Case) -> None:
         self._name, context = name, multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(theirs, METHODS[name], case), daemon=True
-        )
+        self._process = context.Process(target=serve, args=(theirs, make, case), daemon=True)
         self._process.start()
         theirs.close()
 
     def ask(self, question: str, number: int = 1) -> Any:
-        """`steps` (seconds a step of `number` steps), `parts`, `peak_bytes` or `compiled`.
+        """`steps` (seconds per step of `number` steps), `parts`, `peak_bytes` or `compiled`.
 
         Raises:
             MethodFailed: the method failed or its process died; its name stands first.
@@ -73,9 +69,10 @@ class Worker:
             self._process.terminate()
 
 
-def _serve(connection: Connection, make: Callable[[Case], Step], case: Case) -> None:
+def serve(connection: Connection, make: Callable[[Case], Step], case: Case) -> None:
+    """Make a method and answer questions on it until the other end closes."""
     _load_libraries()
-    before, method = _memory("VmRSS"), None
+    before, method = memory_of_process("VmRSS"), None
     while True:
         try:
             question, number = connection.recv()
@@ -93,18 +90,15 @@ def _serve(connection: Connection, make: Callable[[Case], Step], case: Case) -> 
 
 
 def _answer(
-    method: Step, question: str, number: int, device: torch.device, before: int | None
+    method: Any, question: str, number: int, device: torch.device, before: int | None
 ) -> Any:
     if question == "steps":
-        return _seconds_a_step(method, number, device)
+        return seconds_per_step(method, number, device)
     if question == "parts":
-        return method.parts()  # type: ignore[attr-defined]  # asked of msn alone, which has them
+        return method.parts()  # asked of msn alone, which has them
     if question == "compiled":
         return getattr(method, "compiled", False)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    peak = _memory("VmHWM")
-    return None if peak is None or before is None else peak - before
+    return peak_memory(device, before)
 
 
 def _told(error: Exception) -> UserError:
@@ -122,21 +116,3 @@ def _load_libraries() -> None:
     optimizer = torch.optim.AdamW(layers.parameters(), fused=True)
     F.gelu(layers(torch.randn(256, 256))).softmax(dim=-1).square().sum().backward()
     optimizer.step()
-
-
-def _seconds_a_step(method: Step, number: int, device: torch.device) -> float:
-    synchronise(device)
-    start = time.perf_counter()
-    for _ in range(number):
-        method.step()
-    synchronise(device)
-    return (time.perf_counter() - start) / number
-
-
-def _memory(name: str) -> int | None:
-    """VmRSS or VmHWM (its greatest value) of this process in bytes; None where not told."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return None
-    (line,) = (line for line in status.read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024

@@ -1,13 +1,14 @@
-"""`msn bench what=monitors` times what it says."""
+"""`benchmarks/monitors.py` times what it says."""
 
 import json
 import time
 
+from benchmarks import monitors
 from msn.training.monitors import Monitors
 from tests.commands.conftest import TINY
 
 
-def test_time_in_monitors_is_theirs_and_no_step_s(command, tmp_path, monkeypatch):
+def test_time_in_monitors_is_theirs_and_no_step_s(script, tmp_path, monkeypatch):
     add = Monitors._add
 
     def slow(*arguments):
@@ -16,9 +17,9 @@ def test_time_in_monitors_is_theirs_and_no_step_s(command, tmp_path, monkeypatch
 
     monkeypatch.setattr(Monitors, "_add", slow)
     tiny = [argument for argument in TINY if not argument.startswith("trainer.")]
-    code, _, err = command(
-        "bench",
-        *("what=monitors", "epochs=1", "steps=8", f"json={tmp_path / 'rows.json'}"),
+    code, _, err = script(
+        monitors,
+        *("epochs=1", "steps=8", f"json={tmp_path / 'rows.json'}"),
         f"overrides={[*tiny, 'trainer.accelerator=cpu']}",
     )
     assert code == 0, err
@@ -27,5 +28,5 @@ def test_time_in_monitors_is_theirs_and_no_step_s(command, tmp_path, monkeypatch
     assert rows["monitors, a step"]["milliseconds"] >= 50
     ratio = rows["monitors, a step"]["milliseconds"] / rows["step"]["milliseconds"]
     assert rows["monitors, a step"]["share"] == ratio
-    code, _, err = command("bench", "what=monitors", "steps=1")
+    code, _, err = script(monitors, "steps=1")
     assert (code, "steps must be a whole number >= 6" in err) == (2, True)

@@ -4,16 +4,21 @@ import pytest
 import torch
 from rich.console import Console
 
-from msn.commands import bench_inference
+from benchmarks import inference
 from tests.weights.builders import make_trunk
+
+
+def test_a_model_that_there_is_not_is_told(script):
+    code, _, err = script(inference, "model=nope")
+    assert (code, "allowed are" in err) == (2, True)
 
 
 @pytest.mark.slow  # compiles
 def test_every_batch_size_is_timed_in_every_mode(monkeypatch):
-    assert bench_inference.BATCH_SIZES == (1, 2, 4, 8, 64)
-    monkeypatch.setattr(bench_inference, "_LEAST_SECONDS", 0.01)
-    monkeypatch.setattr(bench_inference, "BATCH_SIZES", (1, 2))
-    rows = bench_inference.measure(make_trunk(), device=torch.device("cpu"), dtype=torch.float32)
+    assert inference.BATCH_SIZES == (1, 2, 4, 8, 64)
+    monkeypatch.setattr(inference, "_LEAST_SECONDS", 0.01)
+    monkeypatch.setattr(inference, "BATCH_SIZES", (1, 2))
+    rows = inference.measure(make_trunk(), device=torch.device("cpu"), dtype=torch.float32)
     found = [(row["batch_size"], row["mode"]) for row in rows]
     modes = ("eager", "sdpa", "compiled")
     assert found == [(size, mode) for size in (1, 2) for mode in modes]
@@ -22,6 +27,6 @@ def test_every_batch_size_is_timed_in_every_mode(monkeypatch):
         speed = 1000 * row["batch_size"] / row["milliseconds"]
         assert row["images_per_second"] == pytest.approx(speed)
     text = io.StringIO()
-    bench_inference.show(rows, Console(file=text, width=120))
+    inference.show(rows, Console(file=text, width=120))
     sizes = [line.split()[1] for line in text.getvalue().splitlines()[4:-1]]
-    assert sizes == [str(size) for size in bench_inference.BATCH_SIZES]
+    assert sizes == [str(size) for size in inference.BATCH_SIZES]

@@ -1,4 +1,6 @@
-"""`python -m msn bench what=inference`: the backbone's forward pass in three ways.
+"""The backbone's forward pass in three ways.
+
+    python benchmarks/inference.py [model=vit_s16] [json=FILE]
 
 eager: attention as two matrix products and a softmax; sdpa: torch's fused attention, what the
 backbone does anyway; compiled: sdpa under `torch.compile`.
@@ -6,8 +8,10 @@ backbone does anyway; compiled: sdpa under `torch.compile`.
 
 import contextlib
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +20,11 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.script import run_script
+from msn.commands.entry import compose, to_plain
 from msn.method.vit import VisionTransformer
-from msn.schema import take
 
 BATCH_SIZES = (1, 2, 4, 8, 64)
 MODES = ("eager", "sdpa", "compiled")
@@ -29,18 +36,19 @@ def run(config: Mapping[str, Any], console: Console) -> list[dict[str, Any]]:
     """Measure a backbone on this machine: CUDA in bfloat16, else the CPU in float32.
 
     Args:
-        config: plain settings: `model`, arguments of the trunk.
+        config: `model`, the name of one.
         console: where the table is shown.
 
     Returns:
         The rows of `measure`.
 
     Raises:
-        UserError: if the model cannot be.
+        UserError: if there is no such model.
     """
     on_cuda = torch.cuda.is_available()
+    settings = to_plain(compose("bench", ["what=step", f"model={config['model']}"]))
     rows = measure(
-        VisionTransformer(**take("model", config["model"], VisionTransformer)),
+        VisionTransformer(**settings["model"]),
         device=torch.device("cuda" if on_cuda else "cpu"),
         dtype=torch.bfloat16 if on_cuda else torch.float32,
     )
@@ -144,3 +152,12 @@ def _name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def main() -> None:
+    """Run with the settings of the command line."""
+    run_script(run, {"model": "vit_s16"})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,389 @@
+"""A training step that can be timed, as `msn bench`, plans and the scripts of `benchmarks/` do."""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from msn.data.batched_views import make_batched_views
+from msn.data.dataset import Subset, TrainingSet
+from msn.data.sampler import BatchKey
+from msn.data.sources import ArraySource
+from msn.data.views import Views, ViewSettings, view_settings
+from msn.errors import UserError
+from msn.method import optim
+from msn.method.optim import BufferGuard, FiniteCheck
+from msn.training.cost import Flops, flops_per_image, measure_matrix_rate, synchronise
+from msn.training.module import MSNModule
+from msn.training.strategy import compilation
+from msn.training.trainer import resolve_precision
+
+PARTS = ("views", "target", "anchors", "loss", "backward", "optimiser", "ema")
+WARM_UP = 2  # steps before any is timed; the first one compiles
+_CUDA_SECONDS = 0.5  # on CUDA a measurement is as many steps as take about this long
+_CPU_BATCH, _CUDA_BATCH = 8, 128
+_MAX_SKIPPED = 3
+_EPOCHS, _STEPS_PER_EPOCH = 1000, 100  # only so that schedules have values
+_IMAGE_HEIGHT, _IMAGE_WIDTH = 375, 500  # px, of the decoded images that views are cut from
+
+
+class Case(NamedTuple):
+    """What is measured; plain data, for it travels to the processes."""
+
+    model: dict[str, Any]
+    method: dict[str, Any]
+    views: dict[str, Any]
+    batch_size: int
+    chunk_size: int | None
+    compile: bool | str
+    precision: str
+    device: str
+
+
+def case_of(settings: dict[str, Any]) -> Case:
+    """What the settings of `bench what=step` ask to be measured.
+
+    Raises:
+        UserError: a setting is wrong.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch = settings["batch_size"]
+    if batch is None:
+        batch = _CUDA_BATCH if device == "cuda" else _CPU_BATCH
+    check_whole("batch_size", batch, 2)
+    check_whole("rounds", settings["rounds"], 1)
+    if settings["chunk_size"] is not None:
+        check_whole("chunk_size", settings["chunk_size"], 1)
+    compilation(settings["compile"])
+    view_settings(settings["data"]["views"])
+    return Case(
+        model=settings["model"],
+        method=settings["method"],
+        views=settings["data"]["views"],
+        batch_size=batch,
+        chunk_size=settings["chunk_size"],
+        compile=settings["compile"],
+        precision=resolve_precision(settings["trainer"]["precision"], "auto"),
+        device=device,
+    )
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Refuse what is no whole number, or less than `least`.
+
+    Raises:
+        UserError: that says which setting it is.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"{name} must be a whole number >= {least}, got {value!r}")
+
+
+def step_flops(case: Case) -> Flops:
+    """Nominal operations of one step, see `msn.training.cost`."""
+    views = ViewSettings(**case.views)
+    an_image = flops_per_image(
+        model=case.model,
+        head=case.method["head"],
+        num_prototypes=case.method["num_prototypes"],
+        patch_drop=case.method["patch_drop"],
+        rand_views=views.rand_views,
+        focal_views=views.focal_views,
+        rand_size=views.rand_size,
+        focal_size=views.focal_side,
+    )
+    return Flops(*(case.batch_size * part for part in an_image))
+
+
+class Step(Protocol):
+    """One method, ready to step."""
+
+    def step(self) -> None:
+        """Forward, backward, optimiser, EMA."""
+
+
+class MsnStep:
+    """The product's step, as `MSNModule` and Lightning take it."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.device = case, torch.device(case.device)
+        self.module = MSNModule(
+            model=case.model,
+            method=case.method,
+            seed=0,
+            chunk_size=case.chunk_size,
+            compile=case.compile,
+        ).to(self.device, weight_type(case.precision))
+        self.module.plan_schedule(epochs=_EPOCHS, steps_per_epoch=_STEPS_PER_EPOCH)
+        self.module.network.train()
+        # Which training has by default.
+        self.check = self.module.finite_check = FiniteCheck(_MAX_SKIPPED)
+        self.compiled = self.module.make_fast(self.device)
+        self.optimizer = self.module.configure_optimizers()
+        self.views = random_views(case, dtype=product_type(case.precision))
+        self.make_views: ViewMaker | None = None
+
+    def step(self) -> None:
+        """As in training, the views already made."""
+        with self._autocast():
+            loss = self.module.training_step(self.views, 0)["loss"]
+        loss.backward()
+        self._finish_step()
+        self._update_target()
+
+    def parts(self) -> dict[str, float]:
+        """Seconds of each part of one more step, waiting for the device after each of them."""
+        network, chunk = self.module.network, self.case.chunk_size
+        seconds: dict[str, float] = {}
+
+        def timed(name: str, run: Callable[[], Any]) -> Any:
+            synchronise(self.device)
+            start = time.perf_counter()
+            result = run()
+            synchronise(self.device)
+            seconds[name] = time.perf_counter() - start
+            return result
+
+        if self.make_views is None:  # decoded images take memory, so only where parts are asked for
+            self.make_views = ViewMaker(self.case)
+        target, rand, focal = timed("views", self.make_views)
+        kept = self.module.draw_kept_patches(rand)
+        with self._autocast():
+            wanted = timed("target", lambda: network.project_target(target, chunk))
+            anchors = timed("anchors", lambda: network.project_anchors(rand, focal, kept, chunk))
+            terms = timed(
+                "loss", lambda: self.module.loss(anchors, wanted, network.prototypes, 0.25)
+            )
+        timed("backward", terms.loss.backward)
+        timed("optimiser", self._finish_step)
+        timed("ema", self._update_target)
+        return seconds
+
+    def _finish_step(self) -> None:
+        assert self.module.schedule is not None
+        self._buffers = BufferGuard(self.module.network)
+        self.module.configure_gradient_clipping(self.optimizer)
+        optim.set_values(self.optimizer, self.module.schedule.at(1))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _update_target(self) -> None:
+        assert self.module.schedule is not None
+        self.module.network.update_target(self.module.schedule.at(1).momentum, self.check.skip)
+        self._buffers.restore_if(self.check.skip)
+
+    def _autocast(self) -> torch.autocast:
+        half = self.case.precision == "bf16-mixed"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half)
+
+
+class ViewMaker:
+    """Makes the views of a batch of noise that lies decoded on the device."""
+
+    def __init__(self, case: Case) -> None:
+        self._settings, self._dtype = ViewSettings(**case.views), product_type(case.precision)
+        shape = (case.batch_size, _IMAGE_HEIGHT, _IMAGE_WIDTH, 3)
+        pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        source = ArraySource(where="noise", pixels=pixels, labels=None, classes=[])
+        images = TrainingSet(Subset(source), self._settings, seed=0, reduce=True)
+        batch = images[BatchKey(0, 0, np.arange(case.batch_size))]
+        self._batch = batch._replace(pixels=batch.pixels.to(case.device))
+        self()  # warms up
+
+    def __call__(self) -> Views:
+        """The views of the batch."""
+        return make_batched_views(self._batch, self._settings, dtype=self._dtype)
+
+
+def weight_type(precision: str) -> torch.dtype:
+    """What a network's weights are in; under autocast products are taken in less."""
+    return torch.float64 if precision == "64-true" else torch.float32
+
+
+def product_type(precision: str) -> torch.dtype:
+    """What products of matrices are taken in, and views are made in."""
+    return torch.bfloat16 if precision == "bf16-mixed" else weight_type(precision)
+
+
+def random_views(case: Case, *, dtype: torch.dtype = torch.float32) -> Views:
+    """Normal noise in the shapes of the case's views, on its device."""
+    settings, batch = ViewSettings(**case.views), case.batch_size
+    large, small = settings.rand_size, settings.focal_side
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=case.device, dtype=dtype)
+
+    return Views(
+        noise(batch, 3, large, large),
+        noise(settings.rand_views, batch, 3, large, large),
+        noise(settings.focal_views, batch, 3, small, small),
+    )
+
+
+def bench_step(settings: dict[str, Any], console: Console) -> list[dict[str, Any]]:
+    """Measure the step beside the rate of a large matrix product, in turns.
+
+    Args:
+        settings: `model`, `method`, `data`, `trainer` as for training, `batch_size`, `rounds`,
+            `chunk_size`, `compile`.
+        console: where the tables are shown.
+
+    Returns:
+        The rows of `step_rows`.
+
+    Raises:
+        UserError: a setting is wrong.
+    """
+    case = case_of(settings)
+    device, dtype = torch.device(case.device), product_type(case.precision)
+    measure_matrix_rate(device, dtype)  # takes its memory before the step fills the device
+    before, method = memory_of_process("VmRSS"), MsnStep(case)
+    first = [seconds_per_step(method, 1, device) for _ in range(WARM_UP)]
+    # Steps have reached their full size; the parts below make views, which is other memory.
+    peak = peak_memory(device, before)
+    method.parts()
+    repeats = repeats_of(first[-1], device)
+    seconds, rates, parts = [], [], []
+    for _ in range(settings["rounds"]):
+        rates.append(measure_matrix_rate(device, dtype))
+        seconds.append(seconds_per_step(method, repeats, device))
+        parts.append(method.parts())
+    facts = {
+        "first_step_s": first[0],
+        "peak_bytes": peak,
+        "compiled": method.compiled,
+        "parts": median_parts(parts),
+    }
+    rows = step_rows(case, {"msn": seconds}, statistics.median(rates), {"msn": facts})
+    show_step(rows, case, console)
+    return rows
+
+
+def seconds_per_step(method: Step, number: int, device: torch.device) -> float:
+    """Seconds of each of some steps, all waited for at their end."""
+    synchronise(device)
+    start = time.perf_counter()
+    for _ in range(number):
+        method.step()
+    synchronise(device)
+    return (time.perf_counter() - start) / number
+
+
+def repeats_of(seconds: float, device: torch.device) -> int:
+    """Steps of a measurement: on CUDA as many as take long enough."""
+    return 1 if device.type != "cuda" else max(1, round(_CUDA_SECONDS / seconds))
+
+
+def median_parts(parts: list[dict[str, float]]) -> dict[str, float]:
+    """The median of every part of some steps."""
+    return {name: statistics.median(part[name] for part in parts) for name in PARTS}
+
+
+def peak_memory(device: torch.device, before: int | None) -> int | None:
+    """Bytes that steps took at most: of the device, or of this process beyond those before."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    peak = memory_of_process("VmHWM")
+    return None if peak is None or before is None else peak - before
+
+
+def memory_of_process(name: str) -> int | None:
+    """VmRSS or VmHWM (its greatest value) of this process in bytes; None where not told."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
+
+
+def step_rows(
+    case: Case, seconds: dict[str, list[float]], rate: float, facts: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """A row per method and one of the limit.
+
+    Args:
+        case: what was measured.
+        seconds: per step, of every round, by the method's name.
+        rate: operations/s of a large matrix product.
+        facts: further entries of each method's row.
+
+    Returns:
+        Rows with name (of the methods, then matmul_limit), s_per_step, images_per_s, flops_per_s
+        (nominal, see `msn.training.cost`), share_of_limit, peak_bytes (beyond what was loaded; None
+        where the system does not tell), first_step_s, the settings that the numbers hang on
+        (precision is each row's own), and of msn parts.
+    """
+    flops = step_flops(case).total
+    common = {
+        "batch_size": case.batch_size,
+        "device": torch.cuda.get_device_name()
+        if case.device == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
+        "model": case.model,
+        "patch_drop": case.method["patch_drop"],
+        "chunk_size": case.chunk_size,
+        "compile": case.compile,
+    }
+    rows = []
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        rows.append(
+            {
+                "name": name,
+                "s_per_step": median,
+                "images_per_s": case.batch_size / median,
+                "flops_per_s": flops / median,
+                "share_of_limit": flops / median / rate,
+                **facts[name],
+                "precision": case.precision if name == "msn" else "32-true",
+                **common,
+            }
+        )
+    limit = {
+        "name": "matmul_limit",
+        "s_per_step": flops / rate,
+        "images_per_s": case.batch_size * rate / flops,
+        "flops_per_s": rate,
+        "share_of_limit": 1.0,
+        "peak_bytes": None,
+        "precision": case.precision,
+    }
+    return [*rows, {**limit, **common}]
+
+
+def show_step(rows: list[dict[str, Any]], case: Case, console: Console) -> None:
+    """Print the comparison and the time by part."""
+    first = rows[0]
+    compiled = "compiled" if first["compiled"] else "not compiled"
+    console.print(
+        f"A training step of {case.batch_size} images on {first['device']}: "
+        f"{step_flops(case).total / 1e9:,.0f} GFLOP nominal; msn in {case.precision}, {compiled}"
+    )
+    table = Table()
+    table.add_column("step")
+    for column in ("s", "x msn", "images/s", "GFLOP/s", "of limit", "GiB", "first s"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        peak, start = row["peak_bytes"], row.get("first_step_s")
+        table.add_row(
+            row["name"],
+            f"{row['s_per_step']:.3f}",
+            f"{row['s_per_step'] / first['s_per_step']:.2f}",
+            f"{row['images_per_s']:.2f}",
+            f"{row['flops_per_s'] / 1e9:,.0f}",
+            f"{100 * row['share_of_limit']:.0f} %",
+            "" if peak is None else f"{peak / 2**30:.2f}",
+            "" if start is None else f"{start:.1f}",
+        )
+    console.print(table)
+    parts = Table(title="Where msn's step goes, each part waited for; ms")
+    for name in PARTS:
+        parts.add_column(name, justify="right")
+    parts.add_row(*(f"{1000 * first['parts'][name]:.1f}" for name in PARTS))
+    console.print(parts)
