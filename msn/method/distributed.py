@@ -60,16 +60,19 @@ def whole(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def gathered(network: nn.Module) -> Iterator[None]:
-    """Within, parts of a cut network can be called on their own; all processes must do so."""
-    if not isinstance(network, FSDPModule):
-        yield
-        return
-    network.unshard()
+def gathered(network: nn.Module, part: nn.Module) -> Iterator[None]:
+    """Within, a part of a cut network can be called on its own; all processes must do so.
+
+    Holds that part whole on each process, and what the network does not cut block by block.
+    """
+    cut = [m for m in (network, *part.modules()) if isinstance(m, FSDPModule)]
+    for module in cut:
+        module.unshard()
     try:
         yield
     finally:
-        network.reshard()
+        for module in cut:
+            module.reshard()
 
 
 class BatchNorm(nn.BatchNorm1d):

@@ -9,7 +9,6 @@ once per block over everything; only attention is taken per view size. Parameter
 """
 
 import math
-import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -243,11 +242,11 @@ class VisionTransformer(nn.Module):
         tokens = self.embed(images, None)
         groups = ((tokens.shape[0], tokens.shape[1]),)
         packed, outputs = tokens.flatten(0, 1), []
-        with _as_written():
-            for index, block in enumerate(self.blocks):
-                packed = block(packed, groups)
-                if index >= self.depth - last:
-                    outputs.append(packed.view_as(tokens))
+        for index, block in enumerate(self.blocks):
+            # Not `block(...)`: compiled for training, it would compile anew for each batch size.
+            packed = block.forward(packed, groups)
+            if index >= self.depth - last:
+                outputs.append(packed.view_as(tokens))
         return outputs
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
@@ -256,35 +255,6 @@ class VisionTransformer(nn.Module):
                 f"image size {height} x {width} is not divisible by patch_size {self.patch_size}"
             )
         return height // self.patch_size, width // self.patch_size
-
-
-def _as_written() -> AbstractContextManager[object]:
-    """Blocks compiled for training steps run uncompiled: each batch size would compile anew."""
-    return nullcontext() if torch.compiler.is_compiling() else _EAGER
-
-
-class _Eager(AbstractContextManager[object]):
-    """The compiler's stance is global: with one thread a device, the last to leave restores it."""
-
-    def __init__(self) -> None:
-        self._lock, self._inside = threading.Lock(), 0
-        self._stance: AbstractContextManager[object] = nullcontext()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._inside += 1
-            if self._inside == 1:
-                self._stance = torch.compiler.set_stance("force_eager")
-                self._stance.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                self._stance.__exit__(None, None, None)
-
-
-_EAGER = _Eager()
 
 
 def init_linear(module: nn.Module) -> None:

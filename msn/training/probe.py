@@ -70,15 +70,14 @@ class Probe(Callback):
         assert isinstance(pl_module, MSNModule)
         if self._images is None:
             self._images = self._choose(data_of(trainer), pl_module)
+        trunk = pl_module.network.target.trunk
         # All processes probe alike: a sharded trunk needs every one of them.
-        # Eager: other shapes than those of a step would make compiled blocks compile again.
         with (
             torch.no_grad(),
-            torch.compiler.set_stance("force_eager"),
             trainer.precision_plugin.forward_context(),
-            gathered(pl_module.network),
+            gathered(pl_module.network, trunk),
         ):
-            self.latest = self._images.figures(pl_module.network.target.trunk)
+            self.latest = self._images.figures(trunk)
         self.latest_epoch = trainer.current_epoch
         for logger in trainer.loggers:
             logger.log_metrics({"epoch": epoch - 1, **self.latest}, step=trainer.global_step)

@@ -82,6 +82,8 @@ def parallel(step, counted):
 def several_steps(images, rank=0, world=1, spoil=False, cut=False, chunk_size=None):
     """Loss, terms, targets, gradients and buffers of the first step, weights after five of them.
 
+    And features of the target's trunk after three.
+
     The gradient is DDP's, or FSDP2's where the network is cut. With `spoil` process 1 brings
     not-a-number in the third step.
     """
@@ -113,6 +115,10 @@ def several_steps(images, rank=0, world=1, spoil=False, cut=False, chunk_size=No
         optimizer.step()
         network.update_target(0.9, check.skip)
         skipped.append(float(check.skip))
+        if number == 2:  # training goes on afterwards
+            trunk = network.target.trunk
+            with torch.no_grad(), distributed.gathered(network, trunk):
+                result["features"] = trunk.forward_features(images[0], norm=True)
     result |= {f"weight {n}": whole(p.detach()).clone() for n, p in network.named_parameters()}
     result["skipped"] = torch.tensor(skipped)
     return result, dict(counted)
