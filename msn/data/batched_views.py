@@ -20,15 +20,13 @@ from torch import Tensor
 
 from msn.compilers import missing_compiler
 from msn.data.colour import (
-    HUE_PLANES,
+    HUE_STEPS,
     blend,
     blur_matrices,
     blur_taps,
-    channels_of,
     gray_image,
     mean_gray,
     turn_hue,
-    whole_turns,
 )
 from msn.data.dataset import ImageBatch
 from msn.data.views import (
@@ -47,7 +45,6 @@ from msn.data.views import (
 
 log = logging.getLogger(__name__)
 
-KERNELS = ("native", "whole", "cuda")
 _CACHED_PIXELS = 1 << 18  # measured best of 2**12 to 2**18, 2-core CPU
 _WHOLE_UP_TO = 64  # px
 _CHUNK_BYTES = 1 << 28  # of images, weights and half-made crops at a time
@@ -131,7 +128,7 @@ def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
 def _recolour(pixels: Tensor, columns: dict[str, Tensor], greatest_blur: float) -> None:
     """Jitter, gray and blur of views [n, 3, S, S], in place."""
     _jitter(pixels, columns)
-    _change(pixels, columns["gray"] > 0, lambda part, _: part.copy_(gray_image(channels_of(part))))
+    _change(pixels, columns["gray"] > 0, lambda part, _: part.copy_(gray_image(part)))
 
     def blur(part: Tensor, rows: Tensor) -> None:
         taps = torch.from_numpy(blur_taps(columns["blur"][rows].numpy(), greatest_blur))
@@ -162,15 +159,13 @@ def _apply(part: Tensor, change: int, factor: Tensor) -> None:
     """One change of [n, 3, S, S] by factors float32 [n], in place."""
     factor = factor.view(-1, 1, 1, 1)
     if change == HUE:
-        scratch = part.new_empty(HUE_PLANES, len(part), 1, *part.shape[2:]).unbind()
-        turn_hue(part, channels_of(part), whole_turns(factor), scratch)
-        return
-    base: Tensor | float = 0.0
-    if change == CONTRAST:
-        base = mean_gray(part)
+        turn_hue(part, (factor * HUE_STEPS).trunc() / HUE_STEPS)
+    elif change == CONTRAST:
+        blend(part, mean_gray(part), factor)
     elif change == SATURATION:
-        base = gray_image(channels_of(part))
-    blend(part, base, factor)
+        blend(part, gray_image(part), factor)
+    else:
+        blend(part, None, factor)
 
 
 def _change(pixels: Tensor, mask: Tensor, change: Callable[[Tensor, Tensor], object]) -> None:

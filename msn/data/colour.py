@@ -1,6 +1,6 @@
-"""Colour changes and blur as Pillow makes them, for one view or many at once, on any device.
+"""Colour changes and blur as Pillow makes them, for many views at once, on any device.
 
-Pixels are floats from 0 to 255, planes first: [..., 3, H, W]. Brightness, contrast and saturation
+Pixels are floats from 0 to 255, planes first: [n, 3, H, W]. Brightness, contrast and saturation
 move a view towards or away from a base: black, its mean gray, its gray image. Hue turns the colour
 circle. Pillow works in whole gray levels and cuts fractions off; here they are kept, less the half
 level that cutting costs on average, which is nearer to Pillow than it shows and costs nothing.
@@ -9,7 +9,6 @@ Everything is in place: on a CPU fresh memory costs more than the arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -19,28 +18,18 @@ from torch import Tensor
 # ITU-R 601 luma with the 16-bit weights that Pillow uses.
 LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
 HUE_STEPS = 255  # Pillow turns the hue by whole 1/255 of the circle, fractions cut off
-HUE_PLANES = 5  # scratch planes that `turn_hue` needs
 _BOXES = 3  # of Pillow's Gaussian blur
 CUT = 0.5  # gray levels that are lost on average when fractions are cut off
 
 
-Channels = Sequence[Tensor]
-
-
-def channels_of(pixels: Tensor) -> Channels:
-    """Red, green and blue of [..., 3, H, W] as views [..., 1, H, W]."""
-    return pixels.split(1, -3)
-
-
-def gray_image(channels: Channels, out: Tensor | None = None) -> Tensor:
-    """Gray values of a colour image, [..., 1, H, W]."""
-    red, green, blue = channels
-    gray = torch.mul(red, LUMA[0], out=out)
-    return gray.add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
+def gray_image(pixels: Tensor) -> Tensor:
+    """Gray values of colour images, [n, 3, H, W] to [n, 1, H, W]."""
+    red, green, blue = pixels.split(1, 1)
+    return torch.mul(red, LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 
 
 def mean_gray(pixels: Tensor) -> Tensor:
-    """Mean gray of views, [..., 3, H, W] to [..., 1, 1, 1]: a whole number, as Pillow's is."""
+    """Mean gray of views, [n, 3, H, W] to [n, 1, 1, 1]: a whole number, as Pillow's is."""
     means = pixels.flatten(-2).mean(-1, dtype=torch.float32)
     gray = (means @ _luma(pixels.device)).add_(0.5).floor_()
     return gray.to(pixels.dtype)[..., None, None, None]
@@ -51,25 +40,19 @@ def _luma(device: torch.device) -> Tensor:
     return torch.tensor(LUMA, device=device)
 
 
-def blend(pixels: Tensor, base: Tensor | float, factor: Tensor | float) -> Tensor:
+def blend(pixels: Tensor, base: Tensor | None, factor: Tensor) -> Tensor:
     """Move pixels away from a base, in place: factor 0 gives the base, 1 the pixels, 2 beyond.
 
     Args:
-        pixels: [..., 3, H, W].
-        base: broadcasts against `pixels`; overwritten if it is a tensor.
-        factor: a number for all pixels, or a tensor that broadcasts against base and `pixels`.
+        pixels: [n, 3, H, W].
+        base: broadcasts against `pixels` and is overwritten; None is black.
+        factor: [n, 1, 1, 1].
     """
-    if isinstance(factor, Tensor):
-        rest = base.mul_(1 - factor).sub_(CUT) if isinstance(base, Tensor) else base - CUT
-        return pixels.mul_(factor).add_(rest).clamp_(0, 255)
-    base = torch.as_tensor(base, dtype=pixels.dtype, device=pixels.device)
-    base.mul_(1 - factor).sub_(CUT)
-    return torch.add(base, pixels, alpha=factor, out=pixels).clamp_(0, 255)
+    rest = -CUT if base is None else base.mul_(1 - factor).sub_(CUT)
+    return pixels.mul_(factor).add_(rest).clamp_(0, 255)
 
 
-def turn_hue(
-    pixels: Tensor, channels: Channels, turns: Tensor | float, scratch: Sequence[Tensor]
-) -> Tensor:
+def turn_hue(pixels: Tensor, turns: Tensor) -> Tensor:
     """Turn the colours around the circle in place; value and saturation stay.
 
     Written without masks and divisions. With the angle h in sixths of the circle from red, in
@@ -77,13 +60,11 @@ def turn_hue(
     on and linear between: clamp(high + c - c * distance, low, high).
 
     Args:
-        pixels: [..., 3, H, W].
-        channels: of `channels_of`.
-        turns: in [-0.5, 0.5]; a number for all pixels, or a tensor [..., 1, 1, 1].
-        scratch: HUE_PLANES planes [..., 1, H, W], overwritten.
+        pixels: [n, 3, H, W].
+        turns: in [-0.5, 0.5], [n, 1, 1, 1].
     """
-    red, green, blue = channels
-    high, low, chroma, angle, other = scratch
+    red, green, blue = pixels.split(1, 1)
+    high, low, chroma, angle, other = pixels.new_empty(5, *red.shape).unbind()
     torch.maximum(torch.maximum(red, green, out=high), blue, out=high)
     torch.minimum(torch.minimum(red, green, out=low), blue, out=low)
     torch.sub(high, low, out=chroma)
@@ -95,10 +76,7 @@ def turn_hue(
     torch.sub(high, red, out=angle)  # p
     torch.sub(chroma, other, out=blue)  # c - q
     other.add_(angle).add_(torch.minimum(angle, blue, out=blue), alpha=2).copysign_(green)
-    if isinstance(turns, Tensor):
-        torch.addcmul(other, chroma, (6 * turns).to(chroma.dtype), out=angle)
-    else:
-        torch.add(other, chroma, alpha=6 * turns, out=angle)  # in [-6c, 6c]
+    torch.addcmul(other, chroma, (6 * turns).to(chroma.dtype), out=angle)  # in [-6c, 6c]
 
     # Distances from red, green and blue are 3 - ||h| - 3|, ||h + 1| - 3| and ||h - 1| - 3|.
     red.copy_(angle)
@@ -108,13 +86,6 @@ def turn_hue(
     pixels.abs_().sub_(chroma.mul_(3)).abs_()
     torch.sub(chroma, red, out=red)
     return torch.clamp(torch.sub(other, pixels, out=pixels), low, high, out=pixels)
-
-
-def whole_turns(hue: Tensor | float) -> Tensor | float:
-    """The turn that Pillow makes of a hue in [-0.5, 0.5]."""
-    if isinstance(hue, Tensor):
-        return (hue * HUE_STEPS).trunc() / HUE_STEPS
-    return int(hue * HUE_STEPS) / HUE_STEPS
 
 
 def box_radius(radius: np.ndarray) -> np.ndarray:
