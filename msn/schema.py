@@ -27,18 +27,25 @@ class Range(NamedTuple):
     high: float = math.inf
     above_low: bool = False
     """Whether `low` itself is outside."""
+    below_high: bool = False
+    """Whether `high` itself is outside."""
 
-    def holds(self, value: float | Sequence[float]) -> bool:
-        """Whether a value is in the range."""
+    def holds(self, value: float | Sequence[float] | None) -> bool:
+        """Whether a value is in the range; None always is."""
+        if value is None:
+            return True
         if isinstance(value, Sequence):
             return len(value) == 2 and value[0] <= value[1] and all(map(self.holds, value))
-        return self.low <= value <= self.high and not (self.above_low and value == self.low)
+        if self.above_low and value == self.low or self.below_high and value == self.high:
+            return False
+        return self.low <= value <= self.high
 
     def __str__(self) -> str:
         """The range in a message."""
         if self.high == math.inf:
             return f"{'>' if self.above_low else '>='} {self.low:g}"
-        return f"in {'(' if self.above_low else '['}{self.low:g}, {self.high:g}]"
+        first, last = "(" if self.above_low else "[", ")" if self.below_high else "]"
+        return f"in {first}{self.low:g}, {self.high:g}{last}"
 
 
 def check_ranges(prefix: str, settings: Any) -> None:

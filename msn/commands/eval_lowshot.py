@@ -11,7 +11,6 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
 from msn.commands.entry import build, to_plain
-from msn.commands.evaluation_log import WandbLog
 from msn.commands.run_directory import choose_run_directory, forget_directory
 from msn.data.datamodule import resolve_workers
 from msn.data.dataset import LabelledImages
@@ -84,7 +83,11 @@ def _run(config: DictConfig) -> Path | None:
         in_memory = isinstance(train.images.source, ArraySource)
         if directory is not None and settings.get("logger"):
             # Before the work: it tells what is wrong.
-            log = stack.enter_context(WandbLog(directory.path, settings))
+            log = build(
+                config, "logger.wandb", save_dir=str(directory.path), job_type="eval_lowshot"
+            )
+            stack.push(log.close_after_error)
+            log.log_hyperparams(settings)
         results = evaluate(
             protocol,
             [*opened, *baselines(wanted, opened[0], settings["seed"])],
@@ -101,7 +104,7 @@ def _run(config: DictConfig) -> Path | None:
     write_table(directory.path, results, (train, held_out), settings)
     directory.write_status("finished")
     if log is not None:
-        log.write(directory.path, results)
+        log.log_results()
     print(f"run directory: {directory.path}")
     return directory.path
 

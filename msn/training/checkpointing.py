@@ -9,8 +9,9 @@ import logging
 import random
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from msn.errors import UserError
 from msn.files import remove_stale, write_checkpoint
 from msn.method.distributed import num_processes
-from msn.schema import flat
+from msn.schema import Range, check_ranges, flat
 from msn.weights.reading import checkpoints, epoch_and_step, newest_checkpoint
 
 log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def _write_and_tell(
 
 
 def copy_to_host(data: Any) -> Any:
-    """Nested plain data with every tensor copied to host memory that nobody else writes to."""
+    """Nested plain data with every tensor copied to host memory of its own."""
     copied = _copy_to_host(data)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -113,51 +114,45 @@ def _copy_to_host(data: Any) -> Any:
     return data
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """Settings of checkpoints; the values live in `configs/callbacks/default.yaml`.
+
+    Raises:
+        UserError: a number is out of its range.
+    """
+
+    directory: str | Path  # where files go
+    every_n_epochs: Annotated[int, Range(1)]  # the last epoch is always saved
+    every_n_steps: Annotated[int | None, Range(1)]  # also in the middle of epochs; None does not
+    keep_last: Annotated[int, Range(1)]  # newest files to keep
+    # Epochs whose files are never deleted; None keeps none for good.
+    keep_every_n_epochs: Annotated[int | None, Range(1)]
+    max_failures: Annotated[int, Range(1)]  # failed saves in a row after which the run stops
+
+    def __post_init__(self) -> None:
+        check_ranges("callbacks.checkpoint", self)
+
+
 class PeriodicCheckpoint(Checkpoint):
     """Save at intervals; keep the newest files and optionally every n-th epoch's for good.
 
-    A save that fails is reported and the run goes on; older checkpoints stay. Random states of all
-    processes are inside, so that a resumed run goes on exactly.
+    Files are named `epoch-E-step-S.ckpt` after E finished epochs and S steps. A save that fails is
+    reported and the run goes on; older checkpoints stay. Random states of all processes are inside,
+    so that a resumed run goes on exactly.
 
     Args:
-        directory: where files go, named `epoch-E-step-S.ckpt` after E finished epochs, S steps.
-        every_n_epochs: >= 1; the last epoch is always saved.
-        every_n_steps: also in the middle of epochs, >= 1; None does not.
-        keep_last: newest files to keep, >= 1.
-        keep_every_n_epochs: epochs whose files are never deleted, >= 1; None keeps none for good.
-        max_failures: failed saves in a row after which the run stops, >= 1.
-
-    Raises:
-        UserError: if a number is out of its range.
+        settings: those of `CheckpointSettings`, by keyword.
     """
 
-    def __init__(
-        self,
-        *,
-        directory: str | Path,
-        every_n_epochs: int,
-        every_n_steps: int | None,
-        keep_last: int,
-        keep_every_n_epochs: int | None,
-        max_failures: int,
-    ) -> None:
+    Settings = CheckpointSettings
+
+    def __init__(self, **settings: Any) -> None:
         super().__init__()
-        numbers = {
-            "every_n_epochs": every_n_epochs,
-            "every_n_steps": 1 if every_n_steps is None else every_n_steps,
-            "keep_last": keep_last,
-            "keep_every_n_epochs": 1 if keep_every_n_epochs is None else keep_every_n_epochs,
-            "max_failures": max_failures,
-        }
-        for name, value in numbers.items():
-            if value < 1:
-                raise UserError(f"callbacks.checkpoint.{name} must be >= 1, got {value}")
-        self.directory = Path(directory)
-        self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
-        self.keep_last, self.keep_every_n_epochs = keep_last, keep_every_n_epochs
-        self.max_failures = max_failures
+        self.settings = CheckpointSettings(**settings)
+        self.directory = Path(self.settings.directory)
         self._failures: list[str] = []
-        self._steps_an_epoch = 0
+        self._steps_per_epoch = 0
         self._random_states: list[dict[str, Any]] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
@@ -165,7 +160,7 @@ class PeriodicCheckpoint(Checkpoint):
             remove_stale(self.directory)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        self._steps_an_epoch = int(trainer.num_training_batches)
+        self._steps_per_epoch = int(trainer.num_training_batches)
         if self._random_states is not None:
             restore_random_state(self._random_states, trainer.global_rank)
             self._random_states = None
@@ -183,17 +178,20 @@ class PeriodicCheckpoint(Checkpoint):
     def on_train_batch_end(  # noqa: D102
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        due = self._is_due(trainer)
         # In an epoch's last step the epoch end, which comes at once, is the place to save.
         if due and not trainer.is_last_batch:
             self.save(trainer, finished_epochs=trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        epoch, last_batch = trainer.current_epoch + 1, trainer.global_step
-        due = self.every_n_steps is not None and last_batch % self.every_n_steps == 0
+        epoch = trainer.current_epoch + 1
         last = epoch == trainer.max_epochs
-        if due or last or epoch % self.every_n_epochs == 0:
+        if self._is_due(trainer) or last or epoch % self.settings.every_n_epochs == 0:
             self.save(trainer, finished_epochs=epoch, wait=last)
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        interval = self.settings.every_n_steps
+        return interval is not None and trainer.global_step % interval == 0
 
     def on_exception(  # noqa: D102
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -222,7 +220,7 @@ class PeriodicCheckpoint(Checkpoint):
         path = self.directory / f"epoch-{finished_epochs}-step-{trainer.global_step}.ckpt"
         if wait:
             writer.wait()
-        if self._agree(trainer, busy=writer.busy, allowed_failures=self.max_failures):
+        if self._agree(trainer, busy=writer.busy, allowed_failures=self.settings.max_failures):
             log.warning("no %s: the file before it is still being written", path.name)
             return None
         trainer.save_checkpoint(path)
@@ -257,7 +255,7 @@ class PeriodicCheckpoint(Checkpoint):
             for path in checkpoints(self.directory)
             if epoch_and_step(path) <= epoch_and_step(written) and not self._is_for_good(path)
         ]
-        for path in removable[: -self.keep_last]:
+        for path in removable[: -self.settings.keep_last]:
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
@@ -265,9 +263,9 @@ class PeriodicCheckpoint(Checkpoint):
 
     def _is_for_good(self, path: Path) -> bool:
         epoch, step = epoch_and_step(path)
-        if self.keep_every_n_epochs is None or epoch % self.keep_every_n_epochs:
+        if self.settings.keep_every_n_epochs is None or epoch % self.settings.keep_every_n_epochs:
             return False
-        return epoch > 0 and step == epoch * self._steps_an_epoch  # not in the epoch's middle
+        return epoch > 0 and step == epoch * self._steps_per_epoch  # not in the epoch's middle
 
     def _writer(self, trainer: Trainer) -> DurableCheckpointIO:
         writer = trainer.strategy.checkpoint_io

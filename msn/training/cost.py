@@ -273,7 +273,7 @@ _LONGEST_PRODUCT, _LEAST_SIDE = 1.0, 256
 
 
 def measure_matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large matrix product on this device, now.
+    """Floating-point operations per second of a large matrix product on this device, now.
 
     Takes about a second, six where products are very slow; their size is smaller then. The best of
     a few tries counts: other programs only ever slow it down.

@@ -169,7 +169,7 @@ class _Seen(NamedTuple):
 
 
 class Guard(Callback):
-    """Let no step be taken that has a number that is not finite, and stop after several in a row.
+    """Skip every step that has a number that is not finite; stop after several in a row.
 
     The decision falls on the device (`FiniteCheck`); the host reads it a few steps later and so
     never waits. All processes read the same and stop at the same step.

@@ -34,9 +34,8 @@ _OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", 
 _MEETING = ("MASTER_ADDR", "MASTER_PORT")
 SAY_AFTER, GIVE_UP_AFTER = 30.0, 600.0
 """Seconds of waiting for other processes until it is said, and until the process ends."""
-
-
 _RANK_AND_WORLD = (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"))
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Launch(NamedTuple):
@@ -161,9 +160,6 @@ def meeting() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-
 def join_launched_processes(environment: MutableMapping[str, str]) -> None:
     """Tell torch what srun says: its rendezvous reads the words of torchrun.
 
@@ -186,15 +182,15 @@ def join_launched_processes(environment: MutableMapping[str, str]) -> None:
 def fit_devices(
     launch: Launch | None, devices: int | str | list[int], num_nodes: int
 ) -> tuple[int | str | list[int], int]:
-    """Number of devices a node and of nodes that fit how the run was started.
+    """Number of devices per node and of nodes that fit how the run was started.
 
     Args:
         launch: see `read_launch`.
-        devices: as set; "auto" takes one a started process.
+        devices: as set; "auto" takes one per started process.
         num_nodes: as set; 1 takes what was started.
 
     Raises:
-        UserError: if several nodes are wished but nothing has started processes on them.
+        UserError: if several nodes are wanted but nothing has started processes on them.
     """
     if launch is None:
         if num_nodes > 1:

@@ -20,6 +20,7 @@ from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from msn.errors import UserError
+from msn.evaluation.sets import table_key
 from msn.files import read_rows, write_atomically
 from msn.training.judge import VERDICTS_FILE, read_verdicts
 
@@ -149,12 +150,6 @@ def tables(directory: Path) -> dict[str, Table]:
     return found
 
 
-def wandb_refusal(error: Exception) -> UserError:
-    """What wandb said when it began no run, in one line."""
-    reason = " ".join(str(error).split())
-    return UserError(f"logger=wandb: {reason}; WANDB_MODE=offline needs no login")
-
-
 class WandbRun(WandbLogger):
     """A run of Weights & Biases that is the same one after a resume.
 
@@ -166,12 +161,21 @@ class WandbRun(WandbLogger):
         project: of wandb.
         name: of the run; None takes the last two parts of the run directory.
         artifacts: one of `ARTIFACTS` or several joined by a comma.
+        job_type: of wandb; None for a training.
 
     Raises:
         UserError: if `artifacts` is none of these.
     """
 
-    def __init__(self, *, save_dir: str, project: str, name: str | None, artifacts: str) -> None:
+    def __init__(
+        self,
+        *,
+        save_dir: str,
+        project: str,
+        name: str | None,
+        artifacts: str,
+        job_type: str | None = None,
+    ) -> None:
         self._wanted = [part.strip() for part in artifacts.split(",")]
         for part in self._wanted:
             if part not in ARTIFACTS:
@@ -181,7 +185,7 @@ class WandbRun(WandbLogger):
         self._directory = Path(save_dir)
         absolute = self._directory.absolute()
         name = name or f"{absolute.parent.name}/{absolute.name}"
-        super().__init__(save_dir=save_dir, project=project, name=name, log_model=False)
+        super().__init__(save_dir=save_dir, project=project, name=name, job_type=job_type)
 
     @property
     @rank_zero_experiment
@@ -202,19 +206,31 @@ class WandbRun(WandbLogger):
             except Exception as error:  # of login, network or settings: wandb has many classes
                 if is_new:
                     shutil.rmtree(folder, ignore_errors=True)
-                raise wandb_refusal(error) from None
+                reason = " ".join(str(error).split())
+                raise UserError(
+                    f"logger=wandb: {reason}; WANDB_MODE=offline needs no login"
+                ) from None
             if known is None:
                 file.write_text(f"{run.id}\n")
         return super().experiment
 
     @rank_zero_only
     def log_results(self) -> None:
-        """Log the tables of the run directory and the wanted artifacts, and end the run."""
+        """Log what the run directory holds, and end the run.
+
+        That is its tables, the top-1 of each row of the low-shot table as a summary value, the
+        curve and the wanted artifacts.
+        """
         import wandb
 
-        run = self.experiment
+        run, lowshot = self.experiment, self._directory / "lowshot.json"
         for name, table in tables(self._directory).items():
             run.log({name: wandb.Table(columns=[*table.columns], data=table.rows)})
+        for row in json.loads(lowshot.read_text())["rows"] if lowshot.is_file() else []:
+            parts = ["lowshot", row["backbone"], *filter(None, table_key(row))]
+            run.summary["/".join(parts)] = row["top1_mean"]
+        if (curve := lowshot.with_suffix(".png")).is_file():
+            run.log({"lowshot_curve": wandb.Image(str(curve))})
         for kind in self._wanted:
             files = [self._directory / file for file in ARTIFACTS[kind]]
             if present := [file for file in files if file.is_file()]:
@@ -223,6 +239,12 @@ class WandbRun(WandbLogger):
                     artifact.add_file(str(file))
                 run.log_artifact(artifact)
         run.finish()
+
+    @rank_zero_only
+    def close_after_error(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Close a run that failed, at the end of a context."""
+        if kind is not None:
+            self.close(failed=True)
 
     @rank_zero_only
     def close(self, *, failed: bool) -> None:

@@ -49,7 +49,7 @@ class MSNModule(LightningModule):
         compile: bool | str,
     ) -> None:
         super().__init__()
-        self._compile_wish = compilation(compile)
+        self._compilation = compilation(compile)
         if chunk_size is not None and chunk_size < 1:
             raise UserError(f"chunk_size must be >= 1 image or null, got {chunk_size}")
         refuse_unknown("model", model, VisionTransformer)
@@ -139,7 +139,7 @@ class MSNModule(LightningModule):
 
     def make_fast(self, device: torch.device) -> bool:
         """Prepare the network for steps on a device, see `msn.training.strategy.make_fast`."""
-        return make_fast(self.network, device, compile_wish=self._compile_wish)
+        return make_fast(self.network, device, wanted=self._compilation)
 
     def on_train_epoch_start(self) -> None:
         """Put the target into train mode too: its head normalises by its own batches (A.1).

@@ -180,7 +180,7 @@ def _scheduled(module: MSNModule, step: int) -> dict[str, float]:
     return {f"schedule/{name}": value for name, value in module.schedule.at(step)._asdict().items()}
 
 
-# A window holds at least so many images a prototype and a feature dimension, at most twice that.
+# A window holds at least so many images per prototype and per feature, at most twice that.
 IMAGES_PER_PROTOTYPE, IMAGES_PER_DIMENSION = 8, 4
 
 

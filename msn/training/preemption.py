@@ -31,7 +31,7 @@ _SIGNALS = {
     **{signal.SIGUSR1: 2, signal.SIGUSR2: 2},
 }
 # Launchers and clusters send the same signal several times (to the group, by srun, by the agent).
-_SAME_WISH_SECONDS = 0.5
+_SAME_SIGNAL_SECONDS = 0.5
 
 
 class Preempted(BaseException):
@@ -63,7 +63,7 @@ class Preemption(Callback):
         requeue: under SLURM, SIGUSR1 and SIGUSR2 also requeue the job.
 
     Attributes:
-        received: 0, or the number of the wish that a signal brought.
+        received: 0, or what a signal asked for, see `_SIGNALS`.
     """
 
     def __init__(self, *, requeue: bool) -> None:
@@ -120,22 +120,22 @@ class Preemption(Callback):
     def on_train_batch_end(  # noqa: D102
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        wish = self._agreed()
-        if wish and trainer.is_last_batch:
-            self.received = wish  # the epoch end, which comes at once, is the place to save
-        elif wish:
-            self._save_and_stop(trainer, wish, finished_epochs=trainer.current_epoch)
+        asked = self._agreed()
+        if asked and trainer.is_last_batch:
+            self.received = asked  # the epoch end, which comes at once, is the place to save
+        elif asked:
+            self._save_and_stop(trainer, asked, finished_epochs=trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        wish = self._agreed(last=True)
-        if wish:
-            self._save_and_stop(trainer, wish, finished_epochs=trainer.current_epoch + 1)
+        asked = self._agreed(last=True)
+        if asked:
+            self._save_and_stop(trainer, asked, finished_epochs=trainer.current_epoch + 1)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             return  # a data worker, which inherits the handler and ends when it is told to
         now = time.monotonic()
-        if self.received and now - self._at > _SAME_WISH_SECONDS:
+        if self.received and now - self._at > _SAME_SIGNAL_SECONDS:
             os._exit(128 + number)
         is_first = not self.received
         if is_first:
@@ -147,7 +147,7 @@ class Preemption(Callback):
             os.write(2, b"\ninterrupted: saving after this step; once more ends at once\n")
 
     def _agreed(self, *, last: bool = False) -> int:
-        """The wish that all processes know of: that of the step before, on several processes."""
+        """What all processes know to be asked for; on several, as of the step before."""
         if self._group is None:
             return self.received
         agreed = self._finish_exchange()
@@ -163,14 +163,14 @@ class Preemption(Callback):
         work.wait()
         return int(flag)
 
-    def _save_and_stop(self, trainer: Trainer, wish: int, *, finished_epochs: int) -> None:
+    def _save_and_stop(self, trainer: Trainer, asked: int, *, finished_epochs: int) -> None:
         (saver,) = callbacks_of(trainer, PeriodicCheckpoint)
         path = saver.save(trainer, finished_epochs=finished_epochs, wait=True)
         assert path is not None
-        raise Preempted(path, requeue=self._requeues(wish))
+        raise Preempted(path, requeue=self._requeues(asked))
 
-    def _requeues(self, wish: int) -> bool:
-        return self.requeue and wish == _SIGNALS[signal.SIGUSR1]
+    def _requeues(self, asked: int) -> bool:
+        return self.requeue and asked == _SIGNALS[signal.SIGUSR1]
 
 
 def requeue_slurm_job() -> str | None:

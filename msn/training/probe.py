@@ -1,6 +1,7 @@
 """Probe of the target's features while they are trained; nothing is learnt from it."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,11 +12,11 @@ from msn.data.datamodule import MSNDataModule
 from msn.data.dataset import LabelledImages, TrainingSet
 from msn.data.sampler import BatchKey
 from msn.data.views import IMAGENET_MEAN, IMAGENET_STD
-from msn.errors import UserError
 from msn.evaluation.features import forward_feature
 from msn.evaluation.neighbours import alignment, knn_predictions, rankme, uniformity
 from msn.method.distributed import gathered
 from msn.method.vit import VisionTransformer
+from msn.schema import Range, check_ranges
 from msn.training.module import MSNModule
 from msn.training.trainer import data_of
 from msn.weights.backbone import image_transform
@@ -24,6 +25,22 @@ NEIGHBOURS = 10
 PAIRS = 128  # training images of which two views are compared
 _BATCH = 256
 _NORMALISATION = (IMAGENET_MEAN, IMAGENET_STD)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSettings:
+    """Settings of the probe; the values live in `configs/callbacks/default.yaml`.
+
+    Raises:
+        UserError: a number is out of its range.
+    """
+
+    every_n_epochs: Annotated[int | None, Range(1)]  # and the last epoch; None never probes
+    references: Annotated[int, Range(1)]  # labelled training images that vote, at most
+    held_out: Annotated[int, Range(1)]  # held-out images that are classified, at most
+
+    def __post_init__(self) -> None:
+        check_ranges("callbacks.probe", self)
 
 
 class Probe(Callback):
@@ -35,37 +52,24 @@ class Probe(Callback):
     each time and stay on the device.
 
     Args:
-        every_n_epochs: >= 1, and the last epoch; None never probes.
-        references: labelled training images that vote, at most.
-        held_out: held-out images that are classified, at most.
+        settings: those of `ProbeSettings`, by keyword.
 
     Attributes:
         latest: what was logged last.
         latest_epoch: in which epoch, 0-based; -1 before the first time.
-
-    Raises:
-        UserError: if a number is out of its range.
     """
 
-    def __init__(self, *, every_n_epochs: int | None, references: int, held_out: int) -> None:
-        for name, value in {
-            "every_n_epochs": 1 if every_n_epochs is None else every_n_epochs,
-            "references": references,
-            "held_out": held_out,
-        }.items():
-            if value < 1:
-                raise UserError(f"callbacks.probe.{name} must be >= 1, got {value}")
-        self.every_n_epochs = every_n_epochs
-        self.references, self.held_out = references, held_out
+    Settings = ProbeSettings
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = ProbeSettings(**settings)
         self.latest: dict[str, float] = {}
         self.latest_epoch = -1
         self._images: _Labelled | _Pairs | None = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        epoch = trainer.current_epoch + 1
-        if self.every_n_epochs is None:
-            return
-        if epoch % self.every_n_epochs and epoch != trainer.max_epochs:
+        epoch, interval = trainer.current_epoch + 1, self.settings.every_n_epochs
+        if interval is None or epoch % interval and epoch != trainer.max_epochs:
             return
         assert isinstance(pl_module, MSNModule)
         if self._images is None:
@@ -87,9 +91,10 @@ class Probe(Callback):
         if labelled is None:
             return _draw_pairs(data, module.device)
         size = module.network.target.trunk.img_size
+        wanted = (self.settings.references, self.settings.held_out)
         references, held_out = (
             _draw(images, most, size, module.device)
-            for images, most in zip(labelled, (self.references, self.held_out), strict=True)
+            for images, most in zip(labelled, wanted, strict=True)
         )
         return _Labelled(references, held_out, len(labelled[0].classes))
 

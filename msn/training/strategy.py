@@ -19,32 +19,32 @@ from msn.method.network import MSN
 log = logging.getLogger(__name__)
 
 
-def compilation(wish: bool | str) -> bool | None:
+def compilation(setting: bool | str) -> bool | None:
     """Read the setting `compile`: true, false, or None for auto.
 
     Raises:
         UserError: if it is something else.
     """
-    if wish == "auto":
+    if setting == "auto":
         return None
-    if isinstance(wish, bool):
-        return wish
-    raise UserError(f"compile must be true, false or auto, got {wish!r}")
+    if isinstance(setting, bool):
+        return setting
+    raise UserError(f"compile must be true, false or auto, got {setting!r}")
 
 
-def make_fast(network: MSN, device: torch.device, *, compile_wish: bool | None) -> bool:
+def make_fast(network: MSN, device: torch.device, *, wanted: bool | None) -> bool:
     """Prepare a network that lies on its device for training.
 
     Args:
         network: changed in place; parameters and their names stay.
         device: where it will train.
-        compile_wish: compile the blocks; None does on CUDA alone (on a CPU it measured no faster).
+        wanted: compile the blocks; None does on CUDA alone (on a CPU it measured no faster).
 
     Returns:
         Whether the blocks are compiled.
     """
     keep_freed_memory()
-    compiles = device.type == "cuda" if compile_wish is None else compile_wish
+    compiles = device.type == "cuda" if wanted is None else wanted
     if compiles and (missing := missing_compiler(device.type)):
         log.warning("compile: there is no %s; the blocks are not compiled", missing)
         compiles = False

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -203,6 +204,7 @@ def test_a_missing_login_of_wandb_is_told_before_the_work(
     def worked(*arguments, **more):
         raise AssertionError("features were extracted first")
 
+    monkeypatch.setattr(wandb, "run", None)
     monkeypatch.setattr(wandb, "init", init)
     monkeypatch.setattr(eval_lowshot, "evaluate", worked)
     arguments = [f"checkpoint={run}", "logger=wandb", f"data.root={images}", *SMALL]
@@ -218,11 +220,10 @@ def test_a_numbered_run_is_finished_before_it_is_logged(
 ):
     wandb = pytest.importorskip("wandb")
 
-    class Run:
-        def log(self, values):
-            raise OSError("no answer")
-
-    monkeypatch.setattr(wandb, "init", lambda **settings: Run())
+    silent = MagicMock(id="x")
+    silent.log.side_effect = OSError("no answer")
+    monkeypatch.setattr(wandb, "run", None)
+    monkeypatch.setattr(wandb, "init", lambda **settings: silent)
     arguments = [f"checkpoint={run}", "baselines=[]", "logger=wandb", f"data.root={images}", *SMALL]
     code, _, err = command("eval_lowshot", *arguments, f"run.root={tmp_path / 'runs'}")
     assert code == 2, err
@@ -235,14 +236,14 @@ def test_a_failed_evaluation_closes_its_run_of_wandb(command, tmp_path, images, 
     wandb = pytest.importorskip("wandb")
     ended = []
 
-    class Run:
-        def finish(self, exit_code):
-            ended.append((exit_code, (tmp_path / "out").is_dir()))
+    begun = MagicMock(id="x")
+    begun.finish = lambda exit_code: ended.append((exit_code, (tmp_path / "out").is_dir()))
 
     def fails(*arguments, **more):
         raise OSError("no")
 
-    monkeypatch.setattr(wandb, "init", lambda **settings: Run())
+    monkeypatch.setattr(wandb, "run", None)
+    monkeypatch.setattr(wandb, "init", lambda **settings: begun)
     monkeypatch.setattr(eval_lowshot, "evaluate", fails)
     arguments = [f"checkpoint={run}", "logger=wandb", f"data.root={images}", *SMALL]
     assert command("eval_lowshot", *arguments, f"run.dir={tmp_path / 'out'}")[0] == 2

@@ -103,7 +103,7 @@ SETTINGS = [
     ("trainer.precision", "16-mixed", "trainer.precision must be"),
     ("trainer.precision", "bf16-true", "trainer.precision must be"),
     ("callbacks.probe", None, "callbacks.probe must be a group of keys"),
-    ("callbacks.probe.references", 0, "callbacks.probe.references must be >= 1"),
+    ("callbacks.probe.references", 0, "callbacks.probe.references=0: must be >= 1"),
     ("resume.mode", "foo", "resume.mode=foo: must be one of auto, never"),
     ("resume.force", "no", "resume.force must be true or false"),
     ("report", 3, "report must be true or false"),

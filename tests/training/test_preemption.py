@@ -42,7 +42,7 @@ KEYBOARD_AND_CLUSTER = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 def test_the_first_signal_is_a_flag_and_a_second_ends_the_process_at_once(number, monkeypatch):
     wish = 1 if number in KEYBOARD_AND_CLUSTER else 2
     assert in_child(listen_and_send(number)) == 40 + wish
-    monkeypatch.setattr(preemption, "_SAME_WISH_SECONDS", 0.01)
+    monkeypatch.setattr(preemption, "_SAME_SIGNAL_SECONDS", 0.01)
     assert in_child(listen_and_send(number, number, pause=0.05)) == 128 + number
 
 

@@ -72,5 +72,5 @@ def test_without_labels_views_of_an_image_are_compared(tmp_path):
 @pytest.mark.parametrize("name", ["every_n_epochs", "references", "held_out"])
 def test_numbers_below_one_are_refused(name):
     settings = {"every_n_epochs": 1, "references": 1, "held_out": 1, name: 0}
-    with pytest.raises(UserError, match=f"callbacks.probe.{name} must be >= 1"):
+    with pytest.raises(UserError, match=f"callbacks.probe.{name}=0: must be >= 1"):
         Probe(**settings)

@@ -90,12 +90,12 @@ def test_without_a_compiler_training_goes_on(monkeypatch, caplog, device, missin
     with caplog.at_level("INFO", logger="msn"):
         wish = None if device == "cuda" else True
         device = torch.device(device)
-        assert make_fast(network(), device, compile_wish=wish) is False
+        assert make_fast(network(), device, wanted=wish) is False
     assert f"no {missing}" in caplog.text
 
 
 def test_without_triton_training_on_cuda_goes_on(monkeypatch, caplog):
     monkeypatch.setattr("msn.compilers.importlib.util.find_spec", lambda name: None)
     with caplog.at_level("INFO", logger="msn"):
-        assert make_fast(network(), torch.device("cuda"), compile_wish=None) is False
+        assert make_fast(network(), torch.device("cuda"), wanted=None) is False
     assert "no Triton" in caplog.text
