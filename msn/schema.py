@@ -67,8 +67,23 @@ def check_ranges(prefix: str, settings: Any) -> None:
                 raise UserError(f"{prefix}.{name}={value}: must be {what}{allowed}")
 
 
-def make(prefix: str, settings: Mapping[str, Any], target: Callable[..., _Made]) -> _Made:
-    """Call a target with those of `settings` that it takes; see `take`."""
+def make(
+    prefix: str,
+    settings: Mapping[str, Any],
+    target: Callable[..., _Made],
+    *,
+    complete: bool = False,
+) -> _Made:
+    """Call a target with those of `settings` that it takes; see `take`.
+
+    Args:
+        prefix: where the settings stand, for messages.
+        settings: names and values.
+        target: see `take`.
+        complete: refuse settings that the target does not take.
+    """
+    if complete:
+        refuse_unknown(prefix, settings, target)
     return target(**take(prefix, settings, target))
 
 

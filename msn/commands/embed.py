@@ -26,8 +26,14 @@ from msn.data.dataset import Subset
 from msn.data.sources import Source, find_depth, folder_source, list_source
 from msn.data.workers import in_one_line, make_loader
 from msn.errors import UserError
-from msn.evaluation.cache import digest_of, images_key, weights_key
-from msn.evaluation.features import check_feature, forward_feature, less_memory
+from msn.evaluation.features import (
+    check_feature,
+    digest_of,
+    forward_feature,
+    images_key,
+    less_memory,
+    weights_key,
+)
 from msn.files import write_bytes, writing_to
 from msn.images.depth import RECORDED, check_depth, trained_depth
 from msn.images.kinds import BadImageError

@@ -27,10 +27,9 @@ from msn.evaluation.backbones import (
     random_backbone,
 )
 from msn.evaluation.features import check_feature
-from msn.evaluation.lowshot import PIXELS, evaluate
-from msn.evaluation.protocol import Protocol
-from msn.evaluation.results import print_table, write_results
+from msn.evaluation.lowshot import PIXELS, Protocol, evaluate
 from msn.evaluation.sets import Result
+from msn.evaluation.table import print_table, write_results
 from msn.images.depth import trained_depth
 from msn.schema import make
 from msn.training.launch import ignore_left_overs, join_launched_processes, meeting

@@ -13,8 +13,7 @@ from msn.commands.run_loggers import log_results
 from msn.data.datamodule import MSNDataModule
 from msn.evaluation.backbones import FrozenBackbone
 from msn.evaluation.features import check_feature
-from msn.evaluation.lowshot import evaluate
-from msn.evaluation.protocol import Protocol
+from msn.evaluation.lowshot import Protocol, evaluate
 from msn.training.module import MSNModule
 from msn.weights import save_backbone
 

@@ -29,12 +29,12 @@ from msn.evaluation.backbones import FrozenBackbone, open_backbone
 from msn.evaluation.features import FeatureSettings, Runtime, less_memory
 from msn.evaluation.frozen import Logistic, logistic_results
 from msn.evaluation.label_choice import METHODS, Choice, contact_sheet, cover_prototypes, k_medoids
-from msn.evaluation.sets import FeatureSet, LabelSet, held_out_features
+from msn.evaluation.sets import FeatureSet, LabelSet, Trial, held_out_features
 from msn.files import placed_at, write_bytes
 from msn.images.depth import check_depth, trained_depth
 from msn.images.kinds import BadImageError
 from msn.method.network import ProjectionHead
-from msn.schema import make, take
+from msn.schema import make
 from msn.weights import Weights, read_weights
 from msn.weights.reading import newest_valid_checkpoint
 from msn.weights.weights import check_heads
@@ -119,7 +119,7 @@ class _Chooser:
         self, config: Mapping[str, Any], subject: FrozenBackbone, weights: Weights, pool: Subset
     ) -> None:
         self.config, self.subject, self.weights, self.pool = config, subject, weights, pool
-        self.settings = FeatureSettings(**take("features", config["features"], FeatureSettings))
+        self.settings = make("features", config["features"], FeatureSettings)
         device = choose_device(config["device"])
         workers = resolve_workers(config["data"]["num_workers"], in_memory=False)
         self.runtime = Runtime((device,), workers, cache_directory(config["cache_dir"]))
@@ -150,15 +150,15 @@ class _Chooser:
         test_set = held_out_features(held_out, test)
         sets = [LabelSet("suggested", "suggested", choice.positions.sort().values)]
         sets += [LabelSet("random", f"seed {i}", r.sort().values) for i, r in enumerate(random)]
-        results = logistic_results(
+        trial = Trial(
             "msn",
+            self.settings.feature,
             sets,
             FeatureSet(self.features, train.labels, train.classes),
             test_set,
-            settings=Logistic(**take("logistic", self.config["logistic"], Logistic)),
-            feature=self.settings.feature,
-            device=self.runtime.devices[0],
+            self.runtime.devices[0],
         )
+        results = logistic_results(trial, make("logistic", self.config["logistic"], Logistic))
         covered = {
             "suggested": [len(train.labels[choice.positions].unique())],
             "random": [len(train.labels[positions].unique()) for positions in random],

@@ -29,7 +29,7 @@ from msn.commands.run_loggers import build_loggers, closed_loggers
 from msn.data.datamodule import MSNDataModule
 from msn.data.workers import in_one_line
 from msn.errors import UserError
-from msn.evaluation.protocol import Protocol
+from msn.evaluation.lowshot import Protocol
 from msn.images.depth import RECORDED
 from msn.method.distributed import process_index
 from msn.training.checkpointing import check_same_run, identity_of

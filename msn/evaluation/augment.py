@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from msn.data.sampler import counter_hash, permutation
+from msn.data.workers import make_loader
 from msn.evaluation.features import LabelledSet, Runtime, is_replaced
 
 _ORDER, _VIEW = 6, 7  # keep these draws apart
@@ -22,7 +23,6 @@ class AugmentedImages(Dataset[tuple[Tensor, int, bool]]):
 
     Args:
         images: labelled images.
-        positions: those to use, [n].
         transform: draws from the global generators of torch, numpy and Python.
         seed: of the draws.
         epoch: likewise.
@@ -31,26 +31,24 @@ class AugmentedImages(Dataset[tuple[Tensor, int, bool]]):
     def __init__(
         self,
         images: LabelledSet,
-        positions: Tensor,
         transform: Callable[[Image.Image], Tensor],
         *,
         seed: int,
         epoch: int,
     ) -> None:
-        self.images, self.positions, self.transform = images, positions, transform
+        self.images, self.transform = images, transform
         self.seed, self.epoch = seed, epoch
 
     def __len__(self) -> int:
         """Number of images."""
-        return len(self.positions)
+        return len(self.images)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int, bool]:
         """The view and label of image i, and whether another stands in its place."""
-        position = int(self.positions[i])
-        with seeded(self.seed, _VIEW, self.epoch, position):
-            image = self.images[position]
+        with seeded(self.seed, _VIEW, self.epoch, i):
+            image = self.images[i]
             view = self.transform(image)
-        return view, int(self.images.labels[position]), is_replaced(image)
+        return view, int(self.images.labels[i]), is_replaced(image)
 
 
 def epoch_batches(count: int, batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
@@ -64,11 +62,61 @@ def in_pieces(batch: Sequence[int], size: int) -> list[list[int]]:
     return [list(batch[at : at + size]) for at in range(0, len(batch), size)]
 
 
+def training_pieces(
+    images: LabelledSet,
+    transform: Callable[[Image.Image], Tensor],
+    *,
+    batch_size: int,
+    piece_size: int,
+    seed: int,
+    epoch: int,
+    runtime: Runtime,
+    replaced: set[int],
+) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+    """This process's share of every batch of an epoch, in pieces of views and labels.
+
+    Args:
+        images: labelled images.
+        transform: of each image, see `AugmentedImages`.
+        batch_size: images per batch over all processes.
+        piece_size: images per piece, at most.
+        seed: of order and views.
+        epoch: likewise.
+        runtime: devices, workers, processes.
+        replaced: numbers of images that others replace are added to it.
+
+    Returns:
+        For each batch its pieces, which must all be taken before the next batch.
+    """
+    views = AugmentedImages(images, transform, seed=seed, epoch=epoch)
+    batches = [
+        in_pieces(batch[runtime.rank :: runtime.world], piece_size)
+        for batch in epoch_batches(len(images), batch_size, seed=seed, epoch=epoch)
+    ]
+    loader = iter(
+        make_loader(
+            views,
+            batch_sampler=[piece for pieces in batches for piece in pieces],
+            num_workers=runtime.num_workers,
+            pin_memory=runtime.devices[0].type == "cuda",
+        )
+    )
+
+    def take(pieces: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        for piece in pieces:
+            seen, labels, others = next(loader)
+            replaced.update(i for i, other in zip(piece, others.tolist(), strict=True) if other)
+            yield seen, labels
+
+    for pieces in batches:
+        yield take(pieces)
+
+
 def over_processes(found: set[int], runtime: Runtime) -> set[int]:
     """What any process has found, where they share the work."""
     if not runtime.shared:
         return found
-    gathered: list[set[int]] = [set() for _ in range(dist.get_world_size())]
+    gathered: list[set[int]] = [set() for _ in range(runtime.world)]
     dist.all_gather_object(gathered, found)
     return set().union(*gathered)
 
@@ -78,7 +126,7 @@ def seeded(*coordinates: int, device: torch.device | None = None) -> Iterator[No
     """Seed torch, numpy and Python inside the block, and leave them as they were.
 
     Args:
-        coordinates: what the draws shall depend on.
+        coordinates: what the draws depend on.
         device: an accelerator whose generator is seeded too; None takes the CPU's alone.
     """
     with _seeded_host(*coordinates) as seed:

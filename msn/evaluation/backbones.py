@@ -4,19 +4,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import timm
 import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from msn.errors import UserError
 from msn.evaluation.features import (
     Extracted,
     FeatureSettings,
     LabelledSet,
+    NoNetwork,
     Runtime,
     extract_features,
 )
@@ -27,22 +28,6 @@ from msn.weights.timm import check_same_model, named_model, told_by_model
 from msn.weights.weights import BASELINES, EXACT_GELU, IMAGENET_MEAN, IMAGENET_STD, say_notes
 
 _TIMM = "timm/"
-
-
-class Subject(Protocol):
-    """Something that turns images into features."""
-
-    @property
-    def name(self) -> str:
-        """What tables call it."""
-
-    def features(
-        self, images: LabelledSet, settings: FeatureSettings, runtime: Runtime, title: str
-    ) -> Extracted:
-        """Features of all images, float32 [n, D]."""
-
-    def kind(self, settings: FeatureSettings) -> str:
-        """What the features are, for rows and heads."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +41,7 @@ class FrozenBackbone:
         mean: of the normalisation, of each channel.
         std: likewise.
         about: what its file says of it (epoch, licence, ...), for the results.
-        is_baseline: whether it is nobody's, for comparison alone.
+        is_baseline: True for baselines, which only stand beside others.
     """
 
     name: str
@@ -138,11 +123,16 @@ class RawPixels:
         return "pixels"
 
 
+Subject = FrozenBackbone | RawPixels
+"""Something that turns images into features."""
+
+
 def random_backbone(like: FrozenBackbone, *, seed: int, name: str = "random") -> FrozenBackbone:
     """A backbone of the same architecture as it was before training, drawn from a seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        trunk = VisionTransformer(**like.trunk.model_config)  # type: ignore[arg-type]
+        numbers: dict[str, Any] = {**like.trunk.model_config}
+        trunk = VisionTransformer(**numbers)
     size, mean, std = like.image_size, like.mean, like.std
     return FrozenBackbone(name, trunk.eval(), size, mean, std, is_baseline=True)
 
@@ -256,18 +246,6 @@ def _timm_model(name: str) -> TimmVisionTransformer:
 
 # Largest side in px: more pixels cost much memory and, without a network, tell classes no better.
 LARGEST_SIDE = 32
-
-
-class NoNetwork(nn.Module):
-    """A trunk that gives back what it gets."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.Identity()
-
-    def forward_intermediates(self, rows: Tensor, last: int) -> list[Tensor]:
-        """Rows [B, D] as the one token of each image, [B, 1, D]."""
-        return [rows.unsqueeze(1)]
 
 
 def pixel_transform(size: int) -> Callable[[Image.Image], Tensor]:

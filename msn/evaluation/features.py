@@ -4,26 +4,104 @@ The paper's feature is the class token of the target trunk's last block *before*
 (A.2), from one centre crop.
 """
 
+import hashlib
+import json
 import logging
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from msn.data.dataset import REPLACED
 from msn.data.workers import make_loader
 from msn.errors import UserError
-from msn.evaluation.cache import FeatureCache, images_key, weights_key
+from msn.method.vit import VisionTransformer
 from msn.progress import Progress
+from msn.schema import Range, check_ranges
+from msn.weights.tensors import save_tensors
+from msn.weights.weights import trunk_digest
+
+_FORMAT = 2
+
+
+class FeatureCache:
+    """Parts of one feature matrix under a key of everything that made it.
+
+    Args:
+        directory: of all caches; one folder per key is made in it.
+        key: plain data that determines the features: weights, preprocessing, file list.
+    """
+
+    def __init__(self, directory: Path, key: Mapping[str, Any]) -> None:
+        text = json.dumps({"format": _FORMAT, **key}, sort_keys=True)
+        self.digest = hashlib.sha256(text.encode()).hexdigest()
+        self.directory = directory / self.digest[:32]
+
+    def load(self, part: int, rows: int) -> Tensor | None:
+        """Read a part of so many rows; None if it is missing, truncated, altered or not ours."""
+        path = self._path(part)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                features = file.get_tensor("features")
+        except (SafetensorError, OSError) as error:
+            log.warning("feature cache: %s is damaged; recomputing (%s)", path, error)
+            return None
+        whole = (
+            metadata.get("key") == self.digest
+            and features.shape[0] == rows
+            and metadata.get("sha256") == digest_of(features)
+        )
+        if not whole:
+            log.warning("feature cache: %s is not what was written; recomputing", path)
+            return None
+        return features
+
+    def store(self, part: int, features: Tensor) -> None:
+        """Write a part, all or nothing; a cache that cannot be written is a cache not used."""
+        metadata = {"key": self.digest, "sha256": digest_of(features)}
+        try:
+            save_tensors(self._path(part), {"features": features}, metadata)
+        except UserError as error:
+            log.warning("feature cache: cannot write below %s (%s)", self.directory, error)
+
+    def _path(self, part: int) -> Path:
+        return self.directory / f"part-{part:05d}.safetensors"
+
+
+def weights_key(module: nn.Module) -> str:
+    """Digest of every parameter and buffer with its name: other weights, other features."""
+    return trunk_digest(module.state_dict())
+
+
+def images_key(identities: Iterable[str]) -> str:
+    """Digest of a list of images, in order."""
+    digest = hashlib.sha256()
+    for identity in identities:
+        digest.update(os.fsencode(identity) + b"\0")
+    return digest.hexdigest()
+
+
+def digest_of(tensor: Tensor) -> str:
+    """Digest of a tensor's bytes."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
+
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +113,7 @@ _MOST_PIXELS = 2e9
 _LARGEST_SIDE = 8192  # px; Pillow takes crops of more than 13,377 for an attack
 
 
-class LabelledSet(Protocol):
+class LabelledSet(typing.Protocol):
     """Labelled images as the data room gives them."""
 
     @property
@@ -58,43 +136,34 @@ class LabelledSet(Protocol):
     def __getitem__(self, i: int) -> Image.Image: ...
 
 
+@dataclass(frozen=True, kw_only=True)
 class FeatureSettings:
-    """What features are, as a protocol's file says.
-
-    Args:
-        feature: `class_token` (before the final norm, the paper), `class_token_norm` (after it),
-            `patch_mean` (mean of the patches after it) or `last_N` (class tokens of N blocks).
-        image_size: side of the centre crop in px; None takes the backbone's own.
-        batch_size: images a device and forward pass, >= 1.
-        precision: `32` or `bf16` (autocast).
+    """What features are; the values live in `configs/protocol/base.yaml`.
 
     Raises:
-        UserError: a value is not one of these.
+        UserError: a value is outside its range.
     """
 
-    def __init__(
-        self, *, feature: str, image_size: int | None, batch_size: int, precision: str
-    ) -> None:
-        check_feature(feature, None)
-        if image_size is not None and image_size < 1:
-            raise UserError(f"features.image_size must be >= 1, or null, got {image_size}")
-        if batch_size < 1:
-            raise UserError(f"features.batch_size must be >= 1, got {batch_size}")
-        if image_size is not None and batch_size * image_size**2 > _MOST_PIXELS:
+    # `class_token` (before the final norm, the paper), `class_token_norm` (after it), `patch_mean`
+    # (mean of the patches after it) or `last_N` (class tokens of the last N blocks).
+    feature: str
+    # Side of the centre crop in px; None takes the backbone's own.
+    image_size: Annotated[int | None, Range(1, _LARGEST_SIDE)]
+    batch_size: Annotated[int, Range(1)]  # images per device and forward pass
+    precision: str  # one of PRECISIONS; bf16 is autocast
+
+    def __post_init__(self) -> None:
+        check_feature(self.feature, None)
+        check_ranges("features", self)
+        if self.batch_size * (self.image_size or 1) ** 2 > _MOST_PIXELS:
             raise UserError(
-                f"features.image_size={image_size}: a batch of {batch_size} images would have more "
-                f"than {_MOST_PIXELS:.0e} pixels; lower it or features.batch_size"
+                f"features.image_size={self.image_size}: a batch of {self.batch_size} images would "
+                f"have more than {_MOST_PIXELS:.0e} pixels; lower it or features.batch_size"
             )
-        if image_size is not None and image_size > _LARGEST_SIDE:
+        if self.precision not in PRECISIONS:
             raise UserError(
-                f"features.image_size must be at most {_LARGEST_SIDE}, got {image_size}"
+                f"features.precision must be one of {', '.join(PRECISIONS)}, got {self.precision}"
             )
-        if precision not in PRECISIONS:
-            raise UserError(
-                f"features.precision must be one of {', '.join(PRECISIONS)}, got {precision}"
-            )
-        self.feature, self.image_size = feature, image_size
-        self.batch_size, self.precision = batch_size, precision
 
 
 class Extracted(NamedTuple):
@@ -116,11 +185,36 @@ class Runtime(NamedTuple):
     cache_dir: Path | None = None
     """Where features are kept between calls; None keeps none."""
     shared: bool = False
-    """Whether all processes of the default group call together and share the extraction."""
+    """Whether all processes of the default group call together and share the work."""
+
+    @property
+    def rank(self) -> int:
+        """Of this process among those that share the work."""
+        return dist.get_rank() if self.shared else 0
+
+    @property
+    def world(self) -> int:
+        """Processes that share the work."""
+        return dist.get_world_size() if self.shared else 1
+
+
+class NoNetwork(nn.Module):
+    """A trunk that gives back what it gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.Identity()
+
+    def forward_intermediates(self, rows: Tensor, last: int) -> list[Tensor]:
+        """Rows [B, D] as the one token of each image, [B, 1, D]."""
+        return [rows.unsqueeze(1)]
+
+
+Trunk = VisionTransformer | NoNetwork
 
 
 def extract_features(
-    trunk: nn.Module,
+    trunk: Trunk,
     images: LabelledSet,
     *,
     transform: Callable[[Image.Image], Tensor],
@@ -132,7 +226,7 @@ def extract_features(
     """Features of all images, the same on every process.
 
     Args:
-        trunk: a `VisionTransformer`; used in eval mode and left as it was.
+        trunk: used in eval mode and left as it was.
         images: map-style data set of RGB images.
         transform: from an image to the trunk's input, [3, S, S].
         settings: the feature, its batches and precision.
@@ -197,22 +291,20 @@ def check_feature(feature: str, depth: int | None) -> None:
 
 
 @torch.no_grad()
-def forward_feature(trunk: nn.Module, images: Tensor, feature: str) -> Tensor:
+def forward_feature(trunk: Trunk, images: Tensor, feature: str) -> Tensor:
     """One kind of feature of a batch, [B, 3, S, S] -> [B, D].
 
     `class_token` is taken before the final norm, `class_token_norm` and `patch_mean` after it;
     `last_N` joins the class tokens of the last N blocks, oldest first, each after the final norm,
     which brings blocks of different scale together.
     """
-    intermediates: Callable[[Tensor, int], list[Tensor]] = trunk.forward_intermediates  # type: ignore[assignment]
-    norm: nn.Module = trunk.norm  # type: ignore[assignment]
     if feature.startswith("last_"):
-        outputs = intermediates(images, int(feature.removeprefix("last_")))
-        return torch.cat([norm(tokens[:, 0]) for tokens in outputs], dim=1)
-    tokens = intermediates(images, 1)[0]
+        outputs = trunk.forward_intermediates(images, int(feature.removeprefix("last_")))
+        return torch.cat([trunk.norm(tokens[:, 0]) for tokens in outputs], dim=1)
+    tokens = trunk.forward_intermediates(images, 1)[0]
     if feature == "class_token":
         return tokens[:, 0]
-    normed = norm(tokens)
+    normed = trunk.norm(tokens)
     return normed[:, 0] if feature == "class_token_norm" else normed[:, 1:].mean(dim=1)
 
 
@@ -244,7 +336,7 @@ class _Job:
 
     def __init__(
         self,
-        trunk: nn.Module,
+        trunk: Trunk,
         images: TransformedImages,
         settings: FeatureSettings,
         runtime: Runtime,
@@ -256,17 +348,15 @@ class _Job:
         step = settings.batch_size * max(1, _PART // settings.batch_size)
         count = len(images)
         self.parts = [range(at, min(at + step, count)) for at in range(0, count, step)]
-        self.rank = dist.get_rank() if runtime.shared else 0
-        self.world = dist.get_world_size() if runtime.shared else 1
 
     def run(self) -> Extracted:
         """All rows, in order, on the CPU."""
-        mine = range(self.rank, len(self.parts), self.world)
+        mine = range(self.runtime.rank, len(self.parts), self.runtime.world)
         found = {part: self._load(part) for part in mine}
         missing = [part for part, features in found.items() if features is None]
         lanes = len(self.runtime.devices)
         images = sum(len(self.parts[part]) for part in missing)
-        with Progress(self.title, images, self.rank == 0) as progress:
+        with Progress(self.title, images, self.runtime.rank == 0) as progress:
             if lanes == 1:
                 found.update(self._compute(missing, self.runtime.devices[0], progress))
             else:
@@ -278,8 +368,8 @@ class _Job:
                     for job in jobs:
                         found.update(job.result())
         whole = {part: features for part, features in found.items() if features is not None}
-        if self.world > 1:
-            gathered: list[dict[int, Extracted]] = [{} for _ in range(self.world)]
+        if self.runtime.world > 1:
+            gathered: list[dict[int, Extracted]] = [{} for _ in range(self.runtime.world)]
             dist.all_gather_object(gathered, whole)
             whole = {part: features for some in gathered for part, features in some.items()}
         return _joined([whole[part] for part in range(len(self.parts))])
@@ -315,7 +405,7 @@ class _Job:
         return [list(rows[at : at + step]) for at in range(0, len(rows), step)]
 
     def _forward(
-        self, trunk: nn.Module, loader: DataLoader, device: torch.device, progress: Progress
+        self, trunk: Trunk, loader: DataLoader, device: torch.device, progress: Progress
     ) -> Iterator[Extracted]:
         half = self.settings.precision == "bf16"
         dtype = next(trunk.parameters(), torch.empty(0)).dtype

@@ -1,26 +1,29 @@
 """Fine-tuning the whole backbone with timm's parts (paper A.4): with all labels, or with few."""
 
 import math
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
+from timm.data import Mixup, create_transform
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms import Compose
 
-from msn.data.subsets import fraction_of_each_class, k_shot
 from msn.data.workers import make_loader
 from msn.errors import UserError
 from msn.evaluation.augment import (
-    AugmentedImages,
-    epoch_batches,
     in_pieces,
     over_processes,
     seeded,
+    training_pieces,
 )
 from msn.evaluation.backbones import FrozenBackbone, Subject
 from msn.evaluation.features import (
@@ -30,18 +33,133 @@ from msn.evaluation.features import (
     TransformedImages,
     warn_of_idle,
 )
-from msn.evaluation.protocol import (
-    Plan,
+from msn.evaluation.lowshot import (
+    LabelPlan,
     Protocol,
-    all_labels,
     check_draws,
     with_unreadable,
 )
-from msn.evaluation.recipe import Recipe
-from msn.evaluation.sets import ChosenImages, LabelSet, Result, make_row
+from msn.evaluation.sets import (
+    ChosenImages,
+    LabelSet,
+    Result,
+    all_labels,
+    drawn_shares,
+    drawn_shots,
+    make_row,
+)
 from msn.method.vit import resize_position_embeddings
 from msn.progress import Progress
-from msn.schema import refuse_unknown, take
+from msn.schema import Range, check_ranges, make
+
+_Positive = Annotated[float, Range(0, above_low=True)]
+_Fraction = Annotated[float, Range(0, 1)]
+_BelowOne = Annotated[float, Range(0, 1, below_high=True)]
+_NotNegative = Annotated[float, Range(0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Hyper-parameters of fine-tuning (paper A.4); the values live in `configs/protocol/`.
+
+    Raises:
+        UserError: a number is out of range.
+    """
+
+    epochs: Annotated[int, Range(1)]  # over the labelled images
+    # Images per step over all processes, even; the number of labelled images, rounded down to
+    # even, where that is less.
+    batch_size: Annotated[int, Range(2)]
+    lr: _Positive  # peak of the last layer's learning rate, for this batch size
+    min_lr: _NotNegative  # at the end of the cosine
+    warmup_epochs: _NotNegative  # of a linear warm-up from 0, below `epochs`
+    # Of AdamW; not on one-dimensional parameters, class token and position embeddings.
+    weight_decay: _NotNegative
+    # Factor of the learning rate from each layer to the one below.
+    layer_decay: Annotated[float, Range(0, 1, above_low=True)]
+    drop_path: _BelowOne  # of the last block, growing linearly from 0
+    mixup: _NotNegative  # alpha, 0 for none
+    cutmix: _NotNegative  # alpha, 0 for none
+    label_smoothing: _BelowOne
+    # A policy in timm's words: `rand-m9-mstd0.5-inc1` is RandAugment (9, 0.5); None for none.
+    auto_augment: str | None
+    random_erasing: _Fraction  # probability
+    # Least and greatest area of random crops relative to the image.
+    crop_scale: Annotated[Sequence[float], Range(0, 1, above_low=True)]
+    flip: _Fraction  # probability of a horizontal flip
+
+    def __post_init__(self) -> None:
+        check_ranges("protocol.recipe", self)
+        if self.batch_size % 2:
+            raise UserError(f"protocol.recipe.batch_size={self.batch_size}: must be even")
+        if self.warmup_epochs >= self.epochs:
+            raise UserError(
+                f"protocol.recipe.warmup_epochs={self.warmup_epochs}: must be below the "
+                f"{self.epochs} epochs"
+            )
+        if self.auto_augment is not None:
+            _check_policy(self.auto_augment)
+
+    def learning_rate(self, step: int, steps_per_epoch: int) -> float:
+        """Warm-up, then cosine, at the middle of a step (from 0)."""
+        at, warmup = step + 0.5, self.warmup_epochs * steps_per_epoch
+        if at < warmup:
+            return self.lr * at / warmup
+        progress = (at - warmup) / (self.epochs * steps_per_epoch - warmup)
+        return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def transform(self, subject: FrozenBackbone) -> Callable[[Image.Image], Tensor]:
+        """timm's training transform."""
+        least, greatest = self.crop_scale
+        transform: Compose = create_transform(
+            subject.image_size,
+            is_training=True,
+            scale=(least, greatest),
+            hflip=self.flip,
+            color_jitter=0.0,
+            auto_augment=self.auto_augment,
+            interpolation="bicubic",
+            re_prob=self.random_erasing,
+            re_mode="pixel",
+            mean=subject.mean,
+            std=subject.std,
+        )
+        for step in transform.transforms:
+            for operation in getattr(step, "ops", []):
+                if operation.name.startswith("Posterize"):
+                    # timm asks for 0 bits at the strongest level, which Pillow >= 13 refuses.
+                    operation.level_fn = partial(_at_least_one_bit, operation.level_fn)
+        return transform
+
+    def mixture(self, num_classes: int) -> Mixup | None:
+        """timm's mixup and cutmix, which smooth labels as well; None where both are off."""
+        if self.mixup == 0 and self.cutmix == 0:
+            return None
+        return Mixup(
+            mixup_alpha=self.mixup,
+            cutmix_alpha=self.cutmix,
+            label_smoothing=self.label_smoothing,
+            num_classes=num_classes,
+        )
+
+
+def _check_policy(name: str) -> None:
+    """Let timm parse a policy now rather than when the first image is looked at."""
+    try:
+        transform: Compose = create_transform(32, is_training=True, auto_augment=name)
+        transform(Image.new("RGB", (32, 32)))
+    except Exception as error:  # timm asserts, converts and looks up whatever the text says
+        raise UserError(
+            f"protocol.recipe.auto_augment={name}: must be a policy of timm such as "
+            "rand-m9-mstd0.5-inc1, augmix-m3 or original, or null"
+        ) from error
+
+
+def _at_least_one_bit(
+    bits: Callable[[float, dict[str, Any]], tuple[int]], level: float, settings: dict[str, Any]
+) -> tuple[int]:
+    return (max(1, bits(level, settings)[0]),)
+
 
 _TRAINING = 8  # keeps draws of dropped paths and mixtures apart from others of the same seed
 _HEAD_STD = 2e-5
@@ -52,11 +170,11 @@ class FineTune(Protocol):
 
     Args:
         recipe: see `Recipe`.
-        shots: labelled images a class; None takes `fraction`.
+        shots: labelled images per class; None takes `fraction`.
         fraction: share of every class in (0, 1]; 1 labels all.
         splits: seeded label sets, each fine-tuned by itself; 1 where all are labelled.
         seed: of the first set, and of the training.
-        features: `image_size`, `batch_size` (images a forward pass; larger batches are
+        features: `image_size`, `batch_size` (images per forward pass; larger batches are
             accumulated, which is exact without BatchNorm) and `precision`.
     """
 
@@ -74,8 +192,7 @@ class FineTune(Protocol):
         features: dict[str, Any],
     ) -> None:
         super().__init__(features)
-        refuse_unknown("protocol.recipe", recipe, Recipe)
-        self.recipe = Recipe(**take("protocol.recipe", recipe, Recipe))
+        self.recipe = make("protocol.recipe", recipe, Recipe, complete=True)
         if not 0 < fraction <= 1:
             raise UserError(f"protocol.fraction must be in (0, 1], got {fraction}")
         check_draws(splits, seed)
@@ -84,23 +201,16 @@ class FineTune(Protocol):
         self.shots, self.fraction, self.splits, self.seed = shots, fraction, splits, seed
 
     def label_sets(self, train: LabelledSet) -> list[LabelSet]:
-        """Seeded sets of k images a class or a share of each, or all images."""
-        sets = []
-        for seed in range(self.seed, self.seed + self.splits):
-            if self.shots is not None:
-                chosen = k_shot(train.labels, [self.shots], seed=seed, classes=train.classes)
-                sets.append(LabelSet(str(self.shots), f"seed {seed}", chosen[self.shots]))
-            elif self.fraction < 1:
-                positions = fraction_of_each_class(
-                    train.labels, self.fraction, seed=seed, classes=train.classes
-                )
-                sets.append(LabelSet(f"{100 * self.fraction:g}%", f"seed {seed}", positions))
-            else:
-                return [all_labels(train)]
-        return sets
+        """Seeded sets of k images per class or a share of each, or all images."""
+        seeds = range(self.seed, self.seed + self.splits)
+        if self.shots is not None:
+            return drawn_shots(train, [self.shots], seeds)
+        if self.fraction < 1:
+            return drawn_shares(train, self.fraction, seeds)
+        return [all_labels(train)]
 
     def run(
-        self, subject: Subject, plan: Plan, test: LabelledSet, runtime: Runtime
+        self, subject: Subject, plan: LabelPlan, test: LabelledSet, runtime: Runtime
     ) -> list[Result]:
         """Fine-tune once for each label set; raw pixels have nothing to tune."""
         if not isinstance(subject, FrozenBackbone):
@@ -141,7 +251,7 @@ class FineTuning:
         subject: where to start; it is left as it is.
         images: labelled images.
         recipe: hyper-parameters.
-        features: images a forward pass and precision.
+        features: images per forward pass and precision.
         seed: of head, order, views, mixtures and dropped paths.
         runtime: the first device trains; `shared` splits each batch over the processes.
 
@@ -166,9 +276,7 @@ class FineTuning:
         self.subject, self.images, self.recipe, self.seed = subject, images, recipe, seed
         self.runtime, self.device = runtime, runtime.devices[0]
         warn_of_idle(runtime, "fine-tuning")
-        self.rank, self.world = 0, 1
-        if runtime.shared:
-            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world = runtime.rank, runtime.world
         # Mixup pairs the images of a piece, so each piece has an even number.
         even = 2 * self.world
         self.batch_size = min(recipe.batch_size, len(images)) // even * even
@@ -203,7 +311,16 @@ class FineTuning:
         with draws, Progress(title, total, self.rank == 0) as bar:
             model.train()
             for epoch in range(self.recipe.epochs):
-                for pieces in self._batches(epoch):
+                for pieces in training_pieces(
+                    self.images,
+                    self.recipe.transform(self.subject),
+                    batch_size=self.batch_size,
+                    piece_size=self.piece_size,
+                    seed=self.seed,
+                    epoch=epoch,
+                    runtime=self.runtime,
+                    replaced=self.replaced,
+                ):
                     rate = self.recipe.learning_rate(step, self.steps_per_epoch)
                     for group in optimiser.param_groups:
                         group["lr"] = rate * group["lr_scale"]
@@ -246,38 +363,9 @@ class FineTuning:
             layer_decay=self.recipe.layer_decay,
         )
 
-    def _batches(self, epoch: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """This process's share of every batch of an epoch, in pieces of views and labels."""
-        views = AugmentedImages(
-            self.images,
-            torch.arange(len(self.images)),
-            self.recipe.transform(self.subject),
-            seed=self.seed,
-            epoch=epoch,
-        )
-        batches = epoch_batches(len(self.images), self.batch_size, seed=self.seed, epoch=epoch)
-        pieces = [in_pieces(batch[self.rank :: self.world], self.piece_size) for batch in batches]
-        loader = iter(
-            make_loader(
-                views,
-                batch_sampler=[piece for batch in pieces for piece in batch],
-                num_workers=self.runtime.num_workers,
-                pin_memory=self.device.type == "cuda",
-            )
-        )
-        for batch in pieces:
-            ready = []
-            for piece in batch:
-                images, labels, others = next(loader)
-                self.replaced.update(
-                    i for i, other in zip(piece, others.tolist(), strict=True) if other
-                )
-                ready.append((images, labels))
-            yield ready
-
-    def _accumulate(self, model: nn.Module, pieces: list[tuple[Tensor, Tensor]]) -> float:
+    def _accumulate(self, model: nn.Module, pieces: Iterator[tuple[Tensor, Tensor]]) -> float:
         """Gradients of this process's mean loss; without BatchNorm pieces are exact."""
-        count = sum(len(labels) for _, labels in pieces)
+        count = self.batch_size // self.world
         total = 0.0
         for images, labels in pieces:
             images, targets = images.to(self.device), labels.to(self.device)
@@ -302,8 +390,9 @@ def classifier_of(
     Position embeddings are resized as in pretraining where the image size is another.
     """
     size = subject.image_size
+    numbers: dict[str, Any] = {**subject.trunk.model_config, "img_size": size}
     model = TimmVisionTransformer(
-        **{**subject.trunk.model_config, "img_size": size},  # type: ignore[arg-type]
+        **numbers,
         num_classes=num_classes,
         global_pool="token",
         drop_path_rate=drop_path,

@@ -9,18 +9,20 @@ number of labels (scikit-learn's C = 1 / lambd).
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from msn.data.sampler import permutation
 from msn.errors import UserError
 from msn.evaluation.logistic import LogisticFit, centre_and_normalise, fit_logistic
 from msn.evaluation.neighbours import knn_predictions
-from msn.evaluation.selection import Fold, best_lambds, folds_of
-from msn.evaluation.sets import FeatureSet, Head, LabelSet, Result, make_row
+from msn.evaluation.sets import Head, LabelSet, Result, Trial, make_row
 from msn.progress import Progress
+from msn.schema import Range, check_ranges
 
 # Numbers of labelled rows gathered at once.
 _MAX_GATHERED = 2**28
@@ -30,43 +32,30 @@ _MAX_SCORES = 2**27
 _SELECTION_TOLERANCE = 1e-3
 
 
+@dataclass(frozen=True, kw_only=True)
 class Logistic:
-    """Settings of the logistic regression of a protocol.
-
-    Args:
-        lambd: fixed lambda * n, > 0; None takes the cross-validated one.
-        lambd_grid: values that cross-validation chooses from; None does without.
-        folds: >= 2; a set with fewer images a class has as many folds as these.
-        intercept: append a constant to the rows; regularised like the other weights.
-        tolerance: certified (objective - optimum) / objective.
-        max_evaluations: passes over the labelled rows.
+    """Settings of logistic regression; the values live in `configs/protocol/logistic.yaml`.
 
     Raises:
         UserError: a number is out of range, or there is neither a value nor a grid.
     """
 
-    def __init__(
-        self,
-        *,
-        lambd: float | None,
-        lambd_grid: Sequence[float] | None,
-        folds: int,
-        intercept: bool,
-        tolerance: float,
-        max_evaluations: int,
-    ) -> None:
-        if lambd is None and not lambd_grid:
+    # Fixed lambda * n; None takes the cross-validated one.
+    lambd: Annotated[float | None, Range(0, above_low=True)]
+    lambd_grid: Sequence[float] | None  # that cross-validation chooses from; None does without
+    folds: Annotated[int, Range(2)]  # a set with fewer images per class has as many as these
+    intercept: bool  # append a constant to the rows; regularised like the other weights
+    # Certified (objective - optimum) / objective.
+    tolerance: Annotated[float, Range(0, above_low=True)]
+    max_evaluations: Annotated[int, Range(1)]  # passes over the labelled rows
+
+    def __post_init__(self) -> None:
+        check_ranges("protocol.logistic", self)
+        if self.lambd is None and not self.lambd_grid:
             raise UserError("protocol.logistic: give lambd, or lambd_grid to choose from")
-        for value in [*([] if lambd is None else [lambd]), *(lambd_grid or [])]:
+        for value in self.lambd_grid or []:
             if not value > 0:
-                raise UserError(f"protocol.logistic: lambd must be > 0, got {value}")
-        if folds < 2:
-            raise UserError(f"protocol.logistic.folds must be >= 2, got {folds}")
-        if not tolerance > 0 or max_evaluations < 1:
-            raise UserError("protocol.logistic: tolerance must be > 0 and max_evaluations >= 1")
-        self.lambd, self.lambd_grid, self.folds = lambd, sorted(lambd_grid or []), folds
-        self.intercept = intercept
-        self.tolerance, self.max_evaluations = tolerance, max_evaluations
+                raise UserError(f"protocol.logistic.lambd_grid: must be > 0, got {value}")
 
     def prepare(self, features: Tensor) -> Tensor:
         """Rows as they are fitted: centred, normalised, with a constant where wanted."""
@@ -94,7 +83,7 @@ class Logistic:
 
 
 def check_lambda_choice(settings: Logistic, sets: Sequence[LabelSet], labels: Tensor) -> None:
-    """Raise a UserError where lambda shall be chosen and some set cannot choose.
+    """Raise a UserError if lambda is to be chosen and a set is too small to cross-validate.
 
     Args:
         settings: of the regression.
@@ -109,37 +98,16 @@ def check_lambda_choice(settings: Logistic, sets: Sequence[LabelSet], labels: Te
             )
 
 
-def logistic_results(
-    backbone: str,
-    sets: Sequence[LabelSet],
-    train: FeatureSet,
-    test: FeatureSet,
-    *,
-    settings: Logistic,
-    feature: str,
-    device: torch.device,
-    classifier: str = "logistic",
-) -> list[Result]:
-    """A result for each number of labels, over all its label sets.
-
-    Args:
-        backbone: its name.
-        sets: label sets; those of one `labels` make a row.
-        train: features that the positions of the sets point into.
-        test: held-out features.
-        settings: of the regression.
-        feature: kind of the features, kept with the heads.
-        device: where to solve.
-        classifier: what the table calls it.
-    """
-    problem = _Problem(train, test, settings, device)
+def logistic_results(trial: Trial, settings: Logistic) -> list[Result]:
+    """A result for each number of labels, over all its label sets."""
+    problem = _Problem(trial, settings)
     results = []
-    for name, group in _groups(f"{backbone}: logistic regression", sets):
+    for name, group in _groups(f"{trial.backbone}: logistic regression", trial.sets):
         fixed = None if settings.lambd is None else [settings.lambd] * len(group)
         chosen = problem.cross_validate(group)
         lambds = fixed or chosen
         if lambds is None:
-            check_lambda_choice(settings, group, train.labels)
+            check_lambda_choice(settings, group, trial.train.labels)
         assert lambds is not None
         fits = problem.fit(group, lambds)
         more: dict[str, Any] = {"lambda_choice": "fixed" if fixed else "cross-validation"}
@@ -147,8 +115,8 @@ def logistic_results(
             same = chosen == fixed
             more["cross_validated"] = _summary(fits if same else problem.fit(group, chosen), chosen)
         row = make_row(
-            backbone=backbone,
-            classifier=classifier,
+            backbone=trial.backbone,
+            classifier="logistic",
             labels=name,
             correct=fits.correct,
             splits=[labelled.split for labelled in group],
@@ -156,12 +124,13 @@ def logistic_results(
             lambd=lambds[0] if len(set(lambds)) == 1 else lambds,
             labelled_images=len(group[0].positions),
             converged=fits.converged,
-            feature=feature,
+            feature=trial.feature,
             **more,
         )
         bias = fits.weight[:, -1] if settings.intercept else None
         weight = fits.weight[:, :-1] if settings.intercept else fits.weight
-        head = Head(weight, bias, train.classes, feature, True, True, group[0].split)
+        split = group[0].split
+        head = Head(weight, bias, trial.train.classes, trial.feature, True, True, split)
         results.append(Result(row, head))
     return results
 
@@ -175,17 +144,16 @@ def _groups(title: str, sets: Sequence[LabelSet]) -> Iterator[tuple[str, list[La
             progress.advance(len(group))
 
 
-def knn_results(
-    backbone: str,
-    labelled: LabelSet,
-    train: FeatureSet,
-    test: FeatureSet,
-    *,
-    neighbours: Sequence[int],
-    temperature: float | None,
-    device: torch.device,
-) -> list[Result]:
-    """A result for each number of neighbours; several are told apart by `variant`."""
+def knn_results(trial: Trial, neighbours: Sequence[int], temperature: float | None) -> list[Result]:
+    """A result for each number of neighbours; several are told apart by `variant`.
+
+    Args:
+        trial: with one label set.
+        neighbours: numbers k.
+        temperature: of the votes, see `knn_predictions`.
+    """
+    (labelled,) = trial.sets
+    train, test, device = trial.train, trial.test, trial.device
     references, labels = train.features[labelled.positions], train.labels[labelled.positions]
     predictions = knn_predictions(
         references.to(device),
@@ -199,7 +167,7 @@ def knn_results(
     return [
         Result(
             make_row(
-                backbone=backbone,
+                backbone=trial.backbone,
                 classifier="knn",
                 labels=labelled.labels,
                 correct=(predicted == test.labels).unsqueeze(0),
@@ -226,9 +194,8 @@ class _Fits(NamedTuple):
 class _Problem:
     """Prepared rows of both pools, and what is asked of them."""
 
-    def __init__(
-        self, train: FeatureSet, test: FeatureSet, settings: Logistic, device: torch.device
-    ) -> None:
+    def __init__(self, trial: Trial, settings: Logistic) -> None:
+        train, test, device = trial.train, trial.test, trial.device
         if device.type == "mps":
             device = torch.device("cpu")  # the proof of the optimum needs float64
         self.settings, self.num_classes = settings, len(train.classes)
@@ -256,7 +223,7 @@ class _Problem:
 
     def cross_validate(self, group: Sequence[LabelSet]) -> list[float] | None:
         """The lambd that each set chooses by itself; None where it cannot or need not."""
-        grid = self.settings.lambd_grid
+        grid = sorted(self.settings.lambd_grid or [])
         if not grid:
             return None
         folds: list[Fold] = []
@@ -325,3 +292,60 @@ def _summary(fits: _Fits, lambds: list[float]) -> dict[str, Any]:
         "top1_std": float(top1.std()) if len(top1) > 1 else 0.0,
         "top1": [float(value) for value in top1],
     }
+
+
+_FOLDS = 5  # keeps these draws apart from others of the same seed
+
+
+class Fold(NamedTuple):
+    """One fold of one label set."""
+
+    of: int
+    """Which label set."""
+    train: Tensor
+    """Positions within the set, [n - v]."""
+    held_out: Tensor
+    """Positions within the set, [v]."""
+
+
+def folds_of(labels: Tensor, num_folds: int, *, of: int) -> list[Fold]:
+    """Cut a label set into stratified folds.
+
+    Args:
+        labels: classes of the set's images, [n].
+        num_folds: >= 2; fewer are made where no class has as many images.
+        of: number of the set, kept with the folds.
+
+    Returns:
+        The folds, none where no class has two images. Each image is held out once, each class as
+        evenly as its count allows; which images go together depends on the set alone.
+    """
+    members = [torch.nonzero(labels == label)[:, 0] for label in labels.unique()]
+    num_folds = min(num_folds, max(len(positions) for positions in members))
+    if num_folds < 2:
+        return []
+    fold = torch.empty(len(labels), dtype=torch.long)
+    dealt = 0  # dealing goes on where the last class ended, so that folds are of one size
+    for label, positions in enumerate(members):
+        order = torch.from_numpy(permutation(len(positions), 0, _FOLDS, label))
+        fold[positions[order]] = (torch.arange(len(positions)) + dealt) % num_folds
+        dealt += len(positions)
+    return [
+        Fold(of, torch.nonzero(fold != i)[:, 0], torch.nonzero(fold == i)[:, 0])
+        for i in range(num_folds)
+    ]
+
+
+def best_lambds(accuracy: Tensor, log_loss: Tensor, grid: list[float]) -> list[float]:
+    """The best value of an ascending grid for each label set.
+
+    Args:
+        accuracy: held-out accuracy over all folds, [S, L].
+        log_loss: held-out log loss over all folds, [S, L]; breaks ties of the accuracy.
+        grid: L values, ascending; between equals the larger, more regularised one wins.
+    """
+    best = []
+    for right, loss in zip(accuracy.tolist(), log_loss.tolist(), strict=True):
+        order = max(range(len(grid)), key=lambda i: (right[i], -loss[i], grid[i]))
+        best.append(grid[order])
+    return best

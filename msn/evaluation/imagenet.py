@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 
 REPOSITORY = "https://raw.githubusercontent.com/facebookresearch/msn/main"
 ONE_PERCENT = "1%"
-_SPLITS = (1, 2, 3)
 _TIMEOUT_S = 60
 
 
@@ -35,7 +34,7 @@ class OfficialList(NamedTuple):
     """One list of the reference repository."""
 
     labels: str
-    """`1`, `2`, `5` images a class, or `1%`."""
+    """`1`, `2`, `5` images per class, or `1%`."""
     split: int
     file: str
     sha256: str
@@ -46,68 +45,25 @@ class OfficialList(NamedTuple):
         return f"imagenet_subsets{self.split}/{self.file}"
 
 
-OFFICIAL_LISTS = (
-    OfficialList(
-        "1",
-        1,
-        "1imgs_class.txt",
-        "ffa4f960419ce75479a2af80d632c7a98756b624aad2399a334a3549584ab426",
-    ),
-    OfficialList(
-        "1",
-        2,
-        "1imgs_class.txt",
-        "7f13beaba20a6e6413cc98bcaefb084961d4c7f1938a3b7e2f20464d5575cf43",
-    ),
-    OfficialList(
-        "1",
-        3,
-        "1imgs_class.txt",
-        "d77d56527da4842b96a7bbbc14f846c4e637a95b43df592e11770d26997b5b5f",
-    ),
-    OfficialList(
-        "2",
-        1,
-        "2imgs_class.txt",
-        "9b0c2d1957ad7a1135773a868afbaeaa6d50d30b4ec54d1b0bf759879a3c0933",
-    ),
-    OfficialList(
-        "2",
-        2,
-        "2imgs_class.txt",
-        "35b93fb0d809b17a30420a507b2fd356f22152671567f4b9704735e1e379b440",
-    ),
-    OfficialList(
-        "2",
-        3,
-        "2imgs_class.txt",
-        "400ae5a31e01bc1a034c392c2bdbdfaab45699dc4f59392e65acfcaae172cf1b",
-    ),
-    OfficialList(
-        "5",
-        1,
-        "5imgs_class.txt",
-        "f8daf7e637fafe92e7567016db43e6db2c816f7bbf8ce60f5cf59c0788f12890",
-    ),
-    OfficialList(
-        "5",
-        2,
-        "5imgs_class.txt",
-        "284603d071f36b298c893d2df8fda2d1a110f680a25d0f8b1faa9acea20fcc04",
-    ),
-    # Misnamed there: it has five images a class.
-    OfficialList(
-        "5",
-        3,
-        "3imgs_class.txt",
-        "eaab6e72d1ea83c3624f5d28a8c217568ea138ea7c5cacfa0cdcd206b5fd8e24",
-    ),
-    OfficialList(
-        ONE_PERCENT,
-        1,
-        "1percent.txt",
-        "71e82a48ba78252683ae334c4d019ebd5c6e855b9599c1389fbe83eb9549cf17",
-    ),
+_DIGESTS = {
+    ("1", 1): "ffa4f960419ce75479a2af80d632c7a98756b624aad2399a334a3549584ab426",
+    ("1", 2): "7f13beaba20a6e6413cc98bcaefb084961d4c7f1938a3b7e2f20464d5575cf43",
+    ("1", 3): "d77d56527da4842b96a7bbbc14f846c4e637a95b43df592e11770d26997b5b5f",
+    ("2", 1): "9b0c2d1957ad7a1135773a868afbaeaa6d50d30b4ec54d1b0bf759879a3c0933",
+    ("2", 2): "35b93fb0d809b17a30420a507b2fd356f22152671567f4b9704735e1e379b440",
+    ("2", 3): "400ae5a31e01bc1a034c392c2bdbdfaab45699dc4f59392e65acfcaae172cf1b",
+    ("5", 1): "f8daf7e637fafe92e7567016db43e6db2c816f7bbf8ce60f5cf59c0788f12890",
+    ("5", 2): "284603d071f36b298c893d2df8fda2d1a110f680a25d0f8b1faa9acea20fcc04",
+    ("5", 3): "eaab6e72d1ea83c3624f5d28a8c217568ea138ea7c5cacfa0cdcd206b5fd8e24",
+    (ONE_PERCENT, 1): "71e82a48ba78252683ae334c4d019ebd5c6e855b9599c1389fbe83eb9549cf17",
+}
+_OTHER_NAMES = {
+    ("5", 3): "3imgs_class.txt",  # misnamed there: it has five images per class
+    (ONE_PERCENT, 1): "1percent.txt",
+}
+OFFICIAL_LISTS = tuple(
+    OfficialList(*key, _OTHER_NAMES.get(key, f"{key[0]}imgs_class.txt"), digest)
+    for key, digest in _DIGESTS.items()
 )
 
 
@@ -119,7 +75,7 @@ def official_sets(
     Args:
         directory: with `splitN/` or `imagenet_subsetsN/`; None fetches what the cache lacks.
         train: ImageNet's training images, or any that bear the listed names.
-        shots: which of 1, 2, 5 images a class.
+        shots: which of 1, 2, 5 images per class.
         one_percent: whether to include the 1 % list.
 
     Raises:

@@ -25,8 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msn.errors import UserError
-from msn.evaluation.lbfgs import Minimum, minimise
-from msn.evaluation.softmax import Softmax
+from msn.evaluation.solver import Minimum, Softmax, minimise
 
 log = logging.getLogger(__name__)
 

@@ -1,17 +1,156 @@
-"""From backbones and labelled images to rows: the one function that commands and training call."""
+"""What every protocol is, and the one function that runs it: backbones and images to rows."""
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
+from torch import Tensor
 
 from msn.data.workers import in_one_line
+from msn.errors import UserError
 from msn.evaluation.backbones import FrozenBackbone, Subject
-from msn.evaluation.cache import weights_key
-from msn.evaluation.features import LabelledSet, Runtime, less_memory
+from msn.evaluation.features import FeatureSettings, LabelledSet, Runtime, less_memory, weights_key
 from msn.evaluation.imagenet import is_imagenet, paper_figure
-from msn.evaluation.protocol import Protocol
-from msn.evaluation.sets import Result, check_labelled
+from msn.evaluation.sets import (
+    ChosenImages,
+    LabelSet,
+    Result,
+    Trial,
+    check_labelled,
+    held_out_features,
+    labelled_features,
+    renumber,
+    used_positions,
+)
+from msn.schema import make
+
+_MOST_SPLITS = 10_000
+
+
+class LabelPlan(NamedTuple):
+    """What a protocol will learn from in one training pool."""
+
+    sets: list[LabelSet]
+    """Positions are within `images`."""
+    images: LabelledSet
+    """The images that some set uses; no others are looked at."""
+
+
+class Protocol(ABC):
+    """One way to measure a backbone.
+
+    Args:
+        features: settings, see `FeatureSettings`.
+
+    Attributes:
+        baselines: what stands beside the backbones unless a person says otherwise: what costs
+            little and tells much.
+        is_the_papers: whether figures of the paper may stand beside this protocol's.
+    """
+
+    baselines: ClassVar[tuple[str, ...]] = ("random", "pixels")
+    is_the_papers: bool = False
+
+    def __init__(self, features: Mapping[str, Any]) -> None:
+        self.features = make("protocol.features", features, FeatureSettings, complete=True)
+
+    @abstractmethod
+    def label_sets(self, train: LabelledSet) -> list[LabelSet]:
+        """The label sets within a training pool.
+
+        Raises:
+            UserError: the pool does not hold them.
+        """
+
+    @abstractmethod
+    def run(
+        self, subject: Subject, plan: LabelPlan, test: LabelledSet, runtime: Runtime
+    ) -> list[Result]:
+        """Measure one backbone.
+
+        Args:
+            subject: the backbone, or a baseline.
+            plan: of this protocol, for the training pool.
+            test: held-out images.
+            runtime: devices, workers, cache.
+        """
+
+    def plan(self, train: LabelledSet) -> LabelPlan:
+        """Choose the labelled images, before anything is computed.
+
+        Raises:
+            UserError: the pool does not hold what the protocol asks for.
+        """
+        sets = self.label_sets(train)
+        positions = used_positions(sets)
+        return LabelPlan(renumber(sets, positions), ChosenImages(train, positions))
+
+    def check(self, labels: Tensor, classes: Sequence[str]) -> None:
+        """Refuse, before any work, labels that the protocol cannot be run on.
+
+        Args:
+            labels: class numbers of the training pool, [n].
+            classes: their names.
+
+        Raises:
+            UserError: too few images, or a single class.
+        """
+        # Protocols that read more than labels have a check of their own.
+        self.label_sets(cast(LabelledSet, _LabelsAlone(labels, classes)))
+
+
+class FeatureProtocol(Protocol):
+    """A protocol that sees frozen features alone."""
+
+    @abstractmethod
+    def results(self, trial: Trial) -> list[Result]:
+        """Fit and test every classifier of the protocol."""
+
+    def run(
+        self, subject: Subject, plan: LabelPlan, test: LabelledSet, runtime: Runtime
+    ) -> list[Result]:
+        """Extract features of labelled and held-out images, then fit."""
+        found = subject.features(plan.images, self.features, runtime, "labelled images")
+        train_set = labelled_features(plan.images, found)
+        found = subject.features(test, self.features, runtime, "held-out images")
+        test_set = held_out_features(test, found)
+        kind, device = subject.kind(self.features), runtime.devices[0]
+        results = self.results(Trial(subject.name, kind, plan.sets, train_set, test_set, device))
+        return with_unreadable(results, labelled=train_set.replaced, held_out=test_set.replaced)
+
+
+def with_unreadable(results: list[Result], *, labelled: int, held_out: int) -> list[Result]:
+    """Add to the rows how many images could not be read.
+
+    Args:
+        results: of one backbone.
+        labelled: images to learn from that others of their class replace.
+        held_out: test images, each of which counts as wrong.
+    """
+    for result in results:
+        result.row.update(replaced_images=labelled, unreadable_test_images=held_out)
+    return results
+
+
+def check_draws(splits: int, seed: int) -> None:
+    """Raise a UserError unless so many seeded draws of labelled images can be made."""
+    if not 1 <= splits <= _MOST_SPLITS:
+        raise UserError(f"protocol.splits must be in [1, {_MOST_SPLITS}], got {splits}")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"protocol.seed must be in [0, 2^32), got {seed}")
+
+
+class _LabelsAlone:
+    """A labelled set of which nothing but the labels is known yet."""
+
+    def __init__(self, labels: Tensor, classes: Sequence[str]) -> None:
+        self.labels, self.classes = labels, list(classes)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
 
 PIXELS = "pixels"
 

@@ -10,26 +10,23 @@ import torch
 from torch import Tensor
 
 from msn.data.subsets import (
-    fraction_of_each_class,
-    k_shot,
     positions_of,
     read_names,
     write_names,
 )
 from msn.errors import UserError
 from msn.evaluation.features import LabelledSet
-from msn.evaluation.frozen import check_lambda_choice, knn_results, logistic_results
+from msn.evaluation.frozen import Logistic, check_lambda_choice, knn_results, logistic_results
 from msn.evaluation.imagenet import ONE_PERCENT, are_the_papers, find_lists, official_sets
-from msn.evaluation.protocol import (
+from msn.evaluation.lowshot import (
     FeatureProtocol,
-    Plan,
-    all_labels,
-    build_logistic,
+    LabelPlan,
     check_draws,
 )
-from msn.evaluation.sets import FeatureSet, LabelSet, Result
+from msn.evaluation.sets import LabelSet, Result, Trial, all_labels, drawn_shares, drawn_shots
 from msn.files import writing_to
 from msn.method.distributed import process_index
+from msn.schema import make
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +45,7 @@ class _FewLabels(FeatureProtocol):
     ) -> None:
         super().__init__(features)
         self.write_lists = write_lists
-        self.logistic = build_logistic(logistic)
+        self.logistic = make("protocol.logistic", logistic, Logistic, complete=True)
         if knn_neighbours is not None and knn_neighbours < 1:
             raise UserError(
                 f"protocol.knn_neighbours must be >= 1, or null for no kNN, got {knn_neighbours}"
@@ -70,7 +67,7 @@ class _FewLabels(FeatureProtocol):
             with writing_to(Path(self.write_lists)):
                 Path(self.write_lists).mkdir(parents=True, exist_ok=True)
 
-    def plan(self, train: LabelledSet) -> Plan:
+    def plan(self, train: LabelledSet) -> LabelPlan:
         """Choose the labelled images, and keep lists of them where that is wanted."""
         plan = super().plan(train)
         if self.write_lists is not None and process_index() == 0:
@@ -101,39 +98,20 @@ class _FewLabels(FeatureProtocol):
         """Refuse, before any work, a lambda that nothing can choose."""
         check_lambda_choice(self.logistic, sets, labels)
 
-    def results(
-        self,
-        backbone: str,
-        sets: Sequence[LabelSet],
-        train: FeatureSet,
-        test: FeatureSet,
-        *,
-        feature: str,
-        device: torch.device,
-    ) -> list[Result]:
+    def results(self, trial: Trial) -> list[Result]:
         """Rows `logistic` for few labels and a row `knn` for all."""
-        found = logistic_results(
-            backbone,
-            self._few(sets),
-            train,
-            test,
-            settings=self.logistic,
-            feature=feature,
-            device=device,
-        )
+        found = logistic_results(trial._replace(sets=self._few(trial.sets)), self.logistic)
         if self.knn_neighbours is None:
             return found
-        neighbours = [self.knn_neighbours]
-        return found + knn_results(
-            backbone, sets[-1], train, test, neighbours=neighbours, temperature=None, device=device
-        )
+        last = trial._replace(sets=trial.sets[-1:])
+        return found + knn_results(last, [self.knn_neighbours], None)
 
 
 class KShot(_FewLabels):
-    """k labelled images of every class, several seeded draws, nested: 1 is part of 2 is part of 5.
+    """k labelled images per class, several seeded draws, nested: 1 is part of 2 is part of 5.
 
     Args:
-        shots: numbers of images a class; None takes as many of 1, 2 and 5 as every class has, and
+        shots: images per class; None takes as many of 1, 2 and 5 as every class has, and
             no kNN where there are too few images for it.
         splits: draws of each, in [1, 10000].
         seed: of the first draw; the others count on from it.
@@ -175,13 +153,7 @@ class KShot(_FewLabels):
         if shots is None:
             smallest = int(torch.bincount(train.labels, minlength=len(train.classes)).min())
             shots = [k for k in USUAL_SHOTS if k <= max(1, smallest)]
-        draws = {
-            seed: k_shot(train.labels, shots, seed=seed, classes=train.classes)
-            for seed in range(self.seed, self.seed + self.splits)
-        }
-        return [
-            LabelSet(str(k), f"seed {seed}", draw[k]) for k in shots for seed, draw in draws.items()
-        ]
+        return drawn_shots(train, shots, range(self.seed, self.seed + self.splits))
 
     def label_sets(self, train: LabelledSet) -> list[LabelSet]:
         """Sets with few labels, and all images where kNN is wanted and possible."""
@@ -236,18 +208,16 @@ class Fraction(_FewLabels):
     def few_labels(self, train: LabelledSet) -> list[LabelSet]:
         """Seeded sets in the order of their size."""
         return [
-            LabelSet(
-                f"{100 * share:g}%",
-                f"seed {seed}",
-                fraction_of_each_class(train.labels, share, seed=seed, classes=train.classes),
-            )
+            labelled
             for share in self.fractions
-            for seed in range(self.seed, self.seed + (self.splits if share < 1 else 1))
+            for labelled in drawn_shares(
+                train, share, range(self.seed, self.seed + (self.splits if share < 1 else 1))
+            )
         ]
 
 
 class ImageNetLowShot(_FewLabels):
-    """The paper's table: 1, 2, 5 images a class in three official splits, and the official 1 %.
+    """The paper's table: 1, 2, 5 images per class in three official splits, and the official 1 %.
 
     Args:
         lists_dir: where the official lists are, `splitN/` or `imagenet_subsetsN/` below it. None
@@ -275,7 +245,9 @@ class ImageNetLowShot(_FewLabels):
         features: dict[str, Any],
     ) -> None:
         super().__init__(logistic, knn_neighbours, features)
-        self.one_percent_logistic = build_logistic({**logistic, "lambd": one_percent_lambd})
+        self.one_percent_logistic = make(
+            "protocol.logistic", {**logistic, "lambd": one_percent_lambd}, Logistic, complete=True
+        )
         if not set(shots) <= {1, 2, 5} or not (shots or one_percent):
             raise UserError(
                 f"protocol.shots must be among 1, 2, 5 (the official lists), got {shots}"
@@ -300,24 +272,12 @@ class ImageNetLowShot(_FewLabels):
             own = [labelled for labelled in sets if (labelled.labels == ONE_PERCENT) is percent]
             check_lambda_choice(settings, own, labels)
 
-    def results(
-        self,
-        backbone: str,
-        sets: Sequence[LabelSet],
-        train: FeatureSet,
-        test: FeatureSet,
-        *,
-        feature: str,
-        device: torch.device,
-    ) -> list[Result]:
+    def results(self, trial: Trial) -> list[Result]:
         """Rows `logistic` for 1, 2, 5 and 1 %, each with its own lambda, and `knn`."""
-        percent = [labelled for labelled in sets if labelled.labels == ONE_PERCENT]
-        others = [labelled for labelled in sets if labelled.labels != ONE_PERCENT]
-        found = super().results(backbone, others, train, test, feature=feature, device=device)
-        settings = self.one_percent_logistic
-        last = logistic_results(
-            backbone, percent, train, test, settings=settings, feature=feature, device=device
-        )
+        percent = [labelled for labelled in trial.sets if labelled.labels == ONE_PERCENT]
+        others = [labelled for labelled in trial.sets if labelled.labels != ONE_PERCENT]
+        found = super().results(trial._replace(sets=others))
+        last = logistic_results(trial._replace(sets=percent), self.one_percent_logistic)
         at = len(found) if self.knn_neighbours is None else len(found) - 1
         return found[:at] + last + found[at:]
 
@@ -349,30 +309,13 @@ class KNN(FeatureProtocol):
             )
         return [all_labels(train)]
 
-    def results(
-        self,
-        backbone: str,
-        sets: Sequence[LabelSet],
-        train: FeatureSet,
-        test: FeatureSet,
-        *,
-        feature: str,
-        device: torch.device,
-    ) -> list[Result]:
+    def results(self, trial: Trial) -> list[Result]:
         """A row `knn` for each number of neighbours."""
-        return knn_results(
-            backbone,
-            sets[0],
-            train,
-            test,
-            neighbours=self.neighbours,
-            temperature=self.temperature,
-            device=device,
-        )
+        return knn_results(trial, self.neighbours, self.temperature)
 
 
 def _listed(path: Path, train: LabelledSet) -> LabelSet:
-    """A label set from a file of names, called by its images a class where these are equal."""
+    """A label set from a file of names, named after its images per class where these are equal."""
     names = read_names(path)
     positions = positions_of(names, train.names, classes=train.classes, where=str(path))
     counts = torch.bincount(train.labels[positions], minlength=len(train.classes))

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from msn.data.subsets import fraction_of_each_class, k_shot
 from msn.errors import UserError
 from msn.evaluation.features import Extracted, LabelledSet
 
@@ -130,6 +131,32 @@ class LabelSet(NamedTuple):
     """Images of the training pool, sorted, [n]."""
 
 
+def all_labels(train: LabelledSet) -> LabelSet:
+    """The whole training pool as a label set."""
+    return LabelSet("all", "all", torch.arange(len(train)))
+
+
+def drawn_shots(train: LabelledSet, shots: Sequence[int], seeds: Iterable[int]) -> list[LabelSet]:
+    """Nested draws of k images per class, in the order of k, then of the seeds."""
+    draws = {seed: k_shot(train.labels, shots, seed=seed, classes=train.classes) for seed in seeds}
+    return [
+        LabelSet(str(k), f"seed {seed}", draw[k]) for k in shots for seed, draw in draws.items()
+    ]
+
+
+def drawn_shares(train: LabelledSet, share: float, seeds: Iterable[int]) -> list[LabelSet]:
+    """Draws of a share of every class, at least one image of each."""
+    labels, classes = train.labels, train.classes
+    return [
+        LabelSet(
+            f"{100 * share:g}%",
+            f"seed {seed}",
+            fraction_of_each_class(labels, share, seed=seed, classes=classes),
+        )
+        for seed in seeds
+    ]
+
+
 class FeatureSet(NamedTuple):
     """Features of images with what is known about these."""
 
@@ -141,6 +168,21 @@ class FeatureSet(NamedTuple):
     """Names, C of them."""
     replaced: int = 0
     """Images that cannot be read."""
+
+
+class Trial(NamedTuple):
+    """Features of one backbone: what classifiers learn from, and what tests them."""
+
+    backbone: str
+    """Its name."""
+    feature: str
+    """Kind of the features, kept with the heads."""
+    sets: Sequence[LabelSet]
+    """With positions within `train`; those of one `labels` make a row."""
+    train: FeatureSet
+    test: FeatureSet
+    device: torch.device
+    """Where to fit."""
 
 
 class ChosenImages:

@@ -1,16 +1,30 @@
-"""The low-shot table as text, like the paper's: a line a backbone, a column a number of labels."""
+"""What an evaluation leaves: the low-shot table as text and files, its curve, the fitted heads.
+
+Like the paper's table: one line per backbone, one column per number of labels.
+"""
 
 import csv
 import io
+import json
+import platform
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, BinaryIO
 
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from msn.evaluation.sets import Row, printable
+from msn.evaluation.sets import Head, Result, Row, printable, table_key
+from msn.files import write_bytes
+from msn.weights.tensors import save_tensors
 
 _CSV = (
     "backbone",
@@ -50,7 +64,7 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
 
 
 def list_of(rows: Sequence[Row], title: str) -> str:
-    """The same for a terminal that is too narrow for the table: a line a figure."""
+    """The same for a terminal that is too narrow for the table: one line per figure."""
     headings, lines = list(_headings(rows).values()), [title]
     for name, cells, _ in _lines(rows):
         lines += ["", name]
@@ -138,10 +152,6 @@ def _strengths(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _key(row: Row) -> tuple[str, str, str]:
-    return row["classifier"], row["labels"], row.get("variant", "")
-
-
 def _headings(rows: Sequence[Row]) -> dict[tuple[str, str, str], tuple[str, str]]:
     """Two lines for every column, in the order of the rows."""
     headings = {}
@@ -150,7 +160,7 @@ def _headings(rows: Sequence[Row]) -> dict[tuple[str, str, str], tuple[str, str]
         second = f"{labels} a class" if labels.isdigit() else f"{labels} labels"
         first = f"{row['neighbours']}-NN" if row["classifier"] == "knn" else ""
         first = first or " ".join([_UNITS[row["classifier"]], row.get("variant", "")]).strip()
-        headings[_key(row)] = (first, second)
+        headings[table_key(row)] = (first, second)
     return headings
 
 
@@ -160,7 +170,7 @@ def _lines(rows: Sequence[Row]) -> list[tuple[str, list[list[str]], bool]]:
     lines = []
     shown: set[str] = set()  # the paper's figures stand below the first backbone of their kind
     for backbone in dict.fromkeys(row["backbone"] for row in rows):
-        own = {_key(row): row for row in rows if row["backbone"] == backbone}
+        own = {table_key(row): row for row in rows if row["backbone"] == backbone}
         name = printable(backbone)
         several = [(name, [_measured(own.get(column)) for column in columns])]
         if any("cross_validated" in row for row in own.values()):
@@ -196,3 +206,168 @@ def _published(row: Row | None) -> list[str]:
         return [""]
     spread = "" if paper["std"] is None else f" +- {100 * paper['std']:.1f}"
     return [f"{100 * paper['top1']:.1f}{spread}"]
+
+
+# Told apart by colour-blind readers as well (Okabe and Ito), and by their markers in print.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_BASELINES = {"random": "#777777", "pixels": "#AAAAAA"}
+
+
+def draw_curve(rows: Sequence[Row], file: BinaryIO, suffix: str) -> bool:
+    """Draw top-1 over labelled images for the few-label rows; equal rows give equal bytes.
+
+    Args:
+        rows: of `lowshot.json`; those with `logistic` or `finetune` are drawn.
+        file: where to write.
+        suffix: `png` or `svg`.
+
+    Returns:
+        False where no backbone has two points, and nothing was written.
+    """
+    lines = accuracy_lines(rows)
+    if not any(len(points) > 1 for points in lines.values()):
+        return False
+    # Without this SVG ids are random.
+    with matplotlib.rc_context({"svg.hashsalt": "msn", "font.size": 11}):
+        figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        trained = 0
+        for (backbone, classifier), points in lines.items():
+            baseline = _BASELINES.get(backbone)
+            axes.errorbar(
+                [point["labelled_images"] for point in points],
+                [100 * point["top1_mean"] for point in points],
+                yerr=[100 * point["top1_std"] for point in points],
+                label=_label(backbone, classifier),
+                color=baseline or _COLOURS[trained % len(_COLOURS)],
+                marker=_MARKERS[trained % len(_MARKERS)] if baseline is None else ".",
+                linestyle="-" if baseline is None else "--",
+                capsize=3,
+            )
+            trained += baseline is None
+        _label_axes(axes, [point for points in lines.values() for point in points])
+        metadata = {"Date": None} if suffix == "svg" else {"Software": None}
+        figure.savefig(file, format=suffix, dpi=150, metadata=metadata)
+    return True
+
+
+def accuracy_lines(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """The few-label rows of each backbone and classifier, by their number of labelled images."""
+    lines: dict[tuple[str, str], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["labelled_images"]):
+        if row["classifier"] in ("logistic", "finetune"):
+            lines.setdefault((row["backbone"], row["classifier"]), []).append(row)
+    return lines
+
+
+def _label(backbone: str, classifier: str) -> str:
+    name = printable(backbone).replace("$", r"\$")  # between two of them matplotlib reads formulas
+    return name if classifier == "logistic" else f"{name} ({classifier})"
+
+
+def _label_axes(axes: Any, points: Sequence[Row]) -> None:
+    names = {point["labelled_images"]: point["labels"] for point in points}
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(sorted(names)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    counts = sorted(names)
+    axes.set_xticklabels(
+        [names[n] if names[n].endswith("%") else f"{names[n]}\n({n})" for n in counts]
+    )
+    axes.set_xlabel("labelled images per class (in all)")
+    axes.set_ylabel("top-1 accuracy on held-out images, %")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
+_ANY_WIDTH = 100_000
+_FILE_WIDTH = 200  # characters of a line where the output is no terminal
+_DISTRIBUTION = "msn-pretraining"
+_ABOUT_HEAD = ("backbone", "weights", "image_size", "classifier", "labels", "lambda")
+_VERSIONS = ("torch", "torchvision", "timm", "numpy")
+
+
+def print_table(results: Sequence[Result], title: str) -> None:
+    """Print the table to standard output; no figure is cut, however narrow a terminal is."""
+    rows, console = [result.row for result in results], Console()
+    table = table_of(rows, title)
+    needed = Console(width=_ANY_WIDTH).measure(table).maximum
+    if not console.is_terminal:
+        # A table cut at 80 columns because the output goes to a file helps nobody.
+        Console(width=max(_FILE_WIDTH, needed)).print(table)
+    elif console.width < needed:
+        console.print(list_of(rows, title), markup=False, highlight=False)
+    else:
+        console.print(table)
+
+
+def write_results(path: Path, results: Sequence[Result], config: Mapping[str, Any]) -> None:
+    """Write lowshot.json, beside it .csv, .md, .png and .svg, and heads in `heads/`.
+
+    Each file is whole or not there; the JSON comes last, as the sign that all are.
+
+    Args:
+        path: the JSON file, in the run directory.
+        results: rows with their heads.
+        config: plain data, kept in the JSON file.
+
+    Raises:
+        UserError: if the directory cannot be written.
+    """
+    rows = []
+    for result in results:
+        head = None if result.head is None else f"heads/{head_name(result)}"
+        rows.append({**result.row, "head": head})
+        if result.head is not None and head is not None:
+            save_head(path.parent / head, result.head, result.row)
+    write_bytes(path.with_suffix(".csv"), csv_table(rows).encode(errors="replace"))
+    write_bytes(path.with_suffix(".md"), markdown_table(rows).encode(errors="replace"))
+    for suffix in ("png", "svg"):
+        picture = io.BytesIO()
+        if draw_curve(rows, picture, suffix):
+            write_bytes(path.with_suffix(f".{suffix}"), picture.getvalue())
+    content = {"rows": rows, "config": dict(config), "versions": versions()}
+    text = json.dumps(content, indent=1, allow_nan=False, default=str) + "\n"
+    write_bytes(path, text.encode())
+
+
+def save_head(path: Path, head: Head, row: Mapping[str, Any]) -> None:
+    """Write a head that `msn.weights` can fold into an exported classifier.
+
+    The safetensors file holds `weight` [C, D] and, with an intercept, `bias` [C]; its metadata
+    `msn` says what features the head wants.
+    """
+    tensors = (
+        {"weight": head.weight} if head.bias is None else {"weight": head.weight, "bias": head.bias}
+    )
+    about = {
+        "format": 1,
+        "classes": list(head.classes),
+        "feature": head.feature,
+        "centred": head.centred,
+        "normalised": head.normalised,
+        "split": head.split,
+        **{key: row[key] for key in _ABOUT_HEAD if key in row},
+    }
+    save_tensors(path, tensors, {"msn": json.dumps(about)})
+
+
+def head_name(result: Result) -> str:
+    """File name of a head: backbone, classifier and labels."""
+    row = result.row
+    parts = [row["backbone"], row["classifier"], row["labels"].replace("%", "pc")]
+    parts += [row["variant"]] if "variant" in row else []
+    return "_".join(re.sub(r"[^\w.-]+", "-", str(part)) for part in parts) + ".safetensors"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what makes the numbers."""
+    found = {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}}
+    try:
+        found["msn"] = version(_DISTRIBUTION)
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        found["msn"] = "not installed"
+    return found

@@ -1,16 +1,18 @@
 """Curves of all monitors, and accuracy against labels, for one run or several."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from msn.evaluation.sets import Row
+from msn.evaluation.table import accuracy_lines
 from msn.reporting.record import RunRecord
 
 # Told apart by colour-blind readers as well, on light and on dark ground (after Okabe and Ito).
 COLOURS = ("#2f8fd0", "#e0712a", "#12a67c", "#cf7bb0", "#dba117", "#7d8be0", "#8c8c8c")
 _DASHES = ("solid", "dash", "dot", "dashdot")
-FEW_POINTS = 20  # a line; so few are marked one by one
-MOST_POINTS = 1500  # a line; more are averaged in bins, so that years of steps stay a few bytes
+FEW_POINTS = 20  # per line; so few are marked one by one
+MOST_POINTS = 1500  # per line; more are averaged in bins, so that years of steps stay a few bytes
 
 Figure = dict[str, Any]
 
@@ -118,15 +120,9 @@ PANELS = (
 
 
 def curve_charts(records: Sequence[RunRecord]) -> list[Chart]:
-    """A chart a panel that has figures in any of the runs."""
+    """A chart for each panel that has figures in any of the runs."""
     found = [_chart(panel, records) for panel in PANELS]
     return [chart for chart in found if chart is not None]
-
-
-def unlisted(record: RunRecord) -> set[str]:
-    """Metrics of a run that no panel shows."""
-    shown = {name for panel in PANELS for name in panel.series}
-    return {name for row in record.metrics for name in row} - shown - {"step", "epoch"}
 
 
 def _chart(panel: Panel, records: Sequence[RunRecord]) -> Chart | None:
@@ -192,15 +188,13 @@ _NAMES = {"logistic": "logistic", "linear": "linear probe", "finetune": "fine-tu
 BELOW_TITLE = {"orientation": "h", "x": 0, "y": -0.25, "yanchor": "top"}
 _BASELINES = {"random": "#9a9a9a", "pixels": "#b9a98c"}
 
-Row = Mapping[str, Any]
-
 
 def table_of(record: RunRecord) -> tuple[list[str], list[tuple[str, list[Row | None]]]]:
     """Column titles and, for each backbone and variant, its rows; None where it has none."""
     rows: Sequence[Row] = [] if record.lowshot is None else record.lowshot["rows"]
-    columns = list(dict.fromkeys(column_title(row) for row in rows))
+    columns = list(dict.fromkeys(_column_title(row) for row in rows))
     backbones = list(dict.fromkeys(_row_title(row) for row in rows))
-    cells = {(_row_title(row), column_title(row)): row for row in rows}
+    cells = {(_row_title(row), _column_title(row)): row for row in rows}
     return columns, [
         (name, [cells.get((name, column)) for column in columns]) for name in backbones
     ]
@@ -210,8 +204,8 @@ def _row_title(row: Row) -> str:
     return f"{row['backbone']}, {row['variant']}" if row.get("variant") else row["backbone"]
 
 
-def column_title(row: Row) -> str:
-    """What a column of the table is called: labels a class and classifier."""
+def _column_title(row: Row) -> str:
+    """What a column of the table is called: labels per class and classifier."""
     labels = row["labels"]
     amount = {"all": "all labels"}.get(labels, labels if "%" in labels else f"{labels} a class")
     if row["classifier"] == "knn":
@@ -220,18 +214,14 @@ def column_title(row: Row) -> str:
 
 
 def accuracy_chart(records: Sequence[RunRecord]) -> Chart | None:
-    """Top-1 over labelled images, a line a backbone; None where no line has two points."""
+    """Top-1 over labelled images, one line per backbone; None where no line has two points."""
     traces: list[dict[str, Any]] = []
     for record in records:
-        lines: dict[tuple[str, str], list[Row]] = {}
-        for row in [] if record.lowshot is None else record.lowshot["rows"]:
-            if row["classifier"] in ("logistic", "finetune") and not row.get("variant"):
-                lines.setdefault((row["backbone"], row["classifier"]), []).append(row)
-        for (backbone, classifier), points in lines.items():
+        rows = [] if record.lowshot is None else record.lowshot["rows"]
+        for (backbone, classifier), points in accuracy_lines(rows).items():
             prefix = f"{record.name}: " if len(records) > 1 else ""
             suffix = "" if classifier == "logistic" else f" ({_NAMES[classifier]})"
             colour = _BASELINES.get(backbone) or COLOURS[len(traces) % len(COLOURS)]
-            points = sorted(points, key=lambda row: row["labelled_images"])
             traces.append(_trace(f"{prefix}{backbone}{suffix}", points, colour))
     if not any(len(trace["x"]) > 1 for trace in traces):
         return None

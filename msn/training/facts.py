@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from msn.data.datamodule import MSNDataModule
-from msn.evaluation.results import versions
+from msn.evaluation.table import versions
 from msn.training.module import MSNModule
 
 

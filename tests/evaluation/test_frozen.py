@@ -4,10 +4,9 @@ from sklearn.linear_model import LogisticRegression
 
 from msn.errors import UserError
 from msn.evaluation import frozen
-from msn.evaluation.frozen import Logistic, knn_results, logistic_results
+from msn.evaluation.frozen import Logistic, best_lambds, folds_of, knn_results, logistic_results
 from msn.evaluation.logistic import centre_and_normalise
-from msn.evaluation.selection import folds_of
-from msn.evaluation.sets import FeatureSet, LabelSet
+from msn.evaluation.sets import FeatureSet, LabelSet, Trial
 from tests.evaluation.toys import LOGISTIC, toy_features
 
 CPU = torch.device("cpu")
@@ -24,15 +23,8 @@ def label_sets(per_class, count):
 
 
 def results(sets, test=TEST, **changes):
-    return logistic_results(
-        "msn",
-        sets,
-        TRAIN,
-        test,
-        settings=Logistic(**{**LOGISTIC, **changes}),
-        feature="class_token",
-        device=CPU,
-    )
+    trial = Trial("msn", "class_token", sets, TRAIN, test, CPU)
+    return logistic_results(trial, Logistic(**{**LOGISTIC, **changes}))
 
 
 def test_accuracies_are_those_of_scikit_learn_on_the_same_sets():
@@ -137,9 +129,7 @@ def test_two_runs_print_the_same_digits():
 
 def test_knn_rows_tell_numbers_of_neighbours_apart():
     labelled = LabelSet("all", "all", torch.arange(120))
-    one, ten = knn_results(
-        "msn", labelled, TRAIN, TEST, neighbours=[1, 10], temperature=0.07, device=CPU
-    )
+    one, ten = knn_results(Trial("msn", "class_token", [labelled], TRAIN, TEST, CPU), [1, 10], 0.07)
     assert (one.row["variant"], ten.row["variant"]) == ("k=1", "k=10")
     assert one.row["lambda"] is None
     assert one.row["labels"] == "all"
@@ -154,11 +144,11 @@ def test_knn_rows_tell_numbers_of_neighbours_apart():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lambd": 0.0}, "lambd must be > 0"),
+        ({"lambd": 0.0}, "lambd=0.0: must be > 0"),
         ({"lambd": None}, "give lambd, or lambd_grid"),
-        ({"lambd_grid": [1.0, -1.0]}, "lambd must be > 0"),
-        ({"folds": 1}, "folds must be >= 2"),
-        ({"tolerance": 0.0}, "tolerance must be > 0"),
+        ({"lambd_grid": [1.0, -1.0]}, "lambd_grid: must be > 0"),
+        ({"folds": 1}, "folds=1: must be >= 2"),
+        ({"tolerance": 0.0}, "tolerance=0.0: must be > 0"),
     ],
 )
 def test_bad_settings_are_refused(change, message):
@@ -176,11 +166,43 @@ def test_scores_in_pieces_choose_and_count_the_same(monkeypatch):
 
 
 def test_regression_is_solved_on_the_cpu_where_a_device_has_no_double_precision():
-    settings = Logistic(**LOGISTIC)
-    common = {"settings": settings, "feature": "class_token"}
-    sets = label_sets(5, 1)
-    on = [
-        logistic_results("msn", sets, TRAIN, TEST, device=torch.device(name), **common)[0].row
+    settings, sets = Logistic(**LOGISTIC), label_sets(5, 1)
+    trials = [
+        Trial("msn", "class_token", sets, TRAIN, TEST, torch.device(name))
         for name in ("mps", "cpu")
     ]
+    on = [logistic_results(trial, settings)[0].row for trial in trials]
     assert on[0]["top1"] == on[1]["top1"]
+
+
+def test_every_image_is_held_out_once_and_classes_evenly():
+    labels = torch.tensor([0] * 13 + [1] * 12 + [2] * 5)
+    folds = folds_of(labels, 5, of=3)
+    assert [fold.of for fold in folds] == [3] * 5
+    held_out = torch.cat([fold.held_out for fold in folds])
+    assert sorted(held_out.tolist()) == list(range(30))
+    for fold in folds:
+        assert set(fold.train.tolist()) == set(range(30)) - set(fold.held_out.tolist())
+        counts = torch.bincount(labels[fold.held_out], minlength=3)
+        assert counts[0] in (2, 3)
+        assert counts[1] in (2, 3)
+        assert counts[2] == 1
+        assert len(fold.held_out) == 6  # folds of one size
+
+
+def test_fewer_images_than_folds_leave_one_out():
+    folds = folds_of(torch.tensor([0, 1, 0, 1]), 5, of=0)
+    assert len(folds) == 2
+    for fold in folds:
+        assert len(fold.held_out) == 2
+
+
+def test_one_image_a_class_cannot_be_cross_validated():
+    assert folds_of(torch.tensor([0, 1, 2]), 5, of=0) == []
+
+
+def test_accuracy_decides_then_log_loss_then_the_stronger_value():
+    grid = [0.1, 1.0, 10.0]
+    accuracy = torch.tensor([[3.0, 5, 4], [5, 5, 1], [5, 5, 5]])
+    log_loss = torch.tensor([[1.0, 9, 1], [2, 3, 1], [1, 1, 1]])
+    assert best_lambds(accuracy, log_loss, grid) == [1.0, 0.1, 10.0]

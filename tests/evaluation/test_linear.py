@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from msn.evaluation.features import Runtime
-from msn.evaluation.linear import Probe, frozen_batches, train_probe
+from msn.evaluation.linear import SGD, frozen_batches, train_probe
 from tests.evaluation.toys import toy_features
 
 RUNTIME = Runtime((torch.device("cpu"),), 0, shared=False)
@@ -15,7 +15,7 @@ RUNTIME = Runtime((torch.device("cpu"),), 0, shared=False)
 
 def test_the_probe_starts_at_zero_on_plain_rows_and_is_the_last_step_s():
     """No affine norm between rows and layer, and no epoch is picked by its test figures."""
-    probe = Probe(
+    probe = SGD(
         epochs=3, batch_size=30, lr=5.0, momentum=0.9, weight_decay=0.0, augment=False, seed=0
     )
     train = toy_features(10, 3, 6, spread=1.0, seed=0)

@@ -8,9 +8,8 @@ from PIL import Image
 
 from msn.errors import UserError
 from msn.evaluation.lowshot import evaluate
-from msn.evaluation.results import print_table, write_results
 from msn.evaluation.sets import bootstrap_interval, make_row
-from msn.evaluation.table import markdown_table
+from msn.evaluation.table import markdown_table, print_table, write_results
 from msn.weights.classifier import read_classifier
 from tests.evaluation.test_protocols import kshot
 from tests.evaluation.toys import MODEL, ToyImages, toy_backbone
