@@ -40,7 +40,7 @@ def planned(*arguments):
 
 
 def test_a_plan_for_a_gpu_is_that_of_a_gpu_also_where_there_is_none():
-    """ViT-B/16 with 1,024 images on 12 GB: what `benchmarks/step.md` promises."""
+    """ViT-B/16 with 1,024 images on 12 GB: what docs/performance.md promises."""
     gpu, words = planned("experiment=msn_vitb16", "trainer.accelerator=gpu", "planning.memory=12")
     assert (gpu.case.device, gpu.case.precision) == ("cuda", "bf16-mixed")
     assert "chunk_size=32 " in words
