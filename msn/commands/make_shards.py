@@ -1,5 +1,6 @@
 """`python -m msn make_shards root=DIR out=DIR`: a folder or list of images as tar shards."""
 
+import shlex
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -38,7 +39,7 @@ def run(config: DictConfig) -> None:
         labels = f"{len(source.classes)} classes" if known else f"no labels ({source.why})"
         without = f" ({len(source) - images} left out)" if images < len(source) else ""
         print(f"{images} images{without}, {labels}, in {len(shards)} shards: {folder}")
-    print(f"train on them: python train.py data=shards data.root={out}")
+    print(f"train on them: python train.py data=shards {shlex.quote(f'data.root={out}')}")
 
 
 def _refuse_used(out: Path) -> None:
