@@ -20,9 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 import msn
-from msn.commands.command_line import parse_flags, quote_paths, read_mapping
+from msn.commands.command_line import parse_flags, quote_paths, read_mapping, without_readers
 from msn.commands.help import help_text, options
-from msn.commands.readers import without_readers
 from msn.errors import UserError
 from msn.schema import refuse_unknown, take
 
@@ -205,9 +204,8 @@ def to_plain(config: DictConfig, key: str | None = None) -> dict[str, Any]:
     if missing:
         raise UserError(f"{missing[0]} must be given: add {missing[0]}=...")
     node = config if key is None else OmegaConf.select(config, key)
-    if not OmegaConf.is_config(node):  # a group that was set to null or to a value
-        return node  # type: ignore[return-value]
-    return OmegaConf.to_container(node, resolve=True)  # type: ignore[return-value]
+    plain: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    return plain  # of a group that was set to a value, that value
 
 
 def one_line(error: BaseException) -> str:
@@ -307,7 +305,6 @@ def _compare(config: Any, known: Any, prefix: str = "") -> None:
 
 
 def _unknown(key: str, known: Iterable[Any]) -> str:
-    allowed = ", ".join(sorted(str(name) for name in known if not str(name).startswith("_")))
     allowed = ", ".join(sorted(str(name) for name in known if not str(name).startswith("_")))
     return f"unknown key {key}: allowed are {allowed or 'none here'}"
 

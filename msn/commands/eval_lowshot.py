@@ -143,7 +143,7 @@ def check_seed(seed: Any) -> int:
     """The `seed` of a command.
 
     Raises:
-        UserError: if it is none.
+        UserError: if it is not a seed.
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise UserError(f"seed must be a whole number in [0, 2^32), got {seed!r}")
@@ -224,7 +224,9 @@ def without_views(config: DictConfig) -> DictConfig:
     reduced = OmegaConf.masked_copy(config, [str(key) for key in config if key != "data"])
     used = [str(key) for key in config.data if key not in unused]
     data = OmegaConf.masked_copy(config.data, used)
-    return OmegaConf.merge(reduced, {"data": data})  # type: ignore[return-value]
+    merged = OmegaConf.merge(reduced, {"data": data})
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def _labelled_sets(data: dict[str, Any]) -> tuple[LabelledImages, LabelledImages]:

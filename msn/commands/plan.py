@@ -1,5 +1,6 @@
 """`python train.py plan=true ...`: what a training will cost, before anything is spent."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,18 +10,24 @@ from rich.console import Console
 from rich.table import Table
 
 from msn.commands.entry import build, one_line
-from msn.commands.plan_rate import measure_rate
 from msn.commands.plan_settings import (
     check_settings,
     check_trainer,
     count_processes,
     planned_device,
 )
-from msn.commands.step import Case, step_flops
+from msn.commands.step import Case, MsnStep, product_type, seconds_per_step, step_flops
 from msn.data.datamodule import MSNDataModule
 from msn.data.views import ViewSettings
 from msn.errors import UserError
-from msn.training.cost import Flops, Memory, forecast_memory, memory_installed, suggest_chunk_size
+from msn.training.cost import (
+    Flops,
+    Memory,
+    forecast_memory,
+    measure_matrix_rate,
+    memory_installed,
+    suggest_chunk_size,
+)
 from msn.training.module import MSNModule
 from msn.training.strategy import compilation
 from msn.training.trainer import resolve_precision
@@ -32,6 +39,10 @@ _SMALLER = {
     "views": "lower data.global_batch_size, or the number or size of data.views",
     "activations": "set chunk_size=N, or lower the number or size of data.views or model.embed_dim",
 }
+_MEASURED_BATCH = {"cpu": 8, "cuda": 64}
+_LEAST_BATCH = 2  # BatchNorm wants two
+_LONGEST_STEP = 20.0  # s; a step that would take longer is measured with the least batch
+_HINT = "planning.rate=OPERATIONS_A_SECOND, e.g. planning.rate=4e14, is a plan without measuring"
 _SPARE = 0.9  # share of the memory that a step may fill; allocators and libraries want the rest
 
 
@@ -323,3 +334,49 @@ def _advice(peaks: dict[int | None, float], limit: float | None) -> str:
         f"For {room}: chunk_size={chunk} (peak {peaks[chunk] / 2**30:.1f} GiB, the same numbers, "
         "about a third more time)."
     )
+
+
+def measure_rate(
+    case: Case, flops: Flops, forecast: Callable[[Case], Memory], room: float
+) -> tuple[float, int]:
+    """Operations/s of one device of this machine in training steps.
+
+    Args:
+        case: what the training will be, on a device that is here.
+        flops: of one image.
+        forecast: of a case that trains alone.
+        room: bytes that a step may take.
+
+    Returns:
+        The rate, and the images of the steps that were measured.
+
+    Raises:
+        UserError: if no batch fits, by forecast or by trial.
+    """
+    device = torch.device(case.device)
+    batch = _batch_that_fits(case, forecast, room)
+    try:
+        limit = measure_matrix_rate(device, product_type(case.precision))
+        if batch * flops.total / limit > _LONGEST_STEP:
+            batch = _LEAST_BATCH
+        seconds = _seconds_per_step(case._replace(batch_size=batch), device)
+    except torch.OutOfMemoryError:
+        raise UserError(f"out of memory in measured steps of {batch} images: {_HINT}") from None
+    return batch * flops.total / seconds, batch
+
+
+def _batch_that_fits(case: Case, forecast: Callable[[Case], Memory], room: float) -> int:
+    batch = min(_MEASURED_BATCH[case.device], max(_LEAST_BATCH, case.batch_size))
+    while (peak := forecast(case._replace(batch_size=batch)).peak) > room:
+        if batch == _LEAST_BATCH:
+            raise UserError(
+                f"steps of {batch} images would take {peak / 2**30:.1f} GiB to measure and "
+                f"{room / 2**30:.1f} are free here: {_HINT}"
+            )
+        batch = max(_LEAST_BATCH, batch // 2)
+    return batch
+
+
+def _seconds_per_step(case: Case, device: torch.device) -> float:
+    method = MsnStep(case)
+    return min([seconds_per_step(method, 1, device) for _ in range(3)][1:])  # the first compiles

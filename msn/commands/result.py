@@ -9,11 +9,11 @@ from lightning.pytorch import Trainer
 from msn.commands.eval_lowshot import baselines, check_baselines, write_table
 from msn.commands.report import REPORT_FILE, open_run, write_report
 from msn.commands.run_directory import RunDirectory
-from msn.commands.run_loggers import log_results
 from msn.data.datamodule import MSNDataModule
 from msn.evaluation.backbones import FrozenBackbone
 from msn.evaluation.features import check_feature
 from msn.evaluation.lowshot import Protocol, evaluate
+from msn.training.loggers import TensorBoardRun, WandbRun
 from msn.training.module import MSNModule
 from msn.weights import save_backbone
 
@@ -65,7 +65,7 @@ def finish(
     directory.write_status("finished")
     if settings["report"]:
         _report(directory, device)
-    log_results(trainer)
+    _log_results(trainer)
     print(f"run directory: {directory.path}")
 
 
@@ -99,3 +99,10 @@ def _meta(module: MSNModule) -> dict[str, Any]:
         "epoch": module.finished_epochs,
         **module.checkpoint_info,
     }
+
+
+def _log_results(trainer: Trainer) -> None:
+    """Give the tables and artifacts to the loggers that take them."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbRun | TensorBoardRun):
+            logger.log_results()

@@ -1,16 +1,21 @@
 """`python train.py`: compose -> build -> fit -> result."""
 
+import contextlib
 import logging
 import os
+import platform
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -25,15 +30,14 @@ from msn.commands.run_directory import (
     is_inherited,
     read_status,
 )
-from msn.commands.run_loggers import build_loggers, closed_loggers
 from msn.data.datamodule import MSNDataModule
 from msn.data.workers import in_one_line
 from msn.errors import UserError
 from msn.evaluation.lowshot import Protocol
+from msn.evaluation.table import versions
 from msn.images.depth import RECORDED
 from msn.method.distributed import process_index
-from msn.training.checkpointing import check_same_run, identity_of
-from msn.training.facts import facts
+from msn.training.checkpointing import check_same_run, identity_of, step_of
 from msn.training.launch import (
     agree,
     end_started_processes,
@@ -42,6 +46,7 @@ from msn.training.launch import (
     read_launch,
     starts_processes,
 )
+from msn.training.loggers import MetricsCSV, WandbRun
 from msn.training.module import MSNModule
 from msn.training.preemption import EXIT_CODE, Preempted, Preemption, requeue_slurm_job
 from msn.training.progress import build_progress
@@ -157,7 +162,7 @@ def _set_up(
     for logger in trainer.loggers:
         logger.log_hyperparams(settings)  # wandb begins here, or says why not
     if trainer.is_global_zero:
-        directory.write_status("unfinished", facts=facts(trainer, data, module))
+        directory.write_status("unfinished", facts=_facts(trainer, data, module))
 
 
 def _fit(
@@ -229,11 +234,12 @@ def _attach(
         else build(config, f"callbacks.{name}", **runtime.get(str(name), {}))
         for name in config.callbacks
     ]
-    trainer.loggers = build_loggers(config, directory)
+    trainer.loggers = _build_loggers(config, directory)
     # Checkpoints come last, as in Lightning, so that what the others have done is in them.
     callbacks.sort(key=lambda callback: isinstance(callback, Checkpoint))
-    trainer.callbacks[:0] = callbacks  # type: ignore[attr-defined]
-    trainer.callbacks.sort(key=lambda callback: isinstance(callback, Checkpoint))  # type: ignore[attr-defined]
+    own: list[Callback] = vars(trainer)["callbacks"]  # which Lightning sets without declaring it
+    own[:0] = callbacks
+    own.sort(key=lambda callback: isinstance(callback, Checkpoint))
 
 
 def _leave(stop: Preempted) -> NoReturn:
@@ -326,3 +332,60 @@ def _quieten() -> None:
         ".*your dataloader is not resumable.*",  # the data module holds the position
     ):
         warnings.filterwarnings("ignore", message)
+
+
+def _facts(trainer: Trainer, data: MSNDataModule, module: MSNModule) -> dict[str, Any]:
+    """Machine, sizes and versions, which the report shows beside the settings."""
+    assert module.schedule is not None
+    steps = len(data.sampler(rank=trainer.global_rank, world_size=trainer.world_size))
+    limit = trainer.limit_train_batches
+    return {
+        "device": _device_name(trainer.strategy.root_device),
+        "processes": trainer.world_size,
+        "precision": str(trainer.precision),
+        "training_images": len(data.pools.train),
+        "steps_per_epoch": min(steps, limit) if isinstance(limit, int) else int(steps * limit),
+        "parameters": sum(p.numel() for p in module.network.anchor.trunk.parameters()),
+        "versions": versions(),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = models[0] if models else platform.processor() or platform.machine()
+    return f"{device.type.upper()}, {name}, {torch.get_num_threads()} threads"
+
+
+def _build_loggers(config: DictConfig, directory: RunDirectory) -> list[Logger]:
+    """The loggers, which write into the run directory when it is there.
+
+    Raises:
+        UserError: if a setting of a logger is wrong.
+    """
+    metrics = MetricsCSV(path=directory.path / "metrics.csv")
+    resume_step = None if directory.resume_from is None else step_of(directory.resume_from)
+    if resume_step is not None:
+        metrics.resume_at(resume_step)
+    runtime: dict[str, dict[str, Any]] = {"tensorboard": {"resume_step": resume_step}}
+    others = [
+        build(config, f"logger.{name}", save_dir=str(directory.path), **runtime.get(str(name), {}))
+        for name in config.logger
+    ]
+    return [metrics, *others]
+
+
+@contextlib.contextmanager
+def closed_loggers(trainer: Trainer) -> Iterator[None]:
+    """Whatever happens within, no logger is left open for the next run of a sweep."""
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbRun):
+                logger.close(failed=failed)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from msn.commands import plan, plan_rate
+from msn.commands import plan
 from msn.commands.entry import compose, to_plain
 from msn.commands.plan_settings import count_processes
 from msn.commands.step import Case, MsnStep
@@ -87,17 +87,17 @@ def forecast(case):
     ("batch_size", "room", "measured"), [(64, 1000, 8), (64, 45, 4), (64, 20, 2), (1, 1000, 2)]
 )
 def test_as_many_images_are_measured_as_fit(monkeypatch, batch_size, room, measured):
-    monkeypatch.setattr(plan_rate, "measure_matrix_rate", lambda device, dtype: 1e12)
-    monkeypatch.setattr(plan_rate, "_seconds_a_step", lambda case, device: case.batch_size / 5)
+    monkeypatch.setattr(plan, "measure_matrix_rate", lambda device, dtype: 1e12)
+    monkeypatch.setattr(plan, "_seconds_per_step", lambda case, device: case.batch_size / 5)
     flops = Flops(1.0, 1.0, 1.0)
-    rate, images = plan_rate.measure_rate(case_of(batch_size), flops, forecast, room)
+    rate, images = plan.measure_rate(case_of(batch_size), flops, forecast, room)
     assert images == measured
     assert rate == pytest.approx(5 * flops.total)
 
 
 def test_where_no_batch_fits_nothing_is_measured():
     with pytest.raises(UserError, match="planning.rate="):
-        plan_rate.measure_rate(case_of(64), Flops(1.0, 1.0, 1.0), forecast, room=19)
+        plan.measure_rate(case_of(64), Flops(1.0, 1.0, 1.0), forecast, room=19)
 
 
 def test_measured_steps_that_run_out_of_memory_leave_the_memory_table_and_a_line(

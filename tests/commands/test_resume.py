@@ -18,7 +18,7 @@ from lightning.pytorch import Callback
 
 from benchmarks.kill_resume import CLOCKS, differing
 from msn.commands import train
-from msn.commands.readers import without_readers
+from msn.commands.command_line import without_readers
 from msn.files import read_rows
 from msn.training.checkpointing import checkpoints, newest_checkpoint
 from msn.training.preemption import EXIT_CODE

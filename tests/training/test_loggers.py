@@ -7,7 +7,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from msn.commands.run_loggers import closed_loggers
+from msn.commands.train import closed_loggers
 from msn.errors import UserError
 from msn.files import read_rows
 from msn.training.loggers import ID_FILE, MetricsCSV, TensorBoardRun, WandbRun, tables
