@@ -53,8 +53,8 @@ def gpu(guard):
 
 
 def case(experiment="msn_vits16", *, depth=2, **changes):
-    """A preset's training step with few blocks, not compiled, in bf16."""
+    """A preset's training step as bench takes it on this device, few blocks, not compiled."""
     settings = to_plain(compose("bench", ["what=step", f"experiment={experiment}"]))
-    made = case_of(settings)._replace(batch_size=6, precision="bf16-mixed", device="cuda")
+    made = case_of(settings)._replace(batch_size=6)
     model = made.model if depth is None else {**made.model, "depth": depth}
     return made._replace(model=model, compile=False)._replace(**changes)

@@ -17,16 +17,19 @@ import shutil
 import subprocess
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tests.cuda.fake_triton import noted_kernels
 
@@ -44,6 +47,26 @@ _PRODUCTS = {
 }  # fmt: skip
 # What launches nothing and torch does not call a view.
 _NOTHING = {"_unsafe_view", "lift_fresh", "empty", "empty_like", "empty_strided", "new_empty"}
+
+# What Inductor asks of a card, as CUDA tells it of this one.
+H100 = SimpleNamespace(
+    name="NVIDIA H100 80GB HBM3",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    warp_size=32,
+    total_memory=80 << 30,
+    shared_memory_per_block=49152,
+    shared_memory_per_block_optin=232448,
+    shared_memory_per_multiprocessor=233472,
+    L2_cache_size=50 << 20,
+    gcnArchName="",
+    is_integrated=False,
+    uuid="0",
+)
 
 
 class HostWaits(AssertionError):
@@ -121,7 +144,10 @@ class FakeCuda(TorchDispatchMode):
             self._check_operands(packet, tensors)
         if packet is aten._local_scalar_dense:
             return 0.0 if args[0].is_floating_point() else 0
-        out = func(*args, **kwargs)
+        if packet is aten.copy_ and not _on_cuda(args[0]):
+            out = args[0]
+        else:
+            out = tree_map_only(FakeTensor, partial(_real_on_host, kwargs), func(*args, **kwargs))
         everything = [x for x in (*tensors, *tree_leaves(out)) if _on_cuda(x)]
         self._account(everything)
         name = packet.__name__
@@ -196,6 +222,16 @@ def _on_host(func: Any, packet: Any, args: Any, kwargs: Any) -> Any:
     return out
 
 
+def _real_on_host(kwargs: dict[str, Any], x: FakeTensor) -> Tensor:
+    """Zeros in place of a result that lies on the host."""
+    if x.device.type != "cpu":
+        return x
+    with unset_fake_temporarily():
+        out = torch.zeros(x.shape, dtype=x.dtype)
+    out.pinned = kwargs.get("pin_memory")
+    return out
+
+
 def _on_cuda(x: Any) -> bool:
     return isinstance(x, Tensor) and x.device.type == "cuda"
 
@@ -258,7 +294,15 @@ def _as_if_there_were_a_driver() -> Iterator[None]:
     """Answer what torch asks the driver."""
     answers = [
         (FakeTensorMode, "avoid_device_init", property(lambda _: True)),
+        (fake_tensor, "init_gpu_context", lambda _: None),
         (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "_lazy_init", lambda: None),
+        (torch.cuda, "device_count", lambda: 1),
+        (torch.cuda, "current_device", lambda: 0),
+        (torch.cuda, "is_current_stream_capturing", lambda: False),
+        (torch.cuda, "get_device_properties", lambda _=None: H100),
+        (torch.cuda, "get_device_capability", lambda _=None: (H100.major, H100.minor)),
         (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
         (torch.cuda, "current_stream", _stream),
         (torch.cuda, "Stream", _stream),

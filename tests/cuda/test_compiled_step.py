@@ -1,0 +1,36 @@
+"""Steps with compiled blocks on the fake device: no break, nothing compiled after the first."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from msn.commands.step import MsnStep
+from tests.cuda.conftest import case
+
+pytestmark = pytest.mark.slow
+
+
+def check_compiled_step(gpu, made, graphs):
+    from tests.cuda.fake_triton import fake_inductor
+
+    torch._dynamo.reset()
+    counters.clear()
+    gpu.strict = False
+    with fake_inductor(gpu):
+        method = MsnStep(made._replace(compile=True))
+        assert method.compiled
+        for step in range(3):
+            gpu.reset()
+            gpu.strict = step > 0
+            method.step()
+            assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+    written = [launch for launch in gpu.launches if launch.name.startswith("triton_")]
+    assert written
+    assert all(launch.moved > 0 for launch in written)
+    torch._dynamo.reset()
+    return method
+
+
+def test_compiled_blocks_break_nowhere(gpu):
+    check_compiled_step(gpu, case(depth=3), graphs=4)
