@@ -4,12 +4,15 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import ROOT
 
 
-def test_cuda_code_runs_on_fake_tensors():
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_cuda_code_runs_on_fake_tensors(which):
     ended = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "tests/cuda"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-m", which, "tests/cuda"],
         cwd=ROOT,
         env={**os.environ, "MSN_FAKE_CUDA": "1"},
         capture_output=True,

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from msn.data.views import ViewSettings
 from msn.method.masking import num_kept_patches
@@ -141,21 +142,25 @@ def forecast_memory(
     held = _held_bytes(network, size, processes, sharded)
     view_bytes = bytes_of_views(views, batch_size, 2 if precision == "bf16-mixed" else size)
     images = batch_size if chunk_size is None else min(chunk_size, batch_size)
-    trunk, workspace = _trunk_bytes(network, views, patch_drop, precision, compiled)
+    kept, last, passing = _trunk_bytes(network, views, patch_drop, precision, compiled)
+    kept = images * kept + _cast_bytes(network.anchor.trunk, precision)
+    last, workspace = images * last, images * passing
     rows = batch_size * (views.rand_views + views.focal_views)
-    beyond = _head_and_loss_bytes(network, rows) + _cast_weights_bytes(network, precision)
-    activations, workspace = images * trunk + beyond, images * workspace
+    beyond = _head_and_loss_bytes(network, rows) + _cast_bytes(network.anchor.head, precision)
     standing = held.weights + held.optimiser + held.buckets + view_bytes
-    # Unchunked, gradients grow while activations go; chunked, they stand beside the next chunk's.
-    passing = activations + workspace + (held.gradients if chunk_size is not None else 0)
+    # The backward pass has left head, loss and last block when it comes to a whole block.
+    if chunk_size is None:  # gradients grow while activations go
+        most = max(kept + max(last + beyond, workspace), held.gradients)
+    else:  # head and loss come before the chunks, gradients stand beside every chunk but the first
+        most = max(beyond, kept + max(last, workspace) + held.gradients)
     return Memory(
         weights=held.weights,
         optimiser=held.optimiser,
         gradients=held.gradients + held.buckets,
         views=view_bytes,
-        activations=activations,
+        activations=kept + last + beyond,
         workspace=workspace,
-        peak=standing + max(passing, held.gradients),
+        peak=standing + most,
     )
 
 
@@ -222,8 +227,12 @@ def _trunk_bytes(
     patch_drop: float,
     precision: str,
     compiled: bool,
-) -> tuple[float, float]:
-    """Kept and passing bytes of the anchor trunk for one image with all its views."""
+) -> tuple[float, float, float]:
+    """Bytes of the anchor trunk for one image with all its views.
+
+    Returns:
+        Kept before the last block, kept by it, and passing in a block's backward pass.
+    """
     trunk = network.anchor.trunk
     width, ratio = trunk.embed_dim, trunk.mlp_ratio
     large, small = (side // trunk.patch_size for side in (views.rand_size, views.focal_side))
@@ -231,8 +240,7 @@ def _trunk_bytes(
     groups = [(views.rand_views, 1 + kept), (views.focal_views, 1 + small**2)]
     tokens = sum(count * length for count, length in groups)
     size = 8 if precision == "64-true" else 4
-    # Beside the blocks: cut patches, the last block's tokens and their norm.
-    ends = tokens * size * (3 * trunk.patch_size**2 + 3 * width)
+    patches = tokens * 3 * trunk.patch_size**2 * (2 if precision == "bf16-mixed" else size)
     if precision == "bf16-mixed":
         # In half precision the normed inputs of qkv and MLP, q, k, v, the mixed values (each
         # group's and all together), the hidden layer and its GELU: the compiler makes the GELU
@@ -245,18 +253,20 @@ def _trunk_bytes(
         block = tokens * width * (4 + second + 2 * (2 + 3 + 2 + 2 * ratio))
         passing = tokens * width * 2 * (2 * ratio + 4)
         # The last block takes its scores in float32, eager from a copy of the normed tokens.
-        ends = tokens * (2 * 3 * trunk.patch_size**2 + (8 if compiled else 12) * width)
+        last = tokens * width * (8 if compiled else 12)
     else:
         block = tokens * width * size * (2 + 2 + 3 + 2 + 2 * ratio)
-        passing = tokens * width * size * (2 * ratio + 4)
-    return (trunk.depth - 1) * block + ends, passing
+        # Gradients of the residual stream, the hidden layer and its GELU, which is gone itself.
+        passing = tokens * width * size * (ratio + 2)
+        last = tokens * width * size * 3  # tokens and their norm
+    return (trunk.depth - 1) * block + patches, last, passing
 
 
-def _cast_weights_bytes(network: MSN, precision: str) -> float:
-    """Copies of the anchor's weights in half precision: products of the backward pass read them."""
+def _cast_bytes(module: nn.Module, precision: str) -> float:
+    """Copies of weights in half precision: products of the backward pass read them."""
     if precision != "bf16-mixed":
         return 0.0
-    return 2.0 * sum(p.numel() for p in network.anchor.parameters())
+    return 2.0 * sum(p.numel() for p in module.parameters())
 
 
 def _head_and_loss_bytes(network: MSN, rows: int) -> float:

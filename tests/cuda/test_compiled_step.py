@@ -5,6 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from msn.commands.step import MsnStep
+from msn.method.vit import Block
 from tests.cuda.conftest import case
 
 pytestmark = pytest.mark.slow
@@ -34,3 +35,23 @@ def check_compiled_step(gpu, made, graphs):
 
 def test_compiled_blocks_break_nowhere(gpu):
     check_compiled_step(gpu, case(depth=3), graphs=4)
+
+
+ATTEND = Block._attend_from_class
+
+
+def break_the_graph(self, normed):
+    torch._dynamo.graph_break()
+    return ATTEND(self, normed)
+
+
+def compile_again(self, normed):
+    self.calls = getattr(self, "calls", 0) + 1  # a number that compiled code takes for fixed
+    return ATTEND(self, normed) * self.calls
+
+
+@pytest.mark.parametrize("wrong", [break_the_graph, compile_again])
+def test_the_check_sees(gpu, monkeypatch, wrong):
+    monkeypatch.setattr(Block, "_attend_from_class", wrong)
+    with pytest.raises(AssertionError, match="== 4"):
+        check_compiled_step(gpu, case(), graphs=4)

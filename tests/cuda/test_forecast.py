@@ -1,0 +1,59 @@
+"""The forecast of a step's memory against what the step allocates on the fake CUDA device."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from msn.commands.step import MsnStep
+from msn.data.views import ViewSettings
+from msn.training.cost import forecast_memory
+from tests.cuda.conftest import case
+
+
+def check_forecast(gpu, made):
+    from tests.cuda.fake_triton import fake_inductor
+
+    torch._dynamo.reset()
+    gpu.strict = False
+    with fake_inductor(gpu) if made.compile else nullcontext():
+        method = MsnStep(made)
+        method.step()
+        gpu.reset()
+        method.step()
+    forecast = forecast_memory(
+        method.module.network,
+        ViewSettings(**made.views),
+        batch_size=made.batch_size,
+        chunk_size=made.chunk_size,
+        patch_drop=made.method["patch_drop"],
+        precision=made.precision,
+        compiled=made.compile,
+    )
+    assert forecast.peak == pytest.approx(gpu.peak, rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+@pytest.mark.parametrize("chunk_size", [None, 8])
+def test_the_forecast_is_within_5_percent_of_a_small_step(gpu, precision, chunk_size):
+    check_forecast(gpu, case(depth=4, batch_size=32, precision=precision, chunk_size=chunk_size))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("experiment", "batch_size", "chunk_size"),
+    [
+        ("msn_vits16", 64, None),
+        ("msn_vits16", 128, None),
+        ("msn_vitb16", 128, None),
+        ("msn_vitb16", 1024, 32),
+        ("msn_vitl16", 64, None),
+        ("msn_vitl7", 2, None),
+        ("msn_vitl7", 16, None),
+    ],
+)
+def test_the_forecast_is_within_5_percent_of_a_compiled_step(
+    gpu, experiment, batch_size, chunk_size
+):
+    made = case(experiment, depth=None, batch_size=batch_size, chunk_size=chunk_size, compile=True)
+    check_forecast(gpu, made)
