@@ -54,7 +54,7 @@ class BadImageLedger:
         strict: whether the first unreadable image ends the run.
 
     Attributes:
-        file: the `bad_images.csv` that all processes share; None keeps book in this one alone.
+        file: the `bad_images.csv` that all processes share; None counts in this one alone.
         known: unreadable images by their numbers, of all processes as far as this one knows.
 
     Raises:
@@ -170,7 +170,7 @@ def _parse(file: BinaryIO, begin: int) -> Iterator[BadImage]:
     """The rows from a byte on; at the end the file stands at its own, after a whole row."""
     file.seek(begin)
     data = file.read()
-    whole = data[: data.rfind(b"\n") + 1]  # whoever wrote last may have been killed amid a row
+    whole = data[: data.rfind(b"\n") + 1]  # the last writer may have been killed in a row
     if len(whole) < len(data):
         file.write(b"\n")
     for row in csv.reader(io.StringIO(os.fsdecode(whole), newline="")):

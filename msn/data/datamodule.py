@@ -199,8 +199,8 @@ class MSNDataModule(LightningDataModule):
         return batch._replace(pixels=_to_device(batch.pixels, device))
 
     def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> Views:
-        """Make the views on the device that holds the pixels, and keep book of the batch."""
-        self._keep_book(batch)
+        """Make the views on the device that holds the pixels, and record the batch."""
+        self._record(batch)
         return self.make_views(batch, self._view_dtype())
 
     def _view_dtype(self) -> torch.dtype:
@@ -219,7 +219,7 @@ class MSNDataModule(LightningDataModule):
             return make_reference_views(host, self.views, device=device, dtype=dtype)
         return make_batched_views(batch, self.views, dtype=dtype)
 
-    def _keep_book(self, batch: ImageBatch) -> None:
+    def _record(self, batch: ImageBatch) -> None:
         self._position = (batch.epoch, batch.batch + 1)
         if batch.bad:
             self._open_ledger()

@@ -268,7 +268,7 @@ class LabelledImages(Dataset[Image.Image]):
 
     Args:
         images: images of a source with labels.
-        what: how messages call them.
+        what: name used in messages.
         strict: whether one that cannot be read is an error instead.
 
     Attributes:

@@ -50,7 +50,7 @@ class FoundImages(NamedTuple):
 def scan_folder(root: str, cache_from: int = KEEP_FROM) -> FoundImages:
     """Find every image file below a folder, in the order of their relative paths.
 
-    Hidden files and folders and those that systems make for themselves are passed over. Links are
+    Hidden files and folders and those that systems make for themselves are skipped. Links are
     followed; of several names of one file, or one folder, one counts: the one without a link, else
     the first. The result for a large folder is kept in the user's cache and used again while no
     folder in it has changed.
@@ -61,7 +61,7 @@ def scan_folder(root: str, cache_from: int = KEEP_FROM) -> FoundImages:
 
     Returns:
         Paths relative to `root` with `/` between their parts. What lies below the root and cannot
-        be listed, or is no regular file, is passed over with a warning.
+        be listed, or is not a regular file, is skipped with a warning.
 
     Raises:
         OSError: the root cannot be listed.
@@ -89,7 +89,7 @@ def scan_folder(root: str, cache_from: int = KEEP_FROM) -> FoundImages:
 
 
 def system_name(name: str) -> str | None:
-    """What a message calls a system's own or a hidden file or folder; None for all others."""
+    """Name in messages of a system's own or a hidden file or folder; None for all others."""
     if name.casefold() in _SYSTEM:
         return name
     if name.startswith("._"):  # beside every file that a Mac puts on a foreign disk or into a zip
@@ -106,22 +106,18 @@ class _Note(NamedTuple):
 
 def _notes(tree: _Tree, repeated: list[str]) -> list[_Note]:
     notes = []
-    for what, names in (("cannot be listed", tree.closed), ("is no regular file", tree.special)):
+    for what, names in (("cannot be listed", tree.closed), ("is not a regular file", tree.special)):
         if names:
-            notes.append(
-                _Note(logging.WARNING, f"passed over what {what}: {_some(sorted(names), 1)}")
-            )
+            notes.append(_Note(logging.WARNING, f"skipped what {what}: {_some(sorted(names), 1)}"))
     if tree.unread:
         kinds = _counts(tree.unread)
-        notes.append(
-            _Note(logging.WARNING, f"passed over images of kinds that are not read: {kinds}")
-        )
+        notes.append(_Note(logging.WARNING, f"skipped images of kinds that are not read: {kinds}"))
     if repeated:
         which = "name that leads" if len(repeated) == 1 else "names that lead"
-        text = f"passed over {len(repeated)} {which} by links to what is there under another"
+        text = f"skipped {len(repeated)} {which} by links to what is there under another"
         notes.append(_Note(logging.WARNING, f"{text}: {_some(repeated, 3)}"))
     if tree.system:
-        text = f"passed over system and hidden files and folders: {_counts(tree.system)}"
+        text = f"skipped system and hidden files and folders: {_counts(tree.system)}"
         notes.append(_Note(logging.INFO, text))
     return notes
 

@@ -119,7 +119,7 @@ def read_folder_labels(paths: Sequence[str], *, where: str) -> FolderLabels:
 
     Args:
         paths: sorted relative paths.
-        where: what a message calls their folder.
+        where: name of their folder in messages.
 
     Returns:
         Labels where every image lies in one of at least two such folders.

@@ -86,14 +86,14 @@ def index_list(
 
 def _say_repeated(where: str, count: int) -> None:
     if count:
-        log.warning("%s: %d rows name an image that is there before; once counts", where, count)
+        log.warning("%s: %d rows repeat an earlier image; duplicates ignored", where, count)
 
 
 class _Rows:
     """The rows of a list, without a Python object for each.
 
     Args:
-        where: what a message calls the list.
+        where: name of the list in messages.
         base: what relative paths start from, absolute.
         use_labels: False ignores the labels.
 
@@ -209,7 +209,7 @@ class _Layout(NamedTuple):
 
 
 def read_list(file: str, *, key: str) -> Iterator[ListedImage]:
-    """Read the rows of a list one by one; empty rows are passed over.
+    """Read the rows of a list one by one; empty rows are skipped.
 
     The first row decides. If it names an image, its first column is the path and the second, if
     there is one, the label. If a cell of it is one of `path`, `filename`, `image` and the like, in
@@ -226,7 +226,7 @@ def read_list(file: str, *, key: str) -> Iterator[ListedImage]:
     """
     where = f"{key}={file}"
     if not os.path.isfile(file):
-        raise UserError(f"{where}: there is no such file; must be a list of image paths")
+        raise UserError(f"{where}: there is no such file; it must be a list of image paths")
     layout = _find_layout(file, where)
     if layout is None:
         return  # lists nothing
@@ -273,7 +273,7 @@ def _table_rows(
             begin = reader.line_num + 1
     except csv.Error as error:
         raise UserError(
-            f"{where}: the row that begins in line {begin} is no CSV ({error}); is a quote missing?"
+            f"{where}: the row from line {begin} on is not CSV ({error}); is a quote missing?"
         ) from None
 
 

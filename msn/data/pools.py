@@ -43,7 +43,7 @@ _LIST_PATHS = (
     "relative paths start at"
 )
 _HOLD_OUT = 2  # keeps these draws apart from those of order and views
-DIGITS_TRAIN = 1297  # the other 500 digits are held out
+_DIGITS_TRAIN = 1297  # the other 500 digits are held out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +173,8 @@ def _find_pools(settings: PoolSettings) -> Pools:
 
 def _digits(image_size: int, split_seed: int, use_labels: bool) -> Pools:
     digits = digits_source(image_size)
-    kept, out = split_digits(len(digits), split_seed)
+    order = permutation(len(digits), split_seed, _HOLD_OUT)
+    kept, out = np.sort(order[:_DIGITS_TRAIN]), np.sort(order[_DIGITS_TRAIN:])
     if not use_labels:
         return Pools(Subset(digits, kept), None, None, _UNUSED)
     return Pools(Subset(digits, kept), Subset(digits, kept), Subset(digits, out))
@@ -264,12 +265,6 @@ def hold_out_per_class(
         held_out.append(members[order[:count]])
     out = np.sort(np.concatenate(held_out))
     return np.setdiff1d(np.arange(len(labels)), out), out
-
-
-def split_digits(num_images: int, split_seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split the digits by a seeded permutation: 1,297 to train, the rest held out."""
-    order = permutation(num_images, split_seed, _HOLD_OUT)
-    return np.sort(order[:DIGITS_TRAIN]), np.sort(order[DIGITS_TRAIN:])
 
 
 def _hold_out(train: Source, share: float, split_seed: int) -> Pools:

@@ -81,7 +81,7 @@ class EpochSampler(Sampler[BatchKey]):
 
     Args:
         num_images: size of the training set.
-        global_batch_size: images a step, over all processes.
+        global_batch_size: images per step, over all processes.
         seed: of the run.
         rank: of this process, 0 <= rank < world_size.
         world_size: number of processes.

@@ -7,13 +7,14 @@ import logging
 import os
 import tarfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from msn.data.index import system_name
 from msn.data.shards import CLASSES_FILE, class_line
 from msn.data.sources import FileSource
 from msn.data.tar_members import member_name
 from msn.errors import UserError
+from msn.files import write_atomically, writing_to
 from msn.images.kinds import SUFFIXES, BadImageError, open_image
 from msn.progress import Progress
 
@@ -59,18 +60,24 @@ def write_shards(source: FileSource, out: Path, *, images_per_shard: int) -> Wri
     with Progress("writing shards", total=len(source)) as progress:
         for begin in range(0, len(source), images_per_shard):
             path = out / SHARD_NAME.format(len(shards))
-            partial = path.with_suffix(".partial")
-            try:
-                with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT, encoding="utf-8") as tar:
-                    for i in range(begin, min(begin + images_per_shard, len(source))):
-                        _add(tar, source, i, above, taken)
-                        progress.advance()
-            except OSError as error:
-                partial.unlink(missing_ok=True)
-                raise UserError(f"{error.filename or path}: {error.strerror or error}") from None
-            partial.replace(path)
+            numbers = range(begin, min(begin + images_per_shard, len(source)))
+            _write_shard(path, source, numbers, above, taken, progress)
             shards.append(path)
     return Written(shards, len(taken))
+
+
+def _write_shard(
+    path: Path, source: FileSource, numbers: range, above: str, taken: set[str], progress: Progress
+) -> None:
+    def write(file: BinaryIO) -> None:
+        kind = tarfile.GNU_FORMAT
+        with tarfile.open(fileobj=file, mode="w", format=kind, encoding="utf-8") as tar:
+            for i in numbers:
+                _add(tar, source, i, above, taken)
+                progress.advance()
+
+    with writing_to(path):
+        write_atomically(path, write)
 
 
 def _add(tar: tarfile.TarFile, source: FileSource, i: int, above: str, taken: set[str]) -> None:
@@ -104,7 +111,7 @@ def _would_get_labels(source: FileSource) -> bool:
 
 
 def _relative(source: FileSource, i: int) -> str:
-    """The name inside the shard: a list may name what readers of shards pass over."""
+    """The name inside the shard: a list may name what readers of shards skip."""
     parts = member_name(source.name(i)).split("/")
     return "/".join(f"_{part}" if system_name(part) else part for part in parts)
 

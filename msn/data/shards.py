@@ -2,8 +2,8 @@
 
 A sample is a run of members that differ in their extension alone: `cat/17.jpg`, `cat/17.cls`. The
 image is what has an image's extension, of several the shortest; `.cls`, where every image has one,
-is the number of its class, -1 for none, and `classes.txt` beside the shards names the classes, a
-line each (a name that is no line is a JSON string). Else the first folder of the members is the
+is the number of its class, -1 for none, and `classes.txt` beside the shards names the classes, one
+per line (a name that is not one line is a JSON string). Else the first folder of the members is the
 class, as it is for a folder of images.
 """
 
@@ -59,7 +59,7 @@ def find_shards(root: str, *, key: str) -> list[str]:
         return [root]
     if not os.path.isdir(root):
         gone = "there is no such folder or tar file"
-        odd = "is a pipe, a socket or a device, must be a tar file"
+        odd = "is a pipe, a socket or a device; it must be a tar file"
         raise UserError(f"{key}={root}: {odd if os.path.exists(root) else gone}")
     found = _tar_files(root)
     shards = [path for path in found if path.endswith(".tar")]
@@ -70,7 +70,7 @@ def find_shards(root: str, *, key: str) -> list[str]:
     if len(shards) < len(found):
         count = len(found) - len(shards)
         log.warning(
-            "%s: %d compressed shards (%s) are passed over, they cannot be read at random",
+            "%s: %d compressed shards (%s) are skipped, they cannot be read at random",
             *(root, count, ", ".join(_COMPRESSED)),
         )
     return shards
@@ -99,14 +99,14 @@ def _is_file(path: str) -> bool:
     if os.path.isfile(path):
         return True
     if os.path.exists(path):
-        log.warning("%s: is a pipe, a socket or a device and is passed over", path)
+        log.warning("%s: is a pipe, a socket or a device and is skipped", path)
     else:
-        log.warning("%s: is a link to nothing and is passed over", path)
+        log.warning("%s: is a link to nothing and is skipped", path)
     return False
 
 
 def _pass_over(error: OSError) -> None:
-    log.warning("%s: cannot be listed (%s) and is passed over", error.filename, error.strerror)
+    log.warning("%s: cannot be listed (%s) and is skipped", error.filename, error.strerror)
 
 
 def index_shards(root: str, shards: list[str]) -> Members:
@@ -117,7 +117,7 @@ def index_shards(root: str, shards: list[str]) -> Members:
         shards: paths of tar files.
 
     Raises:
-        UserError: one of them is no tar file.
+        UserError: one of them is not a tar file.
     """
     key, started = f"shards {os.path.realpath(root)}", time.time_ns()
     table = kept_table(key, shards)
@@ -152,11 +152,11 @@ def _read_shards(root: str, shards: list[str]) -> list[ShardContents]:
                 log.warning("%s: is damaged from %s; what lies before is used", path, found.damage)
     links = sum(found.links for found in contents)
     if links:
-        log.warning("%s: %d images are links to others and are passed over", root, links)
+        log.warning("%s: %d images are links to others and are skipped", root, links)
     further = sum(found.further for found in contents)
     if further:
         log.info(
-            "%s: %d images share a sample with one of a shorter extension and are passed over",
+            "%s: %d images share a sample with one of a shorter extension and are skipped",
             *(root, further),
         )
     return contents
@@ -196,7 +196,7 @@ class ShardSource(Source):
     Args:
         where: the folder or file, for messages.
         shards: paths of the tar files.
-        members: one row an image.
+        members: one row per image.
         labels: class numbers, int64 [n], or None.
         classes: names of the classes.
     """
@@ -280,7 +280,7 @@ def shard_source(root: str, *, key: str, use_labels: bool) -> ShardSource:
         use_labels: False leaves the images without labels.
 
     Raises:
-        UserError: there is no shard, one is no tar file or compressed, or they hold no image.
+        UserError: there is no shard, one is not a tar file or is compressed, or they hold no image.
     """
     shards = find_shards(root, key=key)
     members = index_shards(root, shards)

@@ -41,7 +41,7 @@ class Source(ABC):
     """A numbered collection of images.
 
     Attributes:
-        where: what a message calls it, for instance the folder.
+        where: name in messages, for instance the folder.
         labels: class numbers, int64 [n], -1 for an image without a label; or None.
         classes: names of the classes, empty without labels.
         depth: which values are black and white in images of more than 8 bits, None for 16 bits.
@@ -236,11 +236,11 @@ def check_folder(root: str, *, key: str) -> None:
     if not os.path.exists(root):
         raise UserError(f"{key}={root}: there is no such folder")
     if not os.path.isdir(root):
-        raise UserError(f"{key}={root}: is a file, must be a folder")
+        raise UserError(f"{key}={root}: is a file; it must be a folder")
 
 
 def list_source(file: str, *, key: str, root: str | None, use_labels: bool) -> FileSource:
-    """Read a list of image paths: a text file with a path a line, or CSV (see `index_list`).
+    """Read a list of image paths: a text file with a path per line, or CSV (see `index_list`).
 
     Args:
         file: the list.

@@ -1,6 +1,6 @@
 """Which images are labelled: k per class, a share of each class, or a list of names.
 
-Everything here is a pure function of labels and names; lists are text files with one name a line,
+Everything here is a pure function of labels and names; lists are text files with one name per line,
 the form of the published ImageNet lists.
 """
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from msn.data.sampler import permutation
 from msn.errors import UserError
+from msn.files import write_bytes
 
 _SUBSET = 4  # keeps these draws apart from those of order, views and the held-out split
 _NAMED = 5  # how many missing names a message lists
@@ -25,7 +26,7 @@ def k_shot(
 
     Args:
         labels: class numbers, [n].
-        shots: numbers of images a class, each >= 1.
+        shots: numbers of images per class, each >= 1.
         seed: of the draw.
         classes: names of all classes; each needs max(shots) images.
 
@@ -75,10 +76,10 @@ def fraction_of_each_class(
 
 
 def read_names(path: Path) -> list[str]:
-    """Read a list of image names, one a line; blank lines are passed over.
+    """Read a list of image names, one per line; blank lines are skipped.
 
     Raises:
-        UserError: the file is missing, unreadable or empty, or names an image twice.
+        UserError: the file is missing, unreadable or empty, or lists an image twice.
     """
     try:
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
@@ -89,18 +90,14 @@ def read_names(path: Path) -> list[str]:
         raise UserError(f"{path}: lists no image")
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise UserError(f"{path}: names an image twice: {_some(twice)}")
+        raise UserError(f"{path}: lists an image twice: {_some(twice)}")
     return names
 
 
 def write_names(path: Path, names: Sequence[str]) -> None:
     """Write a list that `read_names` reads, all or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(
-        "".join(f"{name}\n" for name in names), encoding="utf-8", errors="surrogateescape"
-    )
-    partial.replace(path)
+    text = "".join(f"{name}\n" for name in names)
+    write_bytes(path, text.encode(errors="surrogateescape"))
 
 
 def positions_of(
@@ -138,7 +135,7 @@ def positions_of(
         raise UserError(f"{where}: several images bear a listed name: {_some(ambiguous)}")
     positions = torch.tensor([table[name] for name in listed]).sort().values
     if (positions.diff() == 0).any():
-        raise UserError(f"{where}: names an image twice, by different names")
+        raise UserError(f"{where}: lists an image twice, by different names")
     return positions
 
 

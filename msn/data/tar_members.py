@@ -30,7 +30,7 @@ _LONG_NAME, _LONG_LINK, _PAX, _PAX_OF_ALL = b"L", b"K", (b"x", b"X"), b"g"
 _META = (_LONG_NAME, _LONG_LINK, *_PAX, _PAX_OF_ALL)  # they speak of the next member
 
 _IS_SPARSE = "a sparse file, whose bytes are not as they are read"
-_WRONG_SIZE = "the size of a member is no number >= 0"
+_WRONG_SIZE = "the size of a member is not a number >= 0"
 
 
 class ShardImage(NamedTuple):
@@ -46,9 +46,9 @@ class ShardContents(NamedTuple):
     """What was found in a shard.
 
     Attributes:
-        images: one a sample, in the order of the members.
+        images: one per sample, in the order of the members.
         further: images that lie beside a chosen one in its sample.
-        links: images that are links to others and are passed over.
+        links: images that are links to others and are skipped.
         damage: from which byte on the shard cannot be read and why; None for a whole one.
     """
 
@@ -78,7 +78,7 @@ def read_shard(path: str) -> ShardContents:
     """List the images of one uncompressed tar file; of a damaged one those before the damage.
 
     Raises:
-        UserError: it is no uncompressed tar file.
+        UserError: it is not an uncompressed tar file.
         OSError: it cannot be read.
     """
     samples = _Samples()
@@ -87,7 +87,7 @@ def read_shard(path: str) -> ShardContents:
     try:
         first = os.pread(descriptor, _BLOCK, 0)
         if not _is_header(first) and (first.strip(b"\0") or not first):
-            raise UserError(f"{path}: is no uncompressed tar file")
+            raise UserError(f"{path}: is not an uncompressed tar file")
         for member in _members(descriptor):
             samples.add(descriptor, member)
     except _Damage as found:
@@ -292,7 +292,7 @@ def _shown(name: bytes) -> str:
 
 
 def _refuse_more(descriptor: int, end: int) -> None:
-    """What `tar` passes over silently: bytes that are not zero behind the end of the archive.
+    """What `tar` skips silently: bytes that are not zero behind the end of the archive.
 
     Args:
         descriptor: of the shard.

@@ -13,7 +13,7 @@ from PIL import Image, ImageFile, PngImagePlugin, TiffImagePlugin, features
 
 from msn.files import TOO_MANY_OPEN
 
-MOST_BYTES = 1 << 30  # of a file: Pillow's greatest image takes as much at 16 bits per channel
+MOST_BYTES = 1 << 30  # of a file: Pillow's greatest image takes as much with 16 bits per channel
 
 
 class BadImageError(Exception):
@@ -59,7 +59,7 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     """The bytes of a regular file: pipes, sockets and devices, which may never end, are not opened.
 
     Raises:
-        BadImageError: it is no regular file, larger than 1 GiB or than the memory, or cannot be
+        BadImageError: it is not a regular file, larger than 1 GiB or than the memory, or cannot be
             read.
         OSError: too many files are open, or memory is short.
     """

@@ -46,7 +46,7 @@ def train_epoch(module):
     """What Lightning does with one epoch of batches, without a network."""
     batches = []
     for batch in module.loader(module.sampler(rank=0, world_size=1)):
-        module._keep_book(batch)
+        module._record(batch)
         batches.append(batch)
     return batches
 

@@ -45,7 +45,7 @@ def test_images_of_kinds_that_are_not_read_are_counted(tmp_path, caplog):
     for name in ("a/x.jxl", "b/y.JXL", "b/c/z.psd", "b/notes.txt", ".w.jxl"):
         (root / name).write_bytes(b"")
     age(root)
-    said = f"{root}: passed over images of kinds that are not read: 2 .jxl, 1 .psd"
+    said = f"{root}: skipped images of kinds that are not read: 2 .jxl, 1 .psd"
     for _ in range(2):  # the second time it is in the cache
         scan(root)
     assert warnings_in(caplog) == [said, said]
@@ -112,7 +112,7 @@ def test_a_folder_that_cannot_be_listed_is_passed_over_and_said(
         close(patch, root / "a", error=error)
         assert scan(root) == ["4.webp", "b/c/3.png"]
     why = "Permission denied" if error is PermissionError else "No such file or directory"
-    assert warnings_in(caplog) == [f"{root}: passed over what cannot be listed: a ({why})"]
+    assert warnings_in(caplog) == [f"{root}: skipped what cannot be listed: a ({why})"]
     assert not list(index_cache.glob("index-*.bin"))
     assert len(scan(root)) == 4
 
@@ -158,7 +158,7 @@ def test_files_and_folders_of_systems_are_no_images_and_counted(tmp_path, caplog
             assert scan(root) == ["4.webp", "a/1.jpg", "a/2.jpg", "b/c/3.png"]
         (line,) = [m for m in caplog.messages if "system" in m]
         assert line == (
-            f"{root}: passed over system and hidden files and folders: 1 #recycle, 1 $RECYCLE.BIN, "
+            f"{root}: skipped system and hidden files and folders: 1 #recycle, 1 $RECYCLE.BIN, "
             "2 ._*, 1 .ipynb_checkpoints, 2 @eaDir, 1 System Volume Information, 1 Thumbs, "
             "1 Thumbs.db, 1 __MACOSX, 1 desktop.ini, 1 hidden"
         )
@@ -219,7 +219,7 @@ def test_two_names_of_one_file_count_once_and_are_said(links, tmp_path, caplog):
         caplog.clear()
         assert scan(root) == expected
         (line,) = warnings_in(caplog)
-        assert re.search("passed over .* by links to what is there under another: ", line)
+        assert re.search("skipped .* by links to what is there under another: ", line)
     assert scan_folder(str(root)).linked == bool(counted)
 
 
@@ -230,7 +230,7 @@ def test_pipes_and_sockets_are_no_images_and_a_broken_link_is_a_missing_one(tmp_
     (root / "a" / "gone.jpg").symlink_to("nowhere")
     assert scan(root) == ["4.webp", "a/1.jpg", "a/2.jpg", "a/gone.jpg", "b/c/3.png"]
     (line,) = warnings_in(caplog)
-    assert line == f"{root}: passed over what is no regular file: a/zero.jpg and 1 more"
+    assert line == f"{root}: skipped what is not a regular file: a/zero.jpg and 1 more"
 
 
 def test_no_file_is_looked_at_where_there_is_no_link(tmp_path, monkeypatch):

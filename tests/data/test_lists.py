@@ -63,9 +63,7 @@ def test_repeated_rows_are_said_from_the_cache_too(tmp_path, readings, caplog):
     first, second = warnings_in(caplog)
     assert len(readings) == 1
     assert (
-        first
-        == second
-        == f"data.root={file}: 1 rows name an image that is there before; once counts"
+        first == second == f"data.root={file}: 1 rows repeat an earlier image; duplicates ignored"
     )
 
 

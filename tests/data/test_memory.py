@@ -31,7 +31,7 @@ done, marks = 0, {}
 for epoch in range(10_000):
     sampler.set_epoch(epoch)
     for batch in loader:
-        module._keep_book(batch)
+        module._record(batch)
         module.make_views(batch)
         done += 1
         if done in (300, 2300):

@@ -324,7 +324,7 @@ def test_compressed_shards_beside_others_are_counted(tmp_path, caplog):
         (tmp_path / name).write_bytes(b"")
     assert len(open_shards(tmp_path)) == 1
     (line,) = warnings_in(caplog)
-    assert line.startswith(f"{tmp_path}: 2 compressed shards (.tar.gz, .tgz) are passed over")
+    assert line.startswith(f"{tmp_path}: 2 compressed shards (.tar.gz, .tgz) are skipped")
 
 
 def limited_files(extra):
@@ -386,7 +386,7 @@ def test_what_is_wrong_with_shards_is_said(folder, tmp_path):
         open_shards(folder.root)
     (tmp_path / "no").mkdir()
     (tmp_path / "no" / "x.tar").write_bytes(b"not a tar" * 100)
-    with pytest.raises(UserError, match=r"x.tar: is no uncompressed tar file"):
+    with pytest.raises(UserError, match=r"x.tar: is not an uncompressed tar file"):
         open_shards(tmp_path / "no")
     (tmp_path / "gz").mkdir()
     (tmp_path / "gz" / "x.tar.gz").write_bytes(b"")

@@ -205,8 +205,8 @@ def test_a_header_that_is_not_known_is_never_an_image(rows, separator, ending, t
 DAMAGED_LISTS = {
     "a.jpg\nb.jpg\n".encode("utf-16"): r"line 1 is not text in UTF-8",
     b"a.jpg\nb\0.jpg\n": r"line 2 is not text in UTF-8",
-    b'a.jpg,cat\n"b.jpg,dog\nc.jpg,dog\n': r"the row that begins in line 2 is no CSV",
-    b'a.jpg,cat\n"b.jpg\n' + b"c.jpg,dog\n" * 20_000: r"the row that begins in line 2 is no CSV",
+    b'a.jpg,cat\n"b.jpg,dog\nc.jpg,dog\n': r"the row from line 2 on is not CSV",
+    b'a.jpg,cat\n"b.jpg\n' + b"c.jpg,dog\n" * 20_000: r"the row from line 2 on is not CSV",
     b"a.jpg,cat\n,dog\n": r"line 2 has no path",
     b"photo,label\na.jpg,cat\n": (
         r"the first row is no image and no header that names the column of paths; columns seen: "
@@ -232,7 +232,7 @@ def test_an_image_that_is_listed_twice_counts_once(tmp_path, caplog):
     assert names(source) == ["x/a.jpg", "b.jpg", "a.jpg"]
     assert source.labels.tolist() == [0, 1, 0]
     assert warnings_in(caplog) == [
-        f"data.root={listed}: 4 rows name an image that is there before; once counts"
+        f"data.root={listed}: 4 rows repeat an earlier image; duplicates ignored"
     ]
 
 
@@ -253,7 +253,7 @@ def test_what_is_wrong_with_folders_and_lists_is_said(tmp_path):
         ("nowhere", "there is no such folder"),
         ("empty", "is an empty folder"),
         ("text", "holds no image"),
-        ("half.csv", "is a file, must be a folder"),
+        ("half.csv", "is a file; it must be a folder"),
     ):
         with pytest.raises(UserError, match=f"data.root=.*{root}: {message}"):
             open_folder(tmp_path / root)

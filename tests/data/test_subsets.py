@@ -90,7 +90,7 @@ def test_lists_are_read_as_they_were_written(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("\n \n", "lists no image"), ("a.jpg\nb.jpg\na.jpg\n", "names an image twice: a.jpg")],
+    [("\n \n", "lists no image"), ("a.jpg\nb.jpg\na.jpg\n", "lists an image twice: a.jpg")],
 )
 def test_useless_lists_are_refused(tmp_path, text, message):
     (tmp_path / "list.txt").write_text(text)

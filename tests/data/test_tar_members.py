@@ -54,9 +54,9 @@ SIZES = {
     "20 GB": (f"{20 * GIB // 4:011o}\0".encode(), "claims"),
     "4 TB": (b"\x80" + (4 << 40).to_bytes(11, "big"), "claims"),
     "2 ** 80": (b"\x80" + (1 << 80).to_bytes(11, "big"), "claims"),
-    "negative": (NEGATIVE, "no number >= 0"),
-    "negative, back to the start": ((-1024).to_bytes(12, "big", signed=True), "no number >= 0"),
-    "no number": (b"lots of it\0\0", "no number >= 0"),
+    "negative": (NEGATIVE, "not a number >= 0"),
+    "negative, back to the start": ((-1024).to_bytes(12, "big", signed=True), "not a number >= 0"),
+    "no number": (b"lots of it\0\0", "not a number >= 0"),
 }
 
 
@@ -88,7 +88,7 @@ def test_a_size_that_cannot_be_ends_the_shard_where_it_stands(size, kind, shard)
     ("headers", "why"),
     [
         (pax(b"28 size=9999999999999999999\n"), "claims 9999999999999999999 bytes"),
-        (pax(b"14 size=-9999\n"), "no number >= 0"),
+        (pax(b"14 size=-9999\n"), "not a number >= 0"),
         (pax(b"22 GNU.sparse.map=0,1\n"), "a sparse file"),
         (pax(b"9999999 path=a\n"), "a PAX header is damaged"),
         (pax(b"0 path=a\n"), "a PAX header is damaged"),
@@ -138,7 +138,7 @@ def test_links_are_passed_over_and_what_is_too_large_is_not_read(tmp_path, caplo
     assert [source.name(i) for i in range(len(source))] == ["0.jpg", "2.jpg", "3.jpg"]
     with pytest.raises(BadImageError, match="above 1 GiB"):
         source.read(1)
-    assert warnings_in(caplog) == [f"{tmp_path}: 1 images are links to others and are passed over"]
+    assert warnings_in(caplog) == [f"{tmp_path}: 1 images are links to others and are skipped"]
 
 
 def test_a_sample_that_damage_cuts_from_its_number_does_not_cost_all_others_theirs(shard):
@@ -185,9 +185,9 @@ def test_pipes_and_devices_are_no_shards(tmp_path, caplog):
     os.mkfifo(tmp_path / "classes.txt")
     assert len(shard_source(str(tmp_path), key="data.root", use_labels=True)) == 1
     assert [line.partition(": ")[2] for line in warnings_in(caplog)] == [
-        "is a link to nothing and is passed over",
-        "is a pipe, a socket or a device and is passed over",
-        "is a pipe, a socket or a device and is passed over",
+        "is a link to nothing and is skipped",
+        "is a pipe, a socket or a device and is skipped",
+        "is a pipe, a socket or a device and is skipped",
     ]
     for name in ("pipe.tar", "zero.tar"):
         with pytest.raises(UserError, match=f"{name}: is a pipe, a socket or a device"):
