@@ -1,6 +1,9 @@
 """`python -m msn make_shards root=DIR out=DIR`: a folder or list of images as tar shards."""
 
 import shlex
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -33,18 +36,40 @@ def run(config: DictConfig) -> None:
     }
     if len(parts) > 1:
         refuse_shared(*parts.values())
-    for folder, source in parts.items():
-        shards, images = write_shards(source, folder, images_per_shard=count)
-        known = source.labels is not None
-        labels = f"{len(source.classes)} classes" if known else f"no labels ({source.why})"
-        without = f" ({len(source) - images} left out)" if images < len(source) else ""
-        print(f"{images} images{without}, {labels}, in {len(shards)} shards: {folder}")
+    with _emptied_on_failure(out):
+        for folder, source in parts.items():
+            shards, images = write_shards(source, folder, images_per_shard=count)
+            known = source.labels is not None
+            labels = f"{len(source.classes)} classes" if known else f"no labels ({source.why})"
+            without = f" ({len(source) - images} left out)" if images < len(source) else ""
+            print(f"{images} images{without}, {labels}, in {len(shards)} shards: {folder}")
     print(f"train on them: python train.py data=shards {shlex.quote(f'data.root={out}')}")
+
+
+def _visible(out: Path) -> list[Path]:
+    return [entry for entry in out.iterdir() if entry.name[0] != "."] if out.is_dir() else []
+
+
+@contextmanager
+def _emptied_on_failure(out: Path) -> Iterator[None]:
+    """Remove the shards of a command that a full disk or Ctrl-C ends, so that it can be repeated.
+
+    `_refuse_used` has seen that nothing of another's stands there.
+    """
+    made = not out.exists()
+    try:
+        yield
+    except BaseException:
+        for entry in _visible(out):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        if made and out.is_dir():
+            out.rmdir()
+        raise
 
 
 def _refuse_used(out: Path) -> None:
     """What lies there already would change which shards train and which are held out."""
-    if out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir()):
+    if _visible(out):
         raise UserError(f"out={out}: is not empty; choose a new folder")
 
 

@@ -87,6 +87,8 @@ def _add(tar: tarfile.TarFile, source: FileSource, i: int, above: str, taken: se
     except BadImageError as error:
         log.warning("left out: %s (%s)", source.name(i), error)
         return
+    except OSError as error:  # too many open files, for instance; else the shard would be blamed
+        raise UserError(f"{source.name(i)}: cannot be read ({error.strerror or error})") from error
     key = _key(stem, taken)
     _add_bytes(tar, key + extension, data)
     if source.labels is not None:

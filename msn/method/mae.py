@@ -49,6 +49,7 @@ class MAE(nn.Module):
         norm_pix_loss: bool,
     ) -> None:
         super().__init__()
+        # The numbers of a configuration; `VisionTransformer` checks which must be whole.
         self.trunk = VisionTransformer(**model)  # type: ignore[arg-type]
         side = self.trunk.img_size // self.trunk.patch_size
         self.num_kept = _num_kept(side**2, mask_ratio)
@@ -123,6 +124,7 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(trunk.embed_dim, embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side**2, embed_dim))
+        # timm declares a class; whatever makes a norm from a width will do.
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, 4.0, qkv_bias=True, norm_layer=norm)  # type: ignore[arg-type]
             for _ in range(depth)

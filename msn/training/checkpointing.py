@@ -282,7 +282,7 @@ def random_state() -> dict[str, Any]:
     """States of Python, NumPy, torch and this process's CUDA device, plain data."""
     # NPY002: a user's code may draw from NumPy's global generator, so its state is kept.
     version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002  # see above
     on_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     return {
         "python": [version, list(words), gauss],
@@ -316,7 +316,7 @@ def restore_random_state(states: list[dict[str, Any]], rank: int) -> None:
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
     legacy = (kind, np.array(keys, np.uint32), position, has_gauss, cached)
-    np.random.set_state(legacy)  # noqa: NPY002
+    np.random.set_state(legacy)  # noqa: NPY002  # see `random_state`
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())

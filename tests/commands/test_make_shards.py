@@ -7,10 +7,12 @@ import shutil
 import numpy as np
 import pytest
 
+from msn.data import shard_writer
 from msn.data.pools import PoolSettings, build_pools
 from msn.data.shard_writer import write_shards
 from msn.data.shards import shard_source
 from msn.data.sources import list_source
+from msn.files import write_atomically
 from msn.images.decode import full_size
 from tests.data.photos import make_folder
 from tests.data.test_pools import SETTINGS
@@ -93,6 +95,35 @@ def test_images_that_links_hold_out_and_train_on_are_not_packed(command, tmp_pat
     code, _, err = command("make_shards", f"root={tmp_path / 'in'}", f"out={tmp_path / 'out'}")
     assert (code, "class_0/0.jpg is in data.root=" in err) == (2, True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("stands", [False, True])
+def test_a_command_that_was_interrupted_can_be_repeated(
+    error, stands, command, tmp_path, monkeypatch
+):
+    for part in ("train", "val"):
+        make_folder(tmp_path / "in" / part, classes=2, images=2)
+    if stands:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / ".hidden").touch()
+    arguments = [f"root={tmp_path / 'in'}", f"out={tmp_path / 'out'}", "images_per_shard=1"]
+    written = []
+
+    def write(file, *rest):
+        written.append(file)
+        if len(written) == 6:  # one of val's, when all of train's stand
+            raise error
+        return write_atomically(file, *rest)
+
+    monkeypatch.setattr(shard_writer, "write_atomically", write)
+    code, _, err = command("make_shards", *arguments)
+    assert code == (130 if isinstance(error, KeyboardInterrupt) else 2)
+    assert len(err.splitlines()) == 1
+    assert (tmp_path / "out").exists() == stands
+    assert [path.name for path in tmp_path.glob("out/*")] == [".hidden"] * stands
+    assert command("make_shards", *arguments)[0] == 0
+    assert len(list((tmp_path / "out").rglob("*.tar"))) == 8
 
 
 def test_mistakes_are_said_before_anything_is_written(command, tmp_path):
