@@ -21,6 +21,8 @@ def in_child(act):
 
 def listen_and_send(*numbers, pause=0.0, fitting=True):
     def act():
+        for number in numbers:  # pytest's own parent may have ignored it (nohup, a job with &)
+            signal.signal(number, signal.SIG_DFL)
         callback = Preemption(requeue=True)
         callback.install()
         callback._is_fitting = fitting
