@@ -123,6 +123,8 @@ def pretrain(
         UserError: a key, a value, a path or a file is wrong.
         SystemExit: a signal has interrupted the run; it is saved, and the same call goes on.
     """
+    if keys.get("plan"):
+        raise UserError("plan trains nothing, so there is no run: python train.py plan=true")
     given = {"experiment": experiment, "run.dir": out}
     given = {key: value for key, value in given.items() if value is not None}
     return Run(_run("train", {**given, **_data(data), **keys}).absolute())

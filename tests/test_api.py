@@ -127,6 +127,7 @@ def test_the_other_commands_return_what_they_make(run, images, tmp_path):
         (lambda run: msn.evaluate(run.path, nix=1), "unknown key nix"),
         (lambda run: msn.pretrain(out=run.path), "finished"),
         (lambda run: msn.pretrain(**{"model.depth": 0}), "model.depth"),
+        (lambda run: msn.pretrain(plan=True), "plan trains nothing"),
         (lambda run: msn.export(run.path, "x", format="jax"), "format must be one of"),
     ],
 )
