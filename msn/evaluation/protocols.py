@@ -57,15 +57,19 @@ class _FewLabels(FeatureProtocol):
         """The sets for logistic regression."""
 
     def check(self, labels: Tensor, classes: Sequence[str]) -> None:
-        """As every protocol; the place of the lists is made, as it may be after days of training.
+        """As every protocol; whether lists can be written is tried now, not after the training.
 
         Raises:
             UserError: too few images, a single class, or a place that cannot be written to.
         """
         super().check(labels, classes)
         if self.write_lists is not None:
-            with writing_to(Path(self.write_lists)):
-                Path(self.write_lists).mkdir(parents=True, exist_ok=True)
+            place = Path(self.write_lists)
+            missing = [folder for folder in (place, *place.parents) if not folder.exists()]
+            with writing_to(place):
+                place.mkdir(parents=True, exist_ok=True)
+                for folder in missing:  # what is checked leaves nothing behind
+                    folder.rmdir()
 
     def plan(self, train: LabelledSet) -> LabelPlan:
         """Choose the labelled images, and keep lists of them where that is wanted."""

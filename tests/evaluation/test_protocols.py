@@ -169,6 +169,9 @@ def test_a_place_for_lists_that_cannot_be_written_is_refused_before_the_work(tmp
     train = ToyImages(6)
     with pytest.raises(UserError, match=r"file.lists: cannot be written \(Not a directory\)"):
         protocol.check(train.labels, train.classes)
+    fine = kshot(write_lists=str(tmp_path / "new" / "lists"), knn_neighbours=None)
+    fine.check(train.labels, train.classes)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_drawn_lists_are_written_and_give_the_same_sets_back(tmp_path):
