@@ -32,9 +32,7 @@ def main() -> None:
     """Run the command that the first argument names."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("-h", "--help"):
-        from msn.commands.help import usage
-
-        print(usage(COMMANDS))
+        print(_usage())
     elif name == "--version":
         print(f"msn {__version__}")
     elif name in COMMANDS:
@@ -43,6 +41,14 @@ def main() -> None:
         wish = f"unknown command {name!r}" if name else "no command given"
         print(f"error: {wish}: allowed are {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _usage() -> str:
+    """All commands, a line each."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {what}" for name, what in COMMANDS.items()]
+    head = "usage: python -m msn COMMAND [key=value ...]        also installed as: msn COMMAND ..."
+    return "\n".join([head, "", *lines, "", "python -m msn COMMAND --help lists a command's keys"])
 
 
 def run_named(name: str, arguments: list[str]) -> None:

@@ -6,8 +6,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from msn.commands.entry import build, compose, config_directory
-from msn.commands.help import options
+from msn.commands.entry import build, compose, config_directory, options
 from msn.data.views import ViewSettings
 from msn.method.masking import PatchDrop
 
@@ -125,5 +124,5 @@ def test_methods_differ_in_what_they_say_and_nothing_else():
 
 @pytest.mark.parametrize("name", ["data", "logger", "method", "model", "protocol"])
 def test_every_option_of_every_group_composes(name):
-    for option in options(config_directory(), name):
+    for option in options(name):
         assert compose("train", [f"{name}={option}"]) is not None

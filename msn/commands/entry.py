@@ -4,10 +4,11 @@ import argparse
 import io
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from typing import Any
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 import msn
 from msn.commands.command_line import parse_flags, quote_paths, read_mapping, without_readers
-from msn.commands.help import help_text, options
 from msn.errors import UserError
 from msn.schema import refuse_unknown, take
 
@@ -34,6 +36,17 @@ _OF_COMPOSITION = (HydraException, OmegaConfBaseException, ValueError, TypeError
 
 # Groups of named parts to which a person may add more.
 _OPEN_GROUPS = ("callbacks", "logger")
+
+# Files that others are made of, and no options themselves.
+_PARTS = {"data": ("base",), "protocol": ("base", "logistic")}
+
+_FLAGS = """Flags:
+  --help            this text
+  --cfg job         what the command would use; with --resolve resolved, with --package KEY a part
+  --multirun        one run for each choice: key=a,b
+
+Paths and names (data.root, checkpoint, init, out, run.name, ...) are taken as they stand after the
+=, so quote them for the shell alone: "data.root=~/my photos (1)". null is none; ~ is your home."""
 
 
 def config_directory() -> Path:
@@ -106,48 +119,101 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
     Raises:
         UserError: if a key, group or value is wrong; says what is allowed.
     """
-    overrides = quote_paths(overrides)
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
-        known = _known(config_name, overrides)
-        try:
-            config = hydra.compose(config_name, overrides, return_hydra_config=True)
-        except _OF_COMPOSITION as error:
-            raise UserError(_explain(error, known)) from None
-    choices = OmegaConf.to_container(config.hydra.runtime.choices)
-    assert isinstance(choices, dict)
-    config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    return _finish(config, known, choices)
+    groups, values = _parsed(quote_paths(overrides))
+    known, choices = _composed(config_name, tuple(str(group.input_line) for group in groups))
+    config = deepcopy(known)
+    for override in values:
+        _set(config, override)
+    _compare(OmegaConf.to_container(config), OmegaConf.to_container(known))
+    if "run" in config and "experiment" in config.run:
+        config.run.experiment = choices.get("experiment") or config.run.experiment
+    if isinstance(key := config.get("init_key"), str):
+        config.init_key = read_mapping("init_key", key)
+    return config
 
 
-def _known(config_name: str, overrides: list[str]) -> DictConfig:
-    """What the files offer under the chosen groups, nothing added to it and no value changed.
+def _parsed(overrides: list[str], *, sweep: bool = False) -> tuple[list[Override], list[Override]]:
+    """Overrides that choose parts of a configuration or are Hydra's own, and those of values.
+
+    Args:
+        overrides: in Hydra's grammar.
+        sweep: whether one may have several values.
 
     Raises:
-        UserError: if a group has no such option.
+        UserError: if one cannot be read, takes a key away, or a group has no such option.
     """
-    chosen = []
-    for override in overrides:
-        key, equals, option = override.partition("=")
-        group = key.lstrip("+").partition("@")[0]
-        if not equals or not (config_directory() / group).is_dir() or group.startswith("hydra"):
-            continue
-        allowed = options(config_directory(), group)
-        several = re.fullmatch(r"\[?([\w\s,.-]*)\]?", option)  # a list, or choices of a sweep
-        for one in several[1].split(",") if several else []:
-            if one.strip() not in allowed:
-                raise UserError(f"{key}={option}: allowed are {', '.join(allowed)}")
-        if option in allowed:
-            chosen.append(override)
-    return _composed(config_name, tuple(chosen))
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except OverrideParseException as error:
+        line = f"{error.override}: cannot be read as key=value ({one_line(error)})"
+        raise UserError(line) from None
+    groups: list[Override] = []
+    values: list[Override] = []
+    for override in parsed:
+        key, given = override.key_or_group, override.input_line
+        if override.is_delete():
+            raise UserError(f"{given}: then {key} is missing; no key can be left out")
+        if override.is_sweep_override() and not sweep:
+            several = "key=[a,b] is a list, --multirun runs one after the other"
+            raise UserError(f"{given}: these are several values: {several}")
+        if given == "hydra/launcher=slurm" and find_spec("submitit") is None:
+            raise UserError(f'{given}: python -m pip install "msn-pretraining[slurm]"')
+        hydras = key.startswith("hydra")
+        if (config_directory() / key).is_dir() and not hydras:
+            _check_options(override)
+            groups.append(override)
+        else:
+            (groups if hydras or override.package is not None else values).append(override)
+    return groups, values
+
+
+def _check_options(override: Override) -> None:
+    """Refuse an option that a group does not have, alone, in a list or in a sweep.
+
+    Raises:
+        UserError: names the options.
+    """
+    value: Any = override.value()
+    names = value if isinstance(value, list) else [value]
+    if override.is_sweep_override():
+        names = list(override.sweep_string_iterator())
+    allowed = options(override.key_or_group)
+    if not names or not all(name in allowed for name in names):
+        raise UserError(f"{override.input_line}: allowed are {', '.join(allowed)}")
 
 
 @lru_cache  # sweeps and tests compose many times in a process
-def _composed(config_name: str, chosen: tuple[str, ...]) -> DictConfig:
+def _composed(config_name: str, groups: tuple[str, ...]) -> tuple[DictConfig, dict[Any, Any]]:
+    """What the files offer under the chosen groups, with no value changed, and all choices."""
+    GlobalHydra.instance().clear()
     try:
-        return hydra.compose(config_name, list(chosen))
+        with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
+            config = hydra.compose(config_name, list(groups), return_hydra_config=True)
     except _OF_COMPOSITION as error:
-        raise UserError(_explain(error, OmegaConf.create())) from None
+        if not groups:
+            raise
+        known, choices = _composed(config_name, ())
+        for group in groups:
+            key = group.partition("=")[0].lstrip("+")
+            if key not in choices and not key.startswith("hydra"):  # none of this command's
+                raise UserError(_unknown(key, known)) from None
+        raise UserError(one_line(error)) from None
+    known = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    OmegaConf.set_struct(known, True)  # new keys are written with a +
+    return known, dict(config.hydra.runtime.choices)
+
+
+def _set(config: DictConfig, override: Override) -> None:
+    """Give a key its value, or add one; what may be added is for `_compare` to say."""
+    key, added = override.key_or_group, override.is_add() or override.is_force_add()
+    try:
+        OmegaConf.update(config, key, override.value(), merge=True, force_add=added)
+    except (ConfigKeyError, ConfigAttributeError) as error:
+        if not isinstance(error.parent_node, DictConfig):
+            raise UserError(f"{override.input_line}: {one_line(error)}") from None
+        raise UserError(_unknown(error.full_key or key, error.parent_node)) from None
+    except _OF_COMPOSITION as error:
+        raise UserError(f"{override.input_line}: {one_line(error)}") from None
 
 
 def build(config: DictConfig, key: str, kind: type = object, **runtime: Any) -> Any:
@@ -219,14 +285,28 @@ def one_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def options(group: str) -> list[str]:
+    """Names that may stand after `group=`, sorted; a group is `data`, `data/views` and the like."""
+    names = (path.stem for path in (config_directory() / group).glob("*.yaml"))
+    return sorted(name for name in names if name not in _PARTS.get(group, ()))
+
+
 def _help(config_name: str, overrides: list[str]) -> str:
-    try:
-        keys = OmegaConf.to_yaml(compose(config_name, overrides))
-    except UserError:
-        if overrides:
-            raise
-        keys = None  # a group must be chosen first, as in `bench --help`
-    return help_text(config_directory(), config_name, keys)
+    """What a command is for, its groups with the options they have, its keys, and flags."""
+    lines = (config_directory() / f"{config_name}.yaml").read_text().splitlines()
+    text = [line[2:] for line in takewhile(lambda line: line.startswith("# "), lines)]
+    keys = OmegaConf.to_yaml(compose(config_name, overrides))
+    groups, _ = _parsed(quote_paths(overrides))
+    _, choices = _composed(config_name, tuple(str(group.input_line) for group in groups))
+    own = [(group, option) for group, option in choices.items() if not group.startswith("hydra")]
+    if own:
+        text += ["", "Groups, group=option (an experiment changes several):"]
+    for group, option in reversed(own):
+        others = ", ".join(options(group))
+        text.append(f"  {group}=...  {option or 'none'} unless chosen; of {others}")
+    text += ["", "Keys, key=value (group.key=value further in), as they are:"]
+    text += [f"  {line}" for line in keys.splitlines()]
+    return "\n".join([*text, "", _FLAGS])
 
 
 def _shown(config: DictConfig, package: str | None, resolve: bool) -> str:
@@ -241,9 +321,8 @@ def _shown(config: DictConfig, package: str | None, resolve: bool) -> str:
 def _sweep(config_name: str, job: Job, overrides: list[str]) -> None:
     """A job for each choice, by Hydra's own main function; a mistake in one does not end others."""
     overrides = quote_paths(overrides, sweep=True)
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
-        known = _known(config_name, overrides)
+    parsed = [override for some in _parsed(overrides, sweep=True) for override in some]
+    compose(config_name, [_first(override) for override in parsed])  # what is wrong in all jobs
     GlobalHydra.instance().clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise instead of five lines and exit code 1
     given, sys.argv = sys.argv, [sys.argv[0], "--multirun", *overrides]
@@ -251,12 +330,9 @@ def _sweep(config_name: str, job: Job, overrides: list[str]) -> None:
 
     def task(config: DictConfig) -> None:
         sys.argv = given  # with it the trainer starts further processes
-        chosen = HydraConfig.get()
-        choices = OmegaConf.to_container(chosen.runtime.choices)
-        assert isinstance(choices, dict)
-        own = list(chosen.overrides.task)
+        own = list(HydraConfig.get().overrides.task)
         try:
-            job(_finish(config, _known(config_name, own), choices))
+            job(compose(config_name, own))
         except MISTAKES as error:
             # Elsewhere (SLURM) only an exception tells this process. Here Hydra would print all
             # overrides before it.
@@ -269,71 +345,33 @@ def _sweep(config_name: str, job: Job, overrides: list[str]) -> None:
     main = hydra.main(
         version_base="1.3", config_path=str(config_directory()), config_name=config_name
     )
-    try:
-        main(task)()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(error, known)) from None
+    main(task)()
     if failed:
         sys.exit(2)
 
 
-def _finish(config: DictConfig, known: DictConfig, choices: dict[Any, Any]) -> DictConfig:
-    """Refuse keys that nobody reads or that are gone; note what names the runs, read `init_key`."""
-    _compare(OmegaConf.to_container(config), OmegaConf.to_container(known))
-    if "run" in config and "experiment" in config.run:
-        config.run.experiment = choices.get("experiment") or config.run.experiment
-    if isinstance(key := config.get("init_key"), str):
-        config.init_key = read_mapping("init_key", key)
-    return config
+def _first(override: Override) -> str:
+    """An override of a sweep's first job."""
+    given = str(override.input_line)
+    if override.is_discrete_sweep():
+        return f"{given.partition('=')[0]}={next(iter(override.sweep_string_iterator()))}"
+    return given
 
 
 def _compare(config: Any, known: Any, prefix: str = "") -> None:
-    """Refuse keys that were added to what the files offer or taken away, and values for groups."""
+    """Refuse keys that were added to what the files offer, and values in the place of groups."""
     if not isinstance(known, dict):
         return
     if not isinstance(config, dict):
         raise UserError(f"{prefix[:-1]} must be a group of keys, got {config!r}")
-    for key in config:
+    for key, value in config.items():
         if key not in known and prefix.rstrip(".") not in _OPEN_GROUPS:
             raise UserError(_unknown(f"{prefix}{key}", known))
-    for key, value in known.items():
-        if key not in config:
-            raise UserError(f"{prefix}{key} is missing: it cannot be left out")
         # Where a signature says what may stand there, `build` looks: protocol.sgd=null.
-        if isinstance(config[key], dict) or "_target_" not in known:
-            _compare(config[key], value, f"{prefix}{key}.")
+        if isinstance(value, dict) or "_target_" not in known:
+            _compare(value, known.get(key), f"{prefix}{key}.")
 
 
 def _unknown(key: str, known: Iterable[Any]) -> str:
     allowed = ", ".join(sorted(str(name) for name in known if not str(name).startswith("_")))
     return f"unknown key {key}: allowed are {allowed or 'none here'}"
-
-
-def _explain(error: Exception, known: DictConfig) -> str:
-    """One line for Hydra's composition errors, with the keys or options that are allowed."""
-    text = str(error)
-    if isinstance(error, OverrideParseException):
-        return f"{error.override}: cannot be read as key=value ({one_line(error)})"
-    if text.startswith("Ambiguous value"):
-        return f"{one_line(error)}: key=[a,b] is a list, --multirun runs one after the other"
-    if text.startswith("Could not override '"):
-        key = text.split("'")[1]
-        if "No match in the defaults list" in text:  # a group, but none of this command
-            return _unknown(key, known)
-        parent, _, name = key.rpartition(".")
-        node = OmegaConf.select(known, parent) if parent else known
-        if isinstance(node, DictConfig) and name not in list(node):
-            return _unknown(key, node)
-        if node is None or not isinstance(node, DictConfig):
-            return f"unknown key {key}: there is no group {parent}"
-    if "Available options" in text:
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        start = next(i for i, line in enumerate(lines) if line.startswith("Available options"))
-        options = list(takewhile(lambda line: "onfig search" not in line, lines[start + 1 :]))
-        what = lines[0].partition(", e.g")[0].rstrip(".")  # "You must specify 'what', e.g, ..."
-        return f"{what}: allowed are {', '.join(options)}"
-    if "hydra/launcher/submitit" in text:
-        return 'hydra/launcher=slurm: python -m pip install "msn-pretraining[slurm]"'
-    if isinstance(error, MissingMandatoryValue) and error.full_key:
-        return f"{error.full_key} must be given: add {error.full_key}=..."
-    return one_line(error.__cause__ if error.__cause__ and not text else error)

@@ -24,6 +24,11 @@ COMMAND_LINES = {
     "data=digit": "data=digit: allowed are cifar10, cifar100, digits, folder",
     "data=base": "data=base: allowed are cifar10",
     "+typo=1": "unknown key typo: allowed are",
+    "method.head={a:1}": "unknown key method.head.a: allowed are hidden_dim, output_dim",
+    "method.betas.7=0.5": "method.betas.7=0.5: list index out of range",
+    "~typo": "no key can be left out",
+    "seed=1,2": "--multirun runs one after the other",
+    "what=all": "unknown key what: allowed are",
     "logger._target_=[]": "unknown key logger._target_: allowed are none here",
     "+method.typo=1": "unknown key method.typo: allowed are",
     "+trainer.typo=1": "unknown key trainer.typo: allowed are",
@@ -150,6 +155,15 @@ def test_command_lines_that_cannot_be_read(command, tmp_path, argument):
     code, _, err = command("train", f"run.root={tmp_path / 'runs'}", argument)
     assert code == 2
     assert COMMAND_LINES[argument] in one_line_of(err)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_sweep_of_which_no_run_could_start_makes_nothing(command, tmp_path):
+    given = ["--multirun", f"run.root={tmp_path / 'runs'}", "seed=1,2"]
+    code, _, err = command("train", *given, "+typo=1")
+    assert (code, "unknown key typo: allowed are" in one_line_of(err)) == (2, True)
+    code, _, err = command("train", *given, "logger=csv,nope")
+    assert (code, "logger=csv,nope: allowed are csv" in one_line_of(err)) == (2, True)
     assert not (tmp_path / "runs").exists()
 
 
