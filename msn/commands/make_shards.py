@@ -1,18 +1,21 @@
-"""`python -m msn make_shards root=DIR out=DIR`: a folder or list of images as tar shards."""
+"""`python -m msn make_shards root=DIR out=DIR`: a folder, a list or a data set as tar shards."""
 
 import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
 from msn.commands.entry import to_plain
-from msn.data.layout import find_parts
+from msn.data.hf import hf_sources
+from msn.data.layout import TRAIN, find_parts
+from msn.data.lists import BY_NAME
 from msn.data.pools import refuse_shared
 from msn.data.shard_writer import write_shards
-from msn.data.sources import FileSource, folder_source, list_source
+from msn.data.sources import Source, folder_source, list_source
 from msn.errors import UserError
 
 
@@ -29,11 +32,7 @@ def run(config: DictConfig) -> None:
         raise UserError(f"images_per_shard={count}: must be a whole number >= 1")
     _refuse_used(out)
     # All are found before one is written: a mistake in the second leaves nothing behind.
-    parts = {
-        out if part == root else out / Path(part).name: _source(part, settings["use_labels"])
-        for part in find_parts(root, None)
-        if part is not None
-    }
+    parts = _parts(root, out, settings)
     if len(parts) > 1:
         refuse_shared(*parts.values())
     with _emptied_on_failure(out):
@@ -73,7 +72,22 @@ def _refuse_used(out: Path) -> None:
         raise UserError(f"out={out}: is not empty; choose a new folder")
 
 
-def _source(root: str, use_labels: bool) -> FileSource:
+def _parts(root: str, out: Path, settings: dict[str, Any]) -> dict[Path, Source]:
+    """What trains and what is held out, by the folder of its shards."""
+    use_labels = settings["use_labels"]
+    if settings["source"] not in ("auto", "hf"):
+        raise UserError(f"source={settings['source']}: must be auto (a folder or a list) or hf")
+    if settings["source"] == "hf":
+        train, held_out = hf_sources(root, None, columns=BY_NAME, use_labels=use_labels)
+        return {out: train} if held_out is None else {out / TRAIN: train, out / "val": held_out}
+    return {
+        out if part == root else out / Path(part).name: _source(part, use_labels)
+        for part in find_parts(root, None)
+        if part is not None
+    }
+
+
+def _source(root: str, use_labels: bool) -> Source:
     if Path(root).is_file():
         return list_source(root, key="root", root=None, use_labels=use_labels)
     return folder_source(root, key="root", use_labels=use_labels)

@@ -11,7 +11,7 @@ import os
 import time
 from array import array
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
@@ -29,10 +29,25 @@ _PATH = (
     *("path", "filepath", "filename", "file", "image", "img", "file_path", "file_name"),
     *("image_path", "image_name", "image_id", "img_path"),
 )
-_LABEL = ("label", "class")
+_LABEL = ("label", "class", "labels", "class_name", "category", "target")
 _SHOWN = 8  # columns that a message names
 _SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}
 _SHOW_EVERY = 10_000  # rows
+_MOST_FRACTIONS = 50  # different numbers with fractions that may be classes
+
+
+class Columns(NamedTuple):
+    """How the images and labels of a table are named, as set."""
+
+    image: str | None = None
+    """Column of the images; None finds it by its name."""
+    label: str | None = None
+    """Column of the labels; None finds it by its name."""
+    suffix: str = ""
+    """Ending of the images where the table leaves it out, with its dot."""
+
+
+BY_NAME = Columns()
 
 
 class ListIndex(NamedTuple):
@@ -45,7 +60,13 @@ class ListIndex(NamedTuple):
 
 
 def index_list(
-    file: str, *, key: str, base: str, use_labels: bool, cache_from: int = KEEP_FROM
+    file: str,
+    *,
+    key: str,
+    base: str,
+    use_labels: bool,
+    columns: Columns = BY_NAME,
+    cache_from: int = KEEP_FROM,
 ) -> ListIndex:
     """Read a list, or what an earlier reading kept of it.
 
@@ -57,6 +78,7 @@ def index_list(
         key: the setting it came from, for messages.
         base: what relative paths start from.
         use_labels: False ignores the labels.
+        columns: names of columns, and the images' ending, as set.
         cache_from: number of images from which on the result is kept.
 
     Raises:
@@ -64,7 +86,7 @@ def index_list(
             for one image.
     """
     started, base = time.time_ns(), os.path.abspath(base)
-    kept = f"list {os.path.abspath(file)} in {base}, labels {use_labels}"
+    kept = f"list {os.path.abspath(file)} in {base}, labels {use_labels}, {columns}"
     where = f"{key}={file}"
     table = kept_table(kept)
     if table is not None:
@@ -74,7 +96,7 @@ def index_list(
         return ListIndex(table.strings["paths"], labels, classes, table.facts["why"])
     watched = {file: stamp(file)} if os.path.isfile(file) else {}
     rows = _Rows(where, base, use_labels)
-    index = rows.read(read_list(file, key=key))
+    index = rows.read(read_list(file, key=key, columns=columns))
     _say_repeated(where, rows.repeated)
     if len(index.paths) >= cache_from:
         labels = np.empty(0, np.int64) if index.labels is None else index.labels
@@ -173,12 +195,22 @@ class _Rows:
                 f"{len(labels)} rows have none): fill them in, leave the rows out, or set "
                 "data.use_labels=false"
             )
+        self._refuse_continuous()
         if len(self._numbers) < 2:
             return ListIndex(paths, None, [], self._why())
         classes = sorted(self._numbers)
         number = np.empty(len(classes), np.int64)
         number[[self._numbers[name] for name in classes]] = np.arange(len(classes))
         return ListIndex(paths, number[labels], classes, "")
+
+    def _refuse_continuous(self) -> None:
+        """Many numbers with fractions are measurements and no classes."""
+        if len(self._numbers) > _MOST_FRACTIONS and _has_fractions(self._numbers):
+            raise UserError(
+                f"{self._where}: the labels are continuous numbers ({len(self._numbers)} "
+                f"different ones, such as {next(iter(self._numbers))}), no classes: "
+                "data.label_column=NAME chooses another column, data.use_labels=false none"
+            )
 
     def _why(self) -> str:
         if not self._use_labels:
@@ -189,6 +221,14 @@ class _Rows:
             "no row has a label: it stands in the column that the header calls label or class, in "
             "a list without a header in the second"
         )
+
+
+def _has_fractions(labels: Iterable[str]) -> bool:
+    """Whether all are numbers, and some no whole ones."""
+    try:
+        return not all(float(label).is_integer() for label in labels)
+    except (ValueError, OverflowError):
+        return False
 
 
 class ListedImage(NamedTuple):
@@ -208,26 +248,27 @@ class _Layout(NamedTuple):
     header: list[str]
 
 
-def read_list(file: str, *, key: str) -> Iterator[ListedImage]:
+def read_list(file: str, *, key: str, columns: Columns = BY_NAME) -> Iterator[ListedImage]:
     """Read the rows of a list one by one; empty rows are skipped.
 
     The first row decides. If it names an image, its first column is the path and the second, if
     there is one, the label. If a cell of it is one of `path`, `filename`, `image` and the like, in
-    whatever case, it is a header: then the label is the column `label` or `class`. Everything else
-    is refused, so that a header is never taken for an image.
+    whatever case, it is a header: then the label is the column `label`, `class` or the like.
+    Everything else is refused, so that a header is never taken for an image.
 
     Args:
         file: the list. Columns are separated by commas, semicolons or tabs; in a file that is
             called neither `.csv` nor `.tsv` a line may be a path as it is.
         key: the setting it came from, for messages.
+        columns: names of columns, and the images' ending, as set.
 
     Raises:
-        UserError: the list is missing, not text, no table, or a row has no path.
+        UserError: the list is missing, not text, no table, lacks a column, or a row has no path.
     """
     where = f"{key}={file}"
     if not os.path.isfile(file):
         raise UserError(f"{where}: there is no such file; it must be a list of image paths")
-    layout = _find_layout(file, where)
+    layout = _find_layout(file, where, columns)
     if layout is None:
         return  # lists nothing
     header = layout.header
@@ -238,7 +279,8 @@ def read_list(file: str, *, key: str) -> Iterator[ListedImage]:
         image = cells[layout.path] if layout.path < len(cells) else ""
         name = cells[layout.label] if 0 <= layout.label < len(cells) else ""
         if image:
-            yield ListedImage(image, name, number)
+            ending = "" if image.lower().endswith(columns.suffix.lower()) else columns.suffix
+            yield ListedImage(image + ending, name, number)
         elif any(cells):
             raise UserError(f"{where}: line {number} has no path")
 
@@ -277,7 +319,7 @@ def _table_rows(
         ) from None
 
 
-def _find_layout(file: str, where: str) -> _Layout | None:
+def _find_layout(file: str, where: str, columns: Columns) -> _Layout | None:
     """The way to read a list in which its first row is a header or an image; None: it is empty.
 
     Of several ways in which it is an image the first one in which that image is there counts.
@@ -288,8 +330,12 @@ def _find_layout(file: str, where: str) -> _Layout | None:
     for separator, cells in firsts.items():
         if not cells:
             return None
+        if columns.image in cells or columns.label in cells:
+            return _from_header(separator, cells, where, columns)
         if not _is_image(cells[0]) and any(cell.lower() in _PATH for cell in cells):
-            return _from_header(separator, cells, where)
+            return _from_header(separator, cells, where, columns)
+    if columns.image or columns.label:
+        _refuse_column(columns, max(firsts.values(), key=len), where)
     folder = os.path.dirname(os.path.abspath(file))
     there = [s for s, cells in firsts.items() if os.path.isfile(os.path.join(folder, cells[0]))]
     named = [s for s, cells in firsts.items() if _is_image(cells[0])]
@@ -313,11 +359,30 @@ def _is_image(cell: str) -> bool:
     return cell.lower().endswith((*SUFFIXES, *UNREAD_SUFFIXES))
 
 
-def _from_header(separator: str, cells: list[str], where: str) -> _Layout:
+def _from_header(separator: str, cells: list[str], where: str, columns: Columns) -> _Layout:
     names = [cell.lower() for cell in cells]
-    path = next(names.index(name) for name in _PATH if name in names)
-    label = next((names.index(name) for name in _LABEL if name in names), -1)
+    path = _column(cells, columns.image, [names.index(name) for name in _PATH if name in names])
+    label = _column(cells, columns.label, [names.index(name) for name in _LABEL if name in names])
+    if path < 0 or (columns.label is not None and label < 0):
+        _refuse_column(columns, cells, where)
     others = [name for i, name in enumerate(cells) if i not in (path, label)]
     if label < 0 and others:
         log.info("%s: no column is called label or class; not read: %s", where, others)
     return _Layout(separator, path, label, cells)
+
+
+def _column(cells: list[str], wanted: str | None, found: list[int]) -> int:
+    """Number of a column, -1 if there is none."""
+    if wanted is None:
+        return found[0] if found else -1
+    return cells.index(wanted) if wanted in cells else -1
+
+
+def _refuse_column(columns: Columns, cells: list[str], where: str) -> NoReturn:
+    named = {"image_column": columns.image, "label_column": columns.label}
+    missing = [f"data.{k}={name}" for k, name in named.items() if name and name not in cells]
+    key = missing[0] if missing else "data.image_column=NAME is needed"
+    raise UserError(
+        f"{key}: the header of {where} has no such column of images or labels; columns seen: "
+        f"{', '.join(map(repr, cells[:_SHOWN]))}"
+    )

@@ -11,8 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from msn.data.dataset import Subset
+from msn.data.hf import HFSource, hf_sources
 from msn.data.index import first_shared
 from msn.data.layout import UNLABELLED, find_parts
+from msn.data.lists import Columns
 from msn.data.sampler import permutation
 from msn.data.shards import ShardSource, shard_source
 from msn.data.sources import (
@@ -29,17 +31,25 @@ from msn.data.sources import (
 from msn.errors import UserError
 from msn.images.decode import full_size
 from msn.images.depth import AUTO, Depth, check_depth
-from msn.images.kinds import BadImageError
+from msn.images.kinds import SUFFIXES, BadImageError
 
 log = logging.getLogger(__name__)
 
 TORCHVISION = ("cifar10", "cifar100", "stl10")
-SOURCES = ("digits", "folder", "imagenet", *TORCHVISION, "list", "shards")
+SOURCES = ("digits", "folder", "imagenet", *TORCHVISION, "list", "shards", "hf")
+# Keys that these sources alone read.
+_READ_BY = {
+    "image_column": ("list", "hf"),
+    "label_column": ("list", "hf"),
+    "image_dir": ("list",),
+    "suffix": ("list",),
+}
 _LARGEST_DIGIT = 512  # px of 8; all 1,797 are held in memory
 _UNUSED = "data.use_labels=false"
 _PROBED = 16  # images that are decoded until one of them can be read
 _LIST_PATHS = (
-    "a list names files with their endings and with / between folders, no URLs; "
+    "a list names files with their endings (data.suffix=.jpg adds one) and with / between folders, "
+    "no URLs; data.image_dir=DIR says where they are; "
     "relative paths start at"
 )
 _HOLD_OUT = 2  # keeps these draws apart from those of order and views
@@ -69,6 +79,10 @@ class PoolSettings:
     # Of images of more than 8 bits: a number of bits, the values that are black and white, or
     # `auto`, which asks a sample of the training images. Runs that name none were trained with 16.
     depth: str | int | Sequence[int] = 16
+    image_column: str | None = None  # of a table; None finds it by its name
+    label_column: str | None = None
+    image_dir: str | None = None  # what relative paths of a list start from; None: the list
+    suffix: str | None = None  # ending of a list's images where its names have none
 
     def __post_init__(self) -> None:
         self._check_source()
@@ -101,6 +115,14 @@ class PoolSettings:
             raise UserError(f"data.root is not set: data={source} needs data.root=DIR")
         if source in TORCHVISION and self.val_root is not None:
             raise UserError(f"data.val_root={self.val_root}: {source} has its own test images")
+        if self.suffix is not None and self.suffix.lower() not in SUFFIXES:
+            raise UserError(f"data.suffix={self.suffix}: must be one of {', '.join(SUFFIXES)}")
+        for key, sources in _READ_BY.items():
+            if getattr(self, key) is not None and source not in sources:
+                raise UserError(
+                    f"data.{key}={getattr(self, key)}: data={source} has none; it must be null "
+                    f"(data={' and data='.join(sources)} read it)"
+                )
         if self.download and source not in TORCHVISION:
             raise UserError(f"data.download=true: only {', '.join(TORCHVISION)} can be fetched")
 
@@ -157,10 +179,12 @@ def _find_pools(settings: PoolSettings) -> Pools:
     if source == "imagenet":
         for part in ("train", "val") if val_root is None else ("train",):
             check_folder(os.path.join(root, part), key=f"data.root={root} needs {part}/; data.root")
+    if source == "hf":
+        return _hugging_face(settings)
     train_root, found_val = find_parts(root, val_root)
-    train = _read(source, train_root, key="data.root", use_labels=use_labels)
+    train = _read(settings, train_root, key="data.root")
     if found_val is not None:
-        held_out = _read(source, found_val, key="data.val_root", use_labels=use_labels)
+        held_out = _read(settings, found_val, key="data.val_root")
         refuse_shared(train, held_out)
         if val_root is not None or held_out.labels is not None:
             return _with_held_out(train, held_out)
@@ -191,12 +215,33 @@ def _torchvision(name: str, root: str, download: bool, use_labels: bool) -> Pool
     return Pools(Subset(train), Subset(labelled), Subset(held_out))
 
 
-def _read(source: str, root: str, *, key: str, use_labels: bool) -> Source:
+def _hugging_face(settings: PoolSettings) -> Pools:
+    assert settings.root is not None
+    train, held_out = hf_sources(
+        settings.root, settings.val_root, columns=_columns(settings), use_labels=settings.use_labels
+    )
+    _refuse_unreadable(train, f"data.root={settings.root}")
+    if held_out is None:
+        return _hold_out(train, settings.hold_out, settings.split_seed)
+    refuse_shared(train, held_out)
+    _refuse_unreadable(held_out, held_out.where)
+    return _with_held_out(train, held_out)
+
+
+def _columns(settings: PoolSettings) -> Columns:
+    return Columns(settings.image_column, settings.label_column, settings.suffix or "")
+
+
+def _read(settings: PoolSettings, root: str, *, key: str) -> Source:
     found: Source
+    source, use_labels = settings.source, settings.use_labels
     if source == "shards":
         found = shard_source(root, key=key, use_labels=use_labels)
     elif source == "list":
-        found = list_source(root, key=key, root=None, use_labels=use_labels)
+        base, columns = settings.image_dir, _columns(settings)
+        if base is not None:
+            check_folder(base, key="data.image_dir")
+        found = list_source(root, key=key, root=base, use_labels=use_labels, columns=columns)
     else:
         found = folder_source(root, key=key, use_labels=use_labels)
     _refuse_unreadable(found, f"{key}={root}")
@@ -228,6 +273,9 @@ def refuse_shared(train: Source, held_out: Source) -> None:
             return  # neither lies in the other's folder, see `find_parts`
         names: tuple[Sequence[str], Sequence[str]] = (held_out.paths, train.paths)
         shared = first_shared(*(map(s.path, range(len(s))) for s in (held_out, train)))
+    elif isinstance(train, HFSource) and isinstance(held_out, HFSource):
+        names = ([f"{held_out.split}, the same rows,"], [train.split])
+        shared = (0, 0) if held_out.identity(0) == train.identity(0) else None
     else:
         assert isinstance(train, ShardSource)
         assert isinstance(held_out, ShardSource)

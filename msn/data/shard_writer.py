@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple
 
 from msn.data.index import system_name
 from msn.data.shards import CLASSES_FILE, class_line
-from msn.data.sources import FileSource
+from msn.data.sources import Source
 from msn.data.tar_members import member_name
 from msn.errors import UserError
 from msn.files import write_atomically, writing_to
@@ -31,7 +31,7 @@ class Written(NamedTuple):
     images: int
 
 
-def write_shards(source: FileSource, out: Path, *, images_per_shard: int) -> Written:
+def write_shards(source: Source, out: Path, *, images_per_shard: int) -> Written:
     """Copy every file of a source, as it is, into shards; with labels, `.cls` files beside them.
 
     The order stays, so that a run on the shards sees the batches of a run on the folder. Files that
@@ -39,7 +39,7 @@ def write_shards(source: FileSource, out: Path, *, images_per_shard: int) -> Wri
     before it is whole.
 
     Args:
-        source: image files.
+        source: images with names.
         out: a folder that is made; it must hold no shard yet.
         images_per_shard: >= 1.
 
@@ -67,7 +67,7 @@ def write_shards(source: FileSource, out: Path, *, images_per_shard: int) -> Wri
 
 
 def _write_shard(
-    path: Path, source: FileSource, numbers: range, above: str, taken: set[str], progress: Progress
+    path: Path, source: Source, numbers: range, above: str, taken: set[str], progress: Progress
 ) -> None:
     def write(file: BinaryIO) -> None:
         kind = tarfile.GNU_FORMAT
@@ -80,7 +80,7 @@ def _write_shard(
         write_atomically(path, write)
 
 
-def _add(tar: tarfile.TarFile, source: FileSource, i: int, above: str, taken: set[str]) -> None:
+def _add(tar: tarfile.TarFile, source: Source, i: int, above: str, taken: set[str]) -> None:
     try:
         data = source.read(i)
         stem, extension = _split(above + _relative(source, i), data)
@@ -107,12 +107,12 @@ def _split(name: str, data: bytes) -> tuple[str, str]:
     return name, f".{kind}" if f".{kind}" in SUFFIXES else ".jpg"  # of several pictures, say
 
 
-def _would_get_labels(source: FileSource) -> bool:
+def _would_get_labels(source: Source) -> bool:
     """Whether readers, also of some shards alone, may take folders of these images for classes."""
     return source.labels is None and any("/" in _relative(source, i) for i in range(len(source)))
 
 
-def _relative(source: FileSource, i: int) -> str:
+def _relative(source: Source, i: int) -> str:
     """The name inside the shard: a list may name what readers of shards skip."""
     parts = member_name(source.name(i)).split("/")
     return "/".join(f"_{part}" if system_name(part) else part for part in parts)

@@ -22,18 +22,19 @@ from torchvision.datasets import CIFAR10, CIFAR100, STL10
 
 from msn.data.index import scan_folder
 from msn.data.layout import FolderLabels, read_folder_labels
-from msn.data.lists import index_list
+from msn.data.lists import BY_NAME, Columns, index_list
 from msn.data.tables import StringTable
 from msn.errors import UserError
 from msn.images.decode import DecodedImage, decode, extremes, full_size
 from msn.images.depth import AUTO, Depth, depth_for, levels_of
-from msn.images.kinds import FORMATS, BadImageError, read_file
+from msn.images.kinds import FORMATS, SUFFIXES, BadImageError, read_file
 
 log = logging.getLogger(__name__)
 
 _LOOKED_AT = 64  # images whose values decide on a depth
 _NAMES_LOOKED_AT = 4096  # among which these are chosen
-_DEEP_SUFFIXES = (".png", ".tif", ".tiff")
+# Those of other images cannot have more; names without an ending tell nothing.
+_SHALLOW = set(SUFFIXES) - {".png", ".tif", ".tiff"}
 _TORCHVISION = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
@@ -176,7 +177,8 @@ def find_depth(source: Source, depth: str | Depth) -> Depth | None:
         return depth
     assert depth == AUTO
     names = np.linspace(0, len(source) - 1, min(_NAMES_LOOKED_AT, len(source))).astype(np.int64)
-    deep = [i for i in names.tolist() if source.name(i).lower().endswith(_DEEP_SUFFIXES)]
+    endings = ((i, os.path.splitext(source.name(i))[1].lower()) for i in names.tolist())
+    deep = [i for i, ending in endings if ending not in _SHALLOW]
     chosen = np.linspace(0, len(deep) - 1, min(_LOOKED_AT, len(deep))).astype(np.int64)
     found = []
     for i in chosen.tolist():
@@ -239,7 +241,9 @@ def check_folder(root: str, *, key: str) -> None:
         raise UserError(f"{key}={root}: is a file; it must be a folder")
 
 
-def list_source(file: str, *, key: str, root: str | None, use_labels: bool) -> FileSource:
+def list_source(
+    file: str, *, key: str, root: str | None, use_labels: bool, columns: Columns = BY_NAME
+) -> FileSource:
     """Read a list of image paths: a text file with a path per line, or CSV (see `index_list`).
 
     Args:
@@ -247,13 +251,14 @@ def list_source(file: str, *, key: str, root: str | None, use_labels: bool) -> F
         key: the setting it came from, for messages.
         root: what relative paths start from; None takes the list's own folder.
         use_labels: False ignores the labels.
+        columns: names of columns, and the images' ending, as set.
 
     Raises:
         UserError: the list is missing, damaged or empty, has labels for some images only, or two
             for one image.
     """
     base = root if root is not None else os.path.dirname(os.path.abspath(file))
-    index = index_list(file, key=key, base=base, use_labels=use_labels)
+    index = index_list(file, key=key, base=base, use_labels=use_labels, columns=columns)
     return FileSource(where=file, root=base, **index._asdict())
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from msn.data import lists
-from msn.data.lists import index_list
+from msn.data.lists import Columns, index_list
+from msn.errors import UserError
 from tests.data.logs import warnings_in
 
 ROWS = "path,label\nb/1.jpg,zebra\n./a/2.jpg,ant\nb/1.jpg,zebra\n/there/3.jpg,cow\n"
@@ -40,7 +41,7 @@ def readings(monkeypatch):
     files = []
     read_list = lists.read_list
     monkeypatch.setattr(
-        lists, "read_list", lambda file, key: files.append(file) or read_list(file, key=key)
+        lists, "read_list", lambda file, **keys: files.append(file) or read_list(file, **keys)
     )
     return files
 
@@ -133,3 +134,43 @@ def test_a_list_of_a_million_is_read_small_and_then_loads_quickly(tmp_path, inde
         assert megabytes < 200
         assert number == 0 or seconds < 2
         assert len(list(index_cache.glob("index-*.bin"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("header", "columns"),
+    [
+        ("image_id,diagnosis", Columns(label="diagnosis", suffix=".jpg")),
+        ("id;kind", Columns(image="id", label="kind", suffix=".jpg")),
+        ("scan\tcategory", Columns(image="scan", suffix=".jpg")),
+    ],
+)
+def test_tables_of_other_names_are_read_by_named_columns_and_ending(tmp_path, header, columns):
+    separator = next(s for s in ",;\t" if s in header)
+    rows = [header, *(separator.join((f"p{i}", "ab"[i % 2])) for i in range(4))]
+    (tmp_path / "train.csv").write_text("\n".join(rows))
+    index = index_list(
+        str(tmp_path / "train.csv"), key="data.root", base="/x", use_labels=True, columns=columns
+    )
+    assert list(index.paths) == [f"p{i}.jpg" for i in range(4)]
+    assert index.classes == ["a", "b"]
+
+
+def test_a_column_that_is_not_there_is_refused_with_those_that_are(tmp_path):
+    (tmp_path / "x.csv").write_text("path,label\na.jpg,1\n")
+    for columns in (Columns(label="kind"), Columns(image="kind")):
+        with pytest.raises(UserError, match=r"=kind: the header .* columns seen: 'path', 'label'"):
+            index_list(
+                str(tmp_path / "x.csv"), key="k", base="/x", use_labels=True, columns=columns
+            )
+
+
+def test_continuous_numbers_are_no_classes(tmp_path):
+    def index(values):
+        rows = "".join(f"{i}.jpg,{value}\n" for i, value in enumerate(values))
+        (tmp_path / "x.csv").write_text("path,target\n" + rows)
+        return index_list(str(tmp_path / "x.csv"), key="k", base="/x", use_labels=True)
+
+    with pytest.raises(UserError, match=r"continuous numbers \(60 different ones, such as 0.5\)"):
+        index([i + 0.5 for i in range(60)])
+    assert len(index(range(60)).classes) == 60
+    assert len(index([0, 1 / 3, 2 / 3, 1] * 20).classes) == 4
