@@ -46,8 +46,8 @@ TINY = [
     "model.num_heads=2",
     "method.num_prototypes=16",
 ]
-# Experiment, images a step, chunk_size, and the milliseconds that the account of simulated kernels
-# gives with 75 % of the matrix rate and 85 % of the bandwidth (no launch overhead, no views).
+# Experiment, images per step, chunk_size, and the milliseconds that the account of simulated
+# kernels gives with 75 % of the matrix rate and 85 % of the bandwidth (no launch overhead, no views).
 STEPS: dict[str, tuple[str, int, int | None, float | None]] = {
     "s16": ("msn_vits16", 128, None, 37.4),
     "s16_64": ("msn_vits16", 64, None, 19.1),

@@ -102,7 +102,7 @@ def measure(
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
-    """Print rows of `measure` in the manner of Hugging Face's table, a line a batch size."""
+    """Print rows of `measure` in the manner of Hugging Face's table, a line per batch size."""
     first = rows[0]
     table = Table(title=f"Forward pass, {first['device']}, {first['dtype']}")
     for name in ("batch", *(f"{mode} (ms)" for mode in MODES), "sdpa / eager", "compiled / eager"):

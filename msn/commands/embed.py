@@ -1,4 +1,4 @@
-"""`python -m msn embed checkpoint=PATH data.root=DIR out=FILE`: one feature row an image, with ids.
+"""`python -m msn embed checkpoint=PATH data.root=DIR out=FILE`: features per image, with ids.
 
 Work is kept in pieces beside `out` until it is whole, so that a stopped job goes on where it was.
 """

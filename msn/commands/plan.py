@@ -219,7 +219,7 @@ def less_memory(
         return f"a data.global_batch_size below {batch_size}, or a smaller model, takes less"
     chunk = max(fitting)
     return (
-        f"chunk_size={chunk} changes no number and takes {peaks[chunk] / 2**30:.1f} GiB a device "
+        f"chunk_size={chunk} changes no number and takes {peaks[chunk] / 2**30:.1f} GiB per device "
         f"by the forecast, instead of {before / 2**30:.1f}; a lower data.global_batch_size, of a "
         "new run, takes less too"
     )
@@ -300,11 +300,11 @@ def _show_memory(plan: Plan, console: Console) -> None:
     for name, count in plan.parameters.items():
         table.add_row(f"{name}, parameters", f"{count / 1e6:.2f} M")
     for name in ("target", "rand", "focal", "total"):
-        table.add_row(f"{name}, GFLOP an image", f"{getattr(plan.flops, name) / 1e9:.1f}")
+        table.add_row(f"{name}, GFLOP per image", f"{getattr(plan.flops, name) / 1e9:.1f}")
     table.add_section()
     cut = ", the network cut over them" if plan.sharded else ""
     table.add_row(f"devices{cut}", str(plan.processes))
-    table.add_row(f"images a step on a device ({plan.case.device})", str(plan.case.batch_size))
+    table.add_row(f"images per step and device ({plan.case.device})", str(plan.case.batch_size))
     table.add_row("chunk_size", str(plan.case.chunk_size or "null"))
     table.add_row("precision", plan.case.precision)
     for name, size in plan.memory._asdict().items():
@@ -314,7 +314,7 @@ def _show_memory(plan: Plan, console: Console) -> None:
 
 def _show_time(plan: Plan, rate: float, source: str, console: Console) -> None:
     table = _table("Time")
-    table.add_row(f"TFLOP/s a device ({source})", f"{rate / 1e12:.3f}")
+    table.add_row(f"TFLOP/s per device ({source})", f"{rate / 1e12:.3f}")
     table.add_row("images/s", f"{plan.images_per_s(rate):.1f}")
     table.add_row("hours", f"{plan.hours(rate):.1f}")
     console.print(table)

@@ -11,7 +11,7 @@ That bound, relative to the objective, is the convergence test; nothing stops ea
 Weights lie in the span of the rows, so the work is done in the R coordinates of their principal
 axes. With few labels that is tiny. A guess of the Hessian preconditions L-BFGS: the diagonal there
 (variance of the axis times the class's mean p (1 - p), plus lambda) and, for large problems with
-few rows a class, the share of each class's own rows, p (1 - p) x x^T, exactly.
+few rows per class, the share of each class's own rows, p (1 - p) x x^T, exactly.
 """
 
 import logging

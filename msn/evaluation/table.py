@@ -5,6 +5,7 @@ Like the paper's table: one line per backbone, one column per number of labels.
 
 import csv
 import io
+import itertools
 import json
 import platform
 import re
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -49,7 +50,7 @@ _CSV = (
     "paper_top1",
     "paper_std",
 )
-_UNITS = {"logistic": "logistic", "linear": "linear", "finetune": "fine-tuned"}
+CLASSIFIERS = {"logistic": "logistic", "linear": "linear", "finetune": "fine-tuned"}
 
 
 def table_of(rows: Sequence[Row], title: str) -> Table:
@@ -91,7 +92,7 @@ def _in_markdown(name: str) -> str:
 
 
 def csv_table(rows: Sequence[Row]) -> str:
-    """One line a row of lowshot.json with every plain number, accuracies as fractions.
+    """One line per row of lowshot.json with every plain number, accuracies as fractions.
 
     Text that a spreadsheet would take for a formula begins with an apostrophe.
     """
@@ -157,9 +158,9 @@ def _headings(rows: Sequence[Row]) -> dict[tuple[str, str, str], tuple[str, str]
     headings = {}
     for row in rows:
         labels = row["labels"]
-        second = f"{labels} a class" if labels.isdigit() else f"{labels} labels"
+        second = f"{labels} per class" if labels.isdigit() else f"{labels} labels"
         first = f"{row['neighbours']}-NN" if row["classifier"] == "knn" else ""
-        first = first or " ".join([_UNITS[row["classifier"]], row.get("variant", "")]).strip()
+        first = first or " ".join([CLASSIFIERS[row["classifier"]], row.get("variant", "")]).strip()
         headings[table_key(row)] = (first, second)
     return headings
 
@@ -208,10 +209,37 @@ def _published(row: Row | None) -> list[str]:
     return [f"{100 * paper['top1']:.1f}{spread}"]
 
 
-# Told apart by colour-blind readers as well (Okabe and Ito), and by their markers in print.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_BASELINES = {"random": "#777777", "pixels": "#AAAAAA"}
+# Told apart by colour-blind readers as well, on light and on dark ground (after Okabe and Ito).
+COLOURS = ("#2f8fd0", "#e0712a", "#12a67c", "#cf7bb0", "#dba117", "#7d8be0", "#8c8c8c")
+_BASELINES = {"random": "#9a9a9a", "pixels": "#b9a98c"}
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # tell lines apart in print
+
+
+class Line(NamedTuple):
+    """A line of accuracy over labelled images."""
+
+    name: str
+    """Backbone, and the classifier where it is not logistic regression."""
+    colour: str
+    baseline: bool
+    points: list[Row]
+    """By their number of labelled images."""
+
+
+def accuracy_lines(rows: Sequence[Row]) -> list[Line]:
+    """The few-label rows of each backbone and classifier."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["labelled_images"]):
+        if row["classifier"] in ("logistic", "finetune"):
+            found.setdefault((row["backbone"], row["classifier"]), []).append(row)
+    lines: list[Line] = []
+    for (backbone, classifier), points in found.items():
+        name = printable(backbone)
+        name += "" if classifier == "logistic" else f" ({CLASSIFIERS[classifier]})"
+        trained = sum(not line.baseline for line in lines)
+        colour = _BASELINES.get(backbone, COLOURS[trained % len(COLOURS)])
+        lines.append(Line(name, colour, backbone in _BASELINES, points))
+    return lines
 
 
 def draw_curve(rows: Sequence[Row], file: BinaryIO, suffix: str) -> bool:
@@ -226,53 +254,37 @@ def draw_curve(rows: Sequence[Row], file: BinaryIO, suffix: str) -> bool:
         False where no backbone has two points, and nothing was written.
     """
     lines = accuracy_lines(rows)
-    if not any(len(points) > 1 for points in lines.values()):
+    if not any(len(line.points) > 1 for line in lines):
         return False
     # Without this SVG ids are random.
     with matplotlib.rc_context({"svg.hashsalt": "msn", "font.size": 11}):
         figure = Figure(figsize=(6.4, 4.4), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        trained = 0
-        for (backbone, classifier), points in lines.items():
-            baseline = _BASELINES.get(backbone)
+        markers = itertools.cycle(_MARKERS)
+        for line in lines:
             axes.errorbar(
-                [point["labelled_images"] for point in points],
-                [100 * point["top1_mean"] for point in points],
-                yerr=[100 * point["top1_std"] for point in points],
-                label=_label(backbone, classifier),
-                color=baseline or _COLOURS[trained % len(_COLOURS)],
-                marker=_MARKERS[trained % len(_MARKERS)] if baseline is None else ".",
-                linestyle="-" if baseline is None else "--",
+                [point["labelled_images"] for point in line.points],
+                [100 * point["top1_mean"] for point in line.points],
+                yerr=[100 * point["top1_std"] for point in line.points],
+                label=line.name.replace("$", r"\$"),  # matplotlib reads formulas between two
+                color=line.colour,
+                marker="." if line.baseline else next(markers),
+                linestyle="--" if line.baseline else "-",
                 capsize=3,
             )
-            trained += baseline is None
-        _label_axes(axes, [point for points in lines.values() for point in points])
+        _label_axes(axes, [point for line in lines for point in line.points])
         metadata = {"Date": None} if suffix == "svg" else {"Software": None}
         figure.savefig(file, format=suffix, dpi=150, metadata=metadata)
     return True
 
 
-def accuracy_lines(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    """The few-label rows of each backbone and classifier, by their number of labelled images."""
-    lines: dict[tuple[str, str], list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row["labelled_images"]):
-        if row["classifier"] in ("logistic", "finetune"):
-            lines.setdefault((row["backbone"], row["classifier"]), []).append(row)
-    return lines
-
-
-def _label(backbone: str, classifier: str) -> str:
-    name = printable(backbone).replace("$", r"\$")  # between two of them matplotlib reads formulas
-    return name if classifier == "logistic" else f"{name} ({classifier})"
-
-
 def _label_axes(axes: Any, points: Sequence[Row]) -> None:
     names = {point["labelled_images"]: point["labels"] for point in points}
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(FixedLocator(sorted(names)))
-    axes.xaxis.set_minor_locator(NullLocator())
     counts = sorted(names)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(counts))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticklabels(
         [names[n] if names[n].endswith("%") else f"{names[n]}\n({n})" for n in counts]
     )

@@ -187,7 +187,7 @@ def _by_pillow(
         width, height = height, width
     reduction = _attainable(image, max(1, allowed_reduction(height, width)))
     pixels = _load(image, data, deep, reduction, levels)
-    del image, deep  # Pillow holds four bytes a pixel, which turning need not come on top of
+    del image, deep  # Pillow holds four bytes per pixel, which turning need not come on top of
     return DecodedImage(_turned(pixels, orientation), height, width, reduction)
 
 
@@ -279,7 +279,7 @@ def _load(
 ) -> np.ndarray:
     """Decode to uint8 [ceil(H / reduction), ceil(W / reduction), 3]."""
     remaining = reduction
-    if image.format == "WEBP":  # Pillow decodes it as an animation, at 19 bytes a pixel
+    if image.format == "WEBP":  # Pillow decodes it as an animation, at 19 bytes per pixel
         pixels = _by_torchvision("decode_webp", data)
         if pixels is not None:
             image = Image.fromarray(pixels)

@@ -13,7 +13,7 @@ class PatchDrop:
 
     Args:
         patch_drop: share of patches removed from rand anchors, in [0, 1).
-        patch_drop_scope: "batch" draws one mask a step for all images of all processes (the
+        patch_drop_scope: "batch" draws one mask per step for all images of all processes (the
             released code's behaviour on one GPU), "image" one for each image and rand view.
 
     Raises:

@@ -90,7 +90,7 @@ class Encoder(nn.Module):
         """Project views of several sizes; the head sees each size's views as one batch.
 
         Args:
-            views: one tensor a view size, each [views, B, 3, h, w].
+            views: one tensor per view size, each [views, B, 3, h, w].
             kept: patches to keep for each, see `VisionTransformer.forward`.
             chunk_size: images per trunk pass; the trunk has no batch statistics, so chunks (whose
                 activations are recomputed in the backward pass) change memory, not numbers.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from msn.errors import UserError
 
-# (number of images, tokens an image) of each view size in a packed [T, D] matrix.
+# (number of images, tokens per image) of each view size in a packed [T, D] matrix.
 Groups = Sequence[tuple[int, int]]
 
 
@@ -47,7 +47,7 @@ class Block(TimmBlock):
     def class_tokens(self, tokens: Tensor, groups: Groups) -> Tensor:
         """The same block where only class tokens are wanted: exact, without the others' work.
 
-        With one query an image, scores are (q W_k) x and the result W_v (weights x): keys and
+        With one query per image, scores are (q W_k) x and the result W_v (weights x): keys and
         values of the tokens are never made.
 
         Returns:
@@ -171,7 +171,7 @@ class VisionTransformer(nn.Module):
         """Class tokens of views of several sizes in one pass, after the final norm.
 
         Args:
-            views: one tensor a view size, each [..., 3, h, w] with its own leading axes.
+            views: one tensor per view size, each [..., 3, h, w] with its own leading axes.
             kept: for each of `views` the 0-based indices of the patches to keep, [M] for all
                 images or [..., M] for each; None keeps all.
 

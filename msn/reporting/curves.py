@@ -5,11 +5,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from msn.evaluation.sets import Row
-from msn.evaluation.table import accuracy_lines
+from msn.evaluation.table import CLASSIFIERS, COLOURS, accuracy_lines
 from msn.reporting.record import RunRecord
 
-# Told apart by colour-blind readers as well, on light and on dark ground (after Okabe and Ito).
-COLOURS = ("#2f8fd0", "#e0712a", "#12a67c", "#cf7bb0", "#dba117", "#7d8be0", "#8c8c8c")
 _DASHES = ("solid", "dash", "dot", "dashdot")
 FEW_POINTS = 20  # per line; so few are marked one by one
 MOST_POINTS = 1500  # per line; more are averaged in bins, so that years of steps stay a few bytes
@@ -183,10 +181,8 @@ def _short(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-_NAMES = {"logistic": "logistic", "linear": "linear probe", "finetune": "fine-tuned"}
 # Of charts whose x-axis has a title.
 BELOW_TITLE = {"orientation": "h", "x": 0, "y": -0.25, "yanchor": "top"}
-_BASELINES = {"random": "#9a9a9a", "pixels": "#b9a98c"}
 
 
 def table_of(record: RunRecord) -> tuple[list[str], list[tuple[str, list[Row | None]]]]:
@@ -205,24 +201,23 @@ def _row_title(row: Row) -> str:
 
 
 def _column_title(row: Row) -> str:
-    """What a column of the table is called: labels per class and classifier."""
+    """What a column of the table is called: classifier and labels."""
     labels = row["labels"]
-    amount = {"all": "all labels"}.get(labels, labels if "%" in labels else f"{labels} a class")
-    if row["classifier"] == "knn":
-        return f"{row.get('neighbours', 'k')}-NN, {amount}"
-    return f"{_NAMES.get(row['classifier'], row['classifier'])}, {amount}"
+    amount = f"{labels} labels"
+    if labels.isdigit():
+        amount = f"{labels} image{'' if labels == '1' else 's'} per class"
+    name = f"{row.get('neighbours', 'k')}-NN" if row["classifier"] == "knn" else row["classifier"]
+    return f"{CLASSIFIERS.get(name, name)}, {amount}"
 
 
 def accuracy_chart(records: Sequence[RunRecord]) -> Chart | None:
     """Top-1 over labelled images, one line per backbone; None where no line has two points."""
     traces: list[dict[str, Any]] = []
     for record in records:
-        rows = [] if record.lowshot is None else record.lowshot["rows"]
-        for (backbone, classifier), points in accuracy_lines(rows).items():
-            prefix = f"{record.name}: " if len(records) > 1 else ""
-            suffix = "" if classifier == "logistic" else f" ({_NAMES[classifier]})"
-            colour = _BASELINES.get(backbone) or COLOURS[len(traces) % len(COLOURS)]
-            traces.append(_trace(f"{prefix}{backbone}{suffix}", points, colour))
+        prefix = f"{record.name}: " if len(records) > 1 else ""
+        for line in accuracy_lines([] if record.lowshot is None else record.lowshot["rows"]):
+            colour = line.colour if line.baseline else COLOURS[len(traces) % len(COLOURS)]
+            traces.append(_trace(f"{prefix}{line.name}", line.points, colour))
     if not any(len(trace["x"]) > 1 for trace in traces):
         return None
     counts = sorted({x for trace in traces for x in trace["x"]})

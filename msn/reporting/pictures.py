@@ -19,8 +19,9 @@ from msn.data.dataset import TrainingSet
 from msn.data.pools import PoolSettings, build_pools
 from msn.data.sampler import BatchKey
 from msn.data.views import IMAGENET_MEAN, IMAGENET_STD, Views, view_settings
+from msn.evaluation.table import COLOURS
 from msn.method.masking import PatchDrop
-from msn.reporting.curves import BELOW_TITLE, COLOURS, Chart
+from msn.reporting.curves import BELOW_TITLE, Chart
 from msn.reporting.learned import Learned
 from msn.schema import make, take
 

@@ -125,7 +125,7 @@ _OVERVIEW: dict[str, Callable[[RunRecord], Any]] = {
     "model": lambda r: _model(r),
     "batch, epochs": lambda r: _length(r),
     "time": lambda r: _time(r),
-    "images a second": lambda r: _number(r.last("speed/images_per_s")),
+    "images per second": lambda r: _number(r.last("speed/images_per_s")),
     "machine": lambda r: r.facts.get("device"),
     "processes": lambda r: r.facts.get("processes"),
     "precision": lambda r: r.facts.get("precision"),

@@ -158,7 +158,7 @@ def _accuracy(lowshot: list[dict[str, Any]] | None) -> str:
         + (_percent(row),)
         for row in lowshot
     ]
-    heads = ("backbone", "classifier", "labels a class", "splits", "top-1 (%)")
+    heads = ("backbone", "classifier", "labels per class", "splits", "top-1 (%)")
     return f"## Low-shot accuracy\n\n{_table(heads, rows)}"
 
 

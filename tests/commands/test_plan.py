@@ -24,7 +24,7 @@ def test_a_plan_says_what_a_training_costs_and_writes_nothing(command, tmp_path,
     words = " ".join(out.split())
     assert "800 epochs of 1,281,167 images" in words
     assert "21.67 M" in words  # timm's vit_small_patch16_224 without classifier
-    assert "81.2" in words  # GFLOP an image, the formula's
+    assert "81.2" in words  # GFLOP per image, the formula's
     # 800 epochs x 1,281,167 images x 81.2 GFLOP / 400 TFLOP/s
     assert "57.8" in words
     assert "chunk_size=64 " in words  # 8.6 GB; 128 images would take 15

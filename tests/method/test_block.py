@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from msn.method.vit import Block, VisionTransformer
 from tests.conftest import SMALL_MODEL
 
-GROUPS = ((3, 9), (5, 5), (2, 1))  # (images, tokens an image)
+GROUPS = ((3, 9), (5, 5), (2, 1))  # (images, tokens per image)
 
 
 @pytest.fixture

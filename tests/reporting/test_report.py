@@ -77,7 +77,7 @@ def test_the_page_tells_what_was_run_and_what_came_of_it(html, run):
     for told in (
         *("1,297", "16 prototypes, Sinkhorn, me-max 1", f"{EPOCHS} epochs", str(run), "2.15.0"),
         *(f"After {EPOCHS} epochs: learning", "3 to 5 collapsed collapsed: <line> of epoch 5"),
-        *("msn 55.0 \u00b1 3.0 [40.0, 80.0]", "logistic, 5 a class"),
+        *("msn 55.0 \u00b1 3.0 [40.0, 80.0]", "logistic, 5 images per class"),
         *("num_prototypes: 16", "Images nearest to prototypes", "Map of features"),
     ):
         assert told in text, told
