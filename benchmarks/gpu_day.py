@@ -47,7 +47,8 @@ TINY = [
     "method.num_prototypes=16",
 ]
 # Experiment, images per step, chunk_size, and the milliseconds that the account of simulated
-# kernels gives with 75 % of the matrix rate and 85 % of the bandwidth (no launch overhead, no views).
+# kernels gives with 75 % of the matrix rate and 85 % of the bandwidth, without launch overhead and
+# views.
 STEPS: dict[str, tuple[str, int, int | None, float | None]] = {
     "s16": ("msn_vits16", 128, None, 37.4),
     "s16_64": ("msn_vits16", 64, None, 19.1),
