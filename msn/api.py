@@ -102,6 +102,21 @@ class Embeddings:
     """Paths of the images, relative to the folder or list."""
     features: Any
     """Float32 tensor [n, D], in the order of `names`."""
+    labels: list[str | None] | None
+    """Names of the classes, None where an image has none; None if the data have no labels."""
+    about: dict[str, Any]
+    """Plain data: feature, checkpoint, root, model, licence."""
+
+    def save(self, out: str | os.PathLike[str]) -> Path:
+        """Write them as `.parquet`, `.npz`, `.csv` or `.safetensors`; returns `out`.
+
+        Raises:
+            UserError: the ending is another, or Parquet's library is not installed.
+        """
+        from msn.commands.embed import Embedded, write_embeddings
+
+        write_embeddings(Path(out), Embedded(self.names, self.labels, self.features, self.about))
+        return Path(out)
 
 
 def pretrain(
@@ -175,21 +190,16 @@ def embed(
     Args:
         checkpoint: a run, checkpoint or export.
         data: a folder or a list file.
-        out: a `.safetensors` file to keep; None keeps none.
+        out: a `.parquet`, `.npz`, `.csv` or `.safetensors` file to keep; None keeps none.
         keys: any key of the command.
 
     Raises:
         UserError: a key, a value, a path or a file is wrong, or no image can be read.
     """
-    from safetensors import safe_open
-
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "features.safetensors" if out is None else Path(out)
         given = {"checkpoint": checkpoint, "data.root": data, "out": file}
-        _run("embed", {**given, **keys}, quiet=True)
-        with safe_open(file, "pt") as found:
-            names = json.loads(found.metadata()["ids"])
-            return Embeddings(names, found.get_tensor("features"))
+        return Embeddings(**_run("embed", {**given, **keys}, quiet=True)._asdict())
 
 
 def export(

@@ -1,4 +1,4 @@
-"""`python -m msn embed checkpoint=PATH data.root=DIR out=FILE`: features per image, with ids.
+"""`python -m msn embed checkpoint=PATH data.root=DIR out=FILE`: a feature per image, with its name.
 
 Work is kept in pieces beside `out` until it is whole, so that a stopped job goes on where it was.
 """
@@ -10,10 +10,12 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
@@ -23,6 +25,7 @@ from msn.commands.entry import to_plain
 from msn.commands.eval_lowshot import choose_device
 from msn.data.datamodule import resolve_workers
 from msn.data.dataset import Subset
+from msn.data.layout import UNLABELLED
 from msn.data.sources import Source, find_depth, folder_source, list_source
 from msn.data.workers import in_one_line, make_loader
 from msn.errors import UserError
@@ -34,7 +37,7 @@ from msn.evaluation.features import (
     less_memory,
     weights_key,
 )
-from msn.files import write_bytes, writing_to
+from msn.files import write_atomically, write_bytes, writing_to
 from msn.images.depth import RECORDED, check_depth, trained_depth
 from msn.images.kinds import BadImageError
 from msn.progress import Progress
@@ -47,12 +50,28 @@ log = logging.getLogger(__name__)
 PIECE = 1024
 # A safetensors header holds 100 MB; the ids stand in it.
 MAX_ID_BYTES = 90_000_000
-SUFFIX = ".safetensors"
+_MARKS = 4  # quotes, comma and space beside a name there
 SHOWN = 10
 
 
-def run(config: DictConfig) -> None:
-    """Write features [n, D] float32 and, in the header, the image names in the same order.
+class Embedded(NamedTuple):
+    """Features of images."""
+
+    names: list[str]
+    """Paths of the images, relative to the folder or list."""
+    labels: list[str | None] | None
+    """Their classes, None where an image has none; None if none has one."""
+    features: Tensor
+    """[n, D] float32, in the order of `names`."""
+    about: dict[str, Any]
+    """Plain data: feature, checkpoint, root, model, licence."""
+
+
+def run(config: DictConfig) -> Embedded:
+    """Write features [n, D] float32 with the names and labels of the images in the same order.
+
+    Returns:
+        What was written.
 
     Raises:
         UserError: if a setting, path or file is wrong, `out` exists, or no image can be read.
@@ -66,16 +85,18 @@ def run(config: DictConfig) -> None:
         key=settings["init_key"],
     )
     check_feature(settings["feature"], backbone.depth)
-    root = str(settings["data"]["root"])
+    root, use_labels = str(settings["data"]["root"]), settings["data"]["use_labels"]
     if os.path.isfile(root):
-        source: Source = list_source(root, key="data.root", root=None, use_labels=False)
+        source: Source = list_source(root, key="data.root", root=None, use_labels=use_labels)
     else:
-        source = folder_source(root, key="data.root", use_labels=False)
+        source = folder_source(root, key="data.root", use_labels=use_labels)
     depth = trained_depth(check_depth(settings["data"]["depth"]), [backbone.meta])
     source.depth = find_depth(source, depth)
-    names = [source.name(i) for i in range(len(source))]
-    if sum(len(json.dumps(name)) + 4 for name in names) > MAX_ID_BYTES:
-        raise UserError(f"data.root={root}: too many images for one file; embed its folders apart")
+    if out.suffix == ".safetensors" and _header_bytes(source) > MAX_ID_BYTES:
+        raise UserError(
+            f"data.root={root}: too many images for one safetensors file; embed its folders apart, "
+            "or write .parquet"
+        )
     pieces = out.parent / f".{out.name}.{_digest(backbone, source, settings['feature'])}.part"
     try:
         with in_one_line(
@@ -83,7 +104,7 @@ def run(config: DictConfig) -> None:
             lambda: "; the same command goes on",
         ):
             _embed(backbone, _Images(source, backbone), settings, pieces)
-        missing = _join(pieces, names, out, _header(backbone, source, settings))
+        embedded, missing = _join(pieces, source, out, _header(backbone, source, settings))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"interrupted: what is done stays in {pieces}; the same command goes on from it"
@@ -93,7 +114,8 @@ def run(config: DictConfig) -> None:
         print(f"left out, cannot be read: {name} ({reason})")
     if missing:
         print(f"all that were left out: {_unreadable(out)}")
-    print(f"{len(names) - len(missing)} images embedded, {len(missing)} left out: {out}")
+    print(f"{len(embedded.names)} images embedded, {len(missing)} left out: {out}")
+    return embedded
 
 
 class _Images(Dataset[tuple[Tensor, str]]):
@@ -118,8 +140,10 @@ def _check(settings: dict[str, Any], out: Path) -> None:
         raise UserError(f"batch_size must be a whole number >= 1, got {batch_size!r}")
     if out.is_dir():
         raise UserError(f"out={out} is a directory; it must be a file such as features.safetensors")
-    if out.suffix != SUFFIX:
-        raise UserError(f"out={out}: features are written as safetensors; the name must end so")
+    if out.suffix not in WRITERS:
+        raise UserError(f"out={out}: the name must end in one of {', '.join(WRITERS)}")
+    if out.suffix == ".parquet":
+        _pyarrow(out)
     if out.exists() and settings["overwrite"] is not True:
         raise UserError(f"out={out} exists; overwrite=true replaces it")
 
@@ -178,20 +202,21 @@ def _digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _join(
-    pieces: Path, names: list[str], out: Path, header: dict[str, Any]
-) -> list[tuple[str, str]]:
+    pieces: Path, source: Source, out: Path, header: dict[str, Any]
+) -> tuple[Embedded, list[tuple[str, str]]]:
     """Write `out` from the pieces, and beside it what could not be read.
 
     Returns:
-        Names and reasons of the images that could not be read.
+        What was written, and names and reasons of the images that could not be read.
     """
-    parts = [open_weights(_piece(pieces, start)) for start in range(0, len(names), PIECE)]
+    parts = [open_weights(_piece(pieces, start)) for start in range(0, len(source), PIECE)]
     reasons = [reason for _, metadata in parts for reason in json.loads(metadata["reasons"])]
-    ids = [name for name, reason in zip(names, reasons, strict=True) if not reason]
-    missing = [row for row in zip(names, reasons, strict=True) if row[1]]
-    if not ids:
+    read = [i for i, reason in enumerate(reasons) if not reason]
+    missing = [(source.name(i), reason) for i, reason in enumerate(reasons) if reason]
+    if not read:
         name, reason = missing[0]
-        raise UserError(f"none of {len(names)} images can be read, for instance {name} ({reason})")
+        count = len(source)
+        raise UserError(f"none of {count} images can be read, for instance {name} ({reason})")
     readable = torch.cat([tensors["readable"] for tensors, _ in parts])
     features = torch.cat([tensors["features"] for tensors, _ in parts])[readable]
     if missing:
@@ -201,9 +226,103 @@ def _join(
     else:
         with writing_to(_unreadable(out)):
             _unreadable(out).unlink(missing_ok=True)  # of the features that `out` replaces
-    metadata = {"ids": json.dumps(ids), "msn": json.dumps(header)}
-    save_tensors(out, {"features": features}, metadata)
-    return missing
+    labels = None if source.labels is None else [_label(source, i) for i in read]
+    embedded = Embedded([source.name(i) for i in read], labels, features, header)
+    write_embeddings(out, embedded)
+    return embedded, missing
+
+
+def _label(source: Source, i: int) -> str | None:
+    assert source.labels is not None
+    return None if source.labels[i] == UNLABELLED else source.classes[source.labels[i]]
+
+
+def _header_bytes(source: Source) -> int:
+    """Bytes of names and labels in a safetensors header."""
+    classes = [] if source.labels is None else source.classes
+    longest = max((len(json.dumps(name)) + _MARKS for name in classes), default=0)
+    return sum(len(json.dumps(source.name(i))) + _MARKS + longest for i in range(len(source)))
+
+
+def write_embeddings(out: Path, embedded: Embedded) -> None:
+    """Write features with names and labels in the format that the ending of `out` names.
+
+    Raises:
+        UserError: the ending names none, or its library is not installed.
+    """
+    if out.suffix not in WRITERS:
+        raise UserError(f"{out}: the name must end in one of {', '.join(WRITERS)}")
+    WRITERS[out.suffix](out, embedded)
+
+
+def _write_safetensors(out: Path, data: Embedded) -> None:
+    metadata = {"ids": json.dumps(data.names), "msn": json.dumps(data.about)}
+    if data.labels is not None:
+        metadata["labels"] = json.dumps(data.labels)
+    save_tensors(out, {"features": data.features}, metadata)
+
+
+def _write_npz(out: Path, data: Embedded) -> None:
+    columns: dict[str, Any] = {"path": np.array(data.names), "feature": data.features.numpy()}
+    if data.labels is not None:
+        columns["label"] = np.array([label or "" for label in data.labels])
+    about = np.array(json.dumps(data.about))
+    with writing_to(out):
+        write_atomically(out, lambda file: np.savez(file, about=about, **columns))
+
+
+def _write_csv(out: Path, data: Embedded) -> None:
+    def write(file: BinaryIO) -> None:
+        text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        labels = [] if data.labels is None else ["label"]
+        writer.writerow(["path", *labels, *(f"f{i}" for i in range(data.features.shape[1]))])
+        for i, (name, feature) in enumerate(zip(data.names, data.features, strict=True)):
+            label = [] if data.labels is None else [data.labels[i]]
+            # float32 has 9 significant digits.
+            writer.writerow([name, *label, *(f"{number:.9g}" for number in feature.tolist())])
+        text.detach()
+
+    with writing_to(out):
+        write_atomically(out, write)
+
+
+def _write_parquet(out: Path, data: Embedded) -> None:
+    pyarrow = _pyarrow(out)
+    width = data.features.shape[1]
+    flat = pyarrow.array(data.features.numpy().reshape(-1))
+    columns = {"path": pyarrow.array([_utf8(name) for name in data.names])}
+    if data.labels is not None:
+        labels = [None if label is None else _utf8(label) for label in data.labels]
+        columns["label"] = pyarrow.array(labels)
+    columns["feature"] = pyarrow.FixedSizeListArray.from_arrays(flat, width)
+    table = pyarrow.table(columns).replace_schema_metadata({"msn": json.dumps(data.about)})
+    with writing_to(out):
+        write_atomically(
+            out, lambda file: import_module("pyarrow.parquet").write_table(table, file)
+        )
+
+
+def _pyarrow(out: Path) -> Any:
+    try:
+        return import_module("pyarrow")
+    except ImportError as error:
+        raise UserError(
+            f"out={out}: needs `pip install 'msn-pretraining[hf]'` ({error})"
+        ) from error
+
+
+def _utf8(name: str) -> str:
+    """Parquet holds UTF-8 alone: other bytes of a name are written as \\xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+WRITERS: dict[str, Callable[[Path, Embedded], None]] = {
+    ".safetensors": _write_safetensors,
+    ".parquet": _write_parquet,
+    ".npz": _write_npz,
+    ".csv": _write_csv,
+}
 
 
 def _unreadable(out: Path) -> Path:

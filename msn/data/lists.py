@@ -82,22 +82,21 @@ def index_list(
         cache_from: number of images from which on the result is kept.
 
     Raises:
-        UserError: the list is missing, damaged or empty, has labels for some images only, or two
-            for one image.
+        UserError: the list is missing, damaged or empty, or has two labels for one image.
     """
     started, base = time.time_ns(), os.path.abspath(base)
     kept = f"list {os.path.abspath(file)} in {base}, labels {use_labels}, {columns}"
     where = f"{key}={file}"
     table = kept_table(kept)
     if table is not None:
-        _say_repeated(where, table.facts["repeated"])
         classes = list(table.strings["classes"])
         labels = table.arrays["labels"] if classes else None
+        _say(where, table.facts["repeated"], labels)
         return ListIndex(table.strings["paths"], labels, classes, table.facts["why"])
     watched = {file: stamp(file)} if os.path.isfile(file) else {}
     rows = _Rows(where, base, use_labels)
     index = rows.read(read_list(file, key=key, columns=columns))
-    _say_repeated(where, rows.repeated)
+    _say(where, rows.repeated, index.labels)
     if len(index.paths) >= cache_from:
         labels = np.empty(0, np.int64) if index.labels is None else index.labels
         strings = {"paths": index.paths, "classes": StringTable.from_strings(index.classes)}
@@ -106,9 +105,15 @@ def index_list(
     return index
 
 
-def _say_repeated(where: str, count: int) -> None:
-    if count:
-        log.warning("%s: %d rows repeat an earlier image; duplicates ignored", where, count)
+def _say(where: str, repeated: int, labels: np.ndarray | None) -> None:
+    if repeated:
+        log.warning("%s: %d rows repeat an earlier image; duplicates ignored", where, repeated)
+    without = 0 if labels is None else int((labels == UNLABELLED).sum())
+    if labels is not None and without:
+        log.warning(
+            "%s: %d of %d rows have no label: their images train and are not evaluated",
+            *(where, without, len(labels)),
+        )
 
 
 class _Rows:
@@ -187,21 +192,14 @@ class _Rows:
 
     def _with_classes(self, paths: StringTable, labels: np.ndarray) -> ListIndex:
         """Number the classes in the order of their names."""
-        without = labels == UNLABELLED
-        if self._numbers and without.any():
-            path = paths[int(np.argmax(without))]
-            raise UserError(
-                f"{self._where}: {path} has no label, others have one ({int(without.sum())} of "
-                f"{len(labels)} rows have none): fill them in, leave the rows out, or set "
-                "data.use_labels=false"
-            )
         self._refuse_continuous()
         if len(self._numbers) < 2:
             return ListIndex(paths, None, [], self._why())
         classes = sorted(self._numbers)
         number = np.empty(len(classes), np.int64)
         number[[self._numbers[name] for name in classes]] = np.arange(len(classes))
-        return ListIndex(paths, number[labels], classes, "")
+        # -1 of a row without a label takes the last entry.
+        return ListIndex(paths, np.append(number, UNLABELLED)[labels], classes, "")
 
     def _refuse_continuous(self) -> None:
         """Many numbers with fractions are measurements and no classes."""

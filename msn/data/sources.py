@@ -254,8 +254,7 @@ def list_source(
         columns: names of columns, and the images' ending, as set.
 
     Raises:
-        UserError: the list is missing, damaged or empty, has labels for some images only, or two
-            for one image.
+        UserError: the list is missing, damaged or empty, or has two labels for one image.
     """
     base = root if root is not None else os.path.dirname(os.path.abspath(file))
     index = index_list(file, key=key, base=base, use_labels=use_labels, columns=columns)

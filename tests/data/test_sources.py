@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 
+from msn.data.lists import index_list
 from msn.data.sources import folder_source, list_source
 from msn.errors import UserError
 from msn.images.decode import full_size
@@ -244,11 +245,26 @@ def test_an_image_with_two_labels_is_refused(tmp_path):
     assert names(without) == ["a.jpg", "b.jpg"]
 
 
+@pytest.mark.parametrize("cache_from", [1, 100])
+def test_rows_without_a_label_train_and_are_not_evaluated(tmp_path, caplog, cache_from):
+    (tmp_path / "part.csv").write_text("a.jpg,cat\nb.jpg,\nc.jpg,dog\nd.jpg,\n")
+    for _ in range(2):  # the second time from what is kept
+        index = index_list(
+            str(tmp_path / "part.csv"),
+            key="data.root",
+            base=str(tmp_path),
+            use_labels=True,
+            cache_from=cache_from,
+        )
+        assert index.labels.tolist() == [0, -1, 1, -1]
+    assert sum("2 of 4 rows have no label" in line for line in warnings_in(caplog)) == 2
+
+
 def test_what_is_wrong_with_folders_and_lists_is_said(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("")
-    (tmp_path / "half.csv").write_text("a.jpg,cat\nb.jpg,\n")
+    (tmp_path / "half.csv").write_text("a.jpg,cat\na.jpg,dog\n")
     for root, message in (
         ("nowhere", "there is no such folder"),
         ("empty", "is an empty folder"),
@@ -260,7 +276,7 @@ def test_what_is_wrong_with_folders_and_lists_is_said(tmp_path):
     for path, message in (
         ("nowhere.txt", "there is no such file"),
         ("text/a.txt", "lists no image"),
-        ("half.csv", "b.jpg has no label"),
+        ("half.csv", "a.jpg is there twice"),
     ):
         with pytest.raises(UserError, match=f"data.root=.*{path}: {message}"):
             open_list(tmp_path / path)

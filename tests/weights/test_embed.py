@@ -3,6 +3,8 @@ import json
 import os
 import shutil
 
+import numpy as np
+import pandas
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -31,10 +33,19 @@ def folder(tmp_path):
     return tmp_path
 
 
+def data(root):
+    return {"root": str(root), "depth": "auto", "num_workers": 0, "use_labels": True}
+
+
 def run(folder, **changes):
     settings = {
         "checkpoint": str(folder / "run"),
-        "data": {"root": str(folder / "images"), "depth": "auto", "num_workers": 0},
+        "data": {
+            "root": str(folder / "images"),
+            "depth": "auto",
+            "num_workers": 0,
+            "use_labels": True,
+        },
         "out": str(folder / "features.safetensors"),
         "feature": "class_token",
         "batch_size": 2,
@@ -44,7 +55,7 @@ def run(folder, **changes):
         "init_key": None,
         **changes,
     }
-    embed.run(OmegaConf.create(settings))
+    return embed.run(OmegaConf.create(settings))
 
 
 def arguments(folder):
@@ -233,9 +244,51 @@ def test_interrupting_says_where_the_pieces_are_and_ends_with_130(folder, monkey
     assert len(list(pieces.iterdir())) == 2
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.npz", "a.parquet", "a", "a.safetensors.gz"])
+def read_file(path):
+    """Names, labels and features of a file, by the library that people read it with."""
+    if path.suffix == ".parquet":
+        frame = pandas.read_parquet(path)
+        return list(frame.path), list(frame.label), np.stack(frame.feature)
+    if path.suffix == ".csv":
+        frame = pandas.read_csv(path)
+        return list(frame.path), list(frame.label), frame.filter(regex="^f[0-9]+$").to_numpy()
+    if path.suffix == ".npz":
+        arrays = np.load(path)  # without pickles
+        return arrays["path"].tolist(), arrays["label"].tolist(), arrays["feature"]
+    with safe_open(path, "np") as file:
+        header = {name: json.loads(file.metadata()[name]) for name in ("ids", "labels")}
+        return header["ids"], header["labels"], file.get_tensor("features")
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".parquet", ".npz", ".csv"])
+def test_every_format_holds_the_same_names_labels_and_numbers(folder, ending):
+    out = folder / f"features{ending}"
+    made = run(folder, out=str(out))
+    names, labels, features = read_file(out)
+    assert names == made.names == sorted(f"{'ab'[i % 2]}/{i}.png" for i in range(COUNT))
+    assert labels == made.labels == [name[0] for name in names]
+    assert features.astype(np.float32).tolist() == made.features.tolist()
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".parquet", ".npz", ".csv"])
+def test_every_format_takes_names_that_are_not_utf8_and_images_without_labels(folder, ending):
+    odd = os.fsdecode(b"\xff.png")
+    for path in sorted((folder / "images").rglob("*.png"))[1:]:
+        path.unlink()
+    os.replace(folder / "images" / "a" / "0.png", folder / "images" / odd)
+    out = folder / f"features{ending}"
+    assert run(folder, out=str(out)).names == [odd]
+    if ending == ".parquet":
+        frame = pandas.read_parquet(out)
+        assert list(frame.path) == ["\\xff.png"]
+        assert "label" not in frame
+    if ending == ".csv":
+        assert out.read_bytes().splitlines()[1].startswith(b"\xff.png,")
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a", "a.safetensors.gz"])
 def test_other_formats_are_refused_before_anything_is_read(folder, name):
-    with pytest.raises(UserError, match="features are written as safetensors"):
+    with pytest.raises(UserError, match=r"must end in one of .safetensors, .parquet, .npz, .csv"):
         run(folder, out=str(folder / name), checkpoint="nowhere")
     assert sorted(path.name for path in folder.iterdir()) == ["images", "run"]
 
@@ -243,7 +296,15 @@ def test_other_formats_are_refused_before_anything_is_read(folder, name):
 def test_a_list_of_paths_keeps_its_order(folder):
     names = ["images/b/3.png", "images/a/0.png"]
     (folder / "list.txt").write_text("\n".join(names))
-    run(folder, data={"root": str(folder / "list.txt"), "depth": "auto", "num_workers": 0})
+    run(
+        folder,
+        data={
+            "root": str(folder / "list.txt"),
+            "depth": "auto",
+            "num_workers": 0,
+            "use_labels": True,
+        },
+    )
     assert read(folder)[1] == names
 
 
@@ -254,7 +315,10 @@ def test_a_list_of_paths_keeps_its_order(folder):
         ({"feature": "last_9"}, "this backbone has 2 blocks"),
         ({"batch_size": 0}, "batch_size must be a whole number >= 1"),
         ({"device": "abacus"}, "device=abacus is not available"),
-        ({"data": {"root": "nowhere", "depth": "auto", "num_workers": 0}}, "no such folder"),
+        (
+            {"data": data("nowhere")},
+            "no such folder",
+        ),
         ({"checkpoint": "nowhere"}, "no such file"),
     ],
 )
