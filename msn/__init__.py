@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from msn.method.loss import MSNLoss
     from msn.method.mae import MAE
     from msn.method.network import MSN
-    from msn.weights import load_backbone
+    from msn.weights import load_backbone, load_mae
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "evaluate",
     "export",
     "load_backbone",
+    "load_mae",
     "pretrain",
     "show_views",
     "suggest_labels",
@@ -45,6 +46,7 @@ _HOMES = {name: "msn.api" for name in __all__} | {
     "MSNLoss": "msn.method.loss",
     "UserError": "msn.errors",
     "load_backbone": "msn.weights",
+    "load_mae": "msn.weights",
 }
 
 

@@ -261,8 +261,8 @@ class Candidate(NamedTuple):
     """What `init_key` calls it: dictionaries and prefix, joined by dots."""
     tensors: dict[str, Tensor]
     """Without the prefix."""
-    beside: tuple[str, ...]
-    """Names in the same dictionary that do not have the prefix."""
+    beside: dict[str, Tensor]
+    """What in the same dictionary does not have the prefix."""
 
 
 def find_trunk(content: Mapping[Any, Any], key: str | None, where: str) -> Candidate:
@@ -302,13 +302,13 @@ def find_trunk(content: Mapping[Any, Any], key: str | None, where: str) -> Candi
         path, tensors = max(dictionaries, key=lambda entry: len(entry[1]), default=("", {}))
         if not tensors:
             raise UserError(f"{where}: holds no tensors")
-        return Candidate(_BARE, tensors, ())
+        return Candidate(_BARE, tensors, {})
     return found[0]
 
 
 def _candidate(path: str, tensors: dict[str, Tensor], prefix: str) -> Candidate:
     name = f"{path}.{prefix}".strip(".") or _BARE
-    beside = tuple(other for other in tensors if not other.startswith(prefix))
+    beside = {other: value for other, value in tensors.items() if not other.startswith(prefix)}
     return Candidate(name, strip_prefix(tensors, prefix), beside)
 
 

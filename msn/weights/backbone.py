@@ -46,15 +46,15 @@ class Backbone(VisionTransformer):
         super().__init__(**weights.model)  # type: ignore[arg-type]
         self.load_state_dict(weights.trunk, strict=True)
         self.meta = weights.meta
-        self.transform = image_transform(
-            self.img_size,
-            mean=weights.meta.get("mean", IMAGENET_MEAN),
-            std=weights.meta.get("std", IMAGENET_STD),
-            levels=levels_of(recorded_depth(weights.meta)),
-        )
+        self.transform = transform_of(weights)
 
     def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
-        """Class tokens after the final norm, [B, 3, h, w] -> [B, D], as timm's `num_classes=0`."""
+        """Class tokens after the final norm, [B, 3, h, w] -> [B, D], as timm's `num_classes=0`.
+
+        Of a fine-tuned MAE (`meta["pool"]` is "mean") the final norm of the mean of patches.
+        """
+        if self.meta.get("pool") == "mean":
+            return self.norm(self.forward_features(images, norm=False)[:, 1:].mean(dim=1))
         return self.forward_features(images)[:, 0]
 
     def forward_features(self, images: Tensor, *, norm: bool = True) -> Tensor:
@@ -103,6 +103,16 @@ def complete_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
     model = dict(meta["model"])
     defaults = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
     return {"format": FORMAT, "model": model, **defaults, **meta}
+
+
+def transform_of(weights: Weights) -> "Callable[[Picture], Tensor]":
+    """The `image_transform` that some weights were made for."""
+    return image_transform(
+        int(weights.model["img_size"]),
+        mean=weights.meta.get("mean", IMAGENET_MEAN),
+        std=weights.meta.get("std", IMAGENET_STD),
+        levels=levels_of(recorded_depth(weights.meta)),
+    )
 
 
 # A centre crop never sees what is farther from the centre than half a short side; of longer images

@@ -32,7 +32,8 @@ from msn.weights.parity import (
     load_timm_directory,
     versions,
 )
-from msn.weights.reading import HEAD_PREFIX, read_weights
+from msn.weights.reading import read_weights
+from msn.weights.released import HEAD_PREFIX
 from msn.weights.tensors import save_tensors
 from msn.weights.weights import BACKBONE_FILE, BASELINES, Weights, build_trunk, trunk_digest
 

@@ -19,6 +19,7 @@ from msn.weights.weights import (
     check_channels,
     check_number,
     short_side,
+    strip_prefix,
 )
 
 # model_type -> what `Weights.source` calls it.
@@ -102,6 +103,33 @@ def _older(name: str) -> str:
     for new, old in _NEWER.items():
         name = re.sub(rf"^layers\.(\d+)\.{new}\.", rf"encoder.layer.\1.{old}.", name)
     return name
+
+
+def decoder_from_huggingface(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The decoder of a `ViTMAEForPreTraining` in the names of `msn.method.mae.Decoder`."""
+    layers, rest = {}, {}
+    for name, tensor in strip_prefix(tensors, "decoder.").items():
+        # As transformers 5 writes blocks, as 4 does, and as 5 has them in memory.
+        name = name.replace("decoder_encoder.layer.", "encoder.layer.")
+        name = _older(name.replace("decoder_layers.", "layers."))
+        if name.startswith(("layers.", "encoder.layer.")):
+            layers[name.replace("layers.", "encoder.layer.")] = tensor
+        else:
+            rest[name.removeprefix("decoder_")] = tensor
+    return from_huggingface(layers)[0] | rest
+
+
+def decoder_to_huggingface(decoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `decoder_from_huggingface`, in the names of transformers 4."""
+    blocks = {name: tensor for name, tensor in decoder.items() if name.startswith("blocks.")}
+    layers = strip_prefix(to_huggingface(blocks), "encoder.layer.")
+    rest = {
+        name if name == "mask_token" else f"decoder_{name}": tensor
+        for name, tensor in decoder.items()
+        if name not in blocks
+    }
+    named = rest | {f"decoder_layers.{name}": tensor for name, tensor in layers.items()}
+    return {f"decoder.{name}": tensor for name, tensor in named.items()}
 
 
 def to_huggingface(trunk: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -204,7 +232,25 @@ def told_by_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     own = config.get("msn")
     if isinstance(own, dict) and isinstance(own.get("licence"), str):
         told["licence"] = own["licence"]
-    return told
+    return told if kind != "vit_mae" else told | _told_of_mae(config)
+
+
+def _told_of_mae(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration of ViTMAE tells of decoder and loss, as `msn.method.mae.MAE` takes it.
+
+    The decoder's MLP is told by shapes, which have to be those of our `Decoder`.
+    """
+    decoder = {
+        "embed_dim": config.get("decoder_hidden_size", 512),
+        "depth": config.get("decoder_num_hidden_layers", 8),
+        "num_heads": config.get("decoder_num_attention_heads", 16),
+    }
+    method = {
+        "decoder": decoder,
+        "mask_ratio": config.get("mask_ratio", 0.75),
+        "norm_pix_loss": config.get("norm_pix_loss", False),
+    }
+    return {"kind": "mae", "method": method}
 
 
 def told_by_preprocessor(content: Mapping[str, Any], where: str) -> dict[str, Any]:

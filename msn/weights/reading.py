@@ -15,6 +15,13 @@ from msn.files import damage
 from msn.weights import huggingface, timm
 from msn.weights.architecture import check_trunk, find_trunk, infer_model
 from msn.weights.onnx import read_onnx
+from msn.weights.released import (
+    POOLED,
+    arguments_of_mae,
+    decoder_of_mae,
+    pooled_norm,
+    split_encoder,
+)
 from msn.weights.tensors import open_weights
 from msn.weights.weights import (
     BACKBONE_FILE,
@@ -34,13 +41,14 @@ from msn.weights.weights import (
 
 log = logging.getLogger(__name__)
 
-HEAD_PREFIX = "fc."  # of the projection head in the layout of facebookresearch/msn
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 # Times do not survive a copy, names do.
 _CHECKPOINT = re.compile(r"epoch-(\d+)-step-(\d+)\.ckpt")
 _INDEX = ".index.json"
 _MAX_JSON = 1 << 26
 _OUR_CLASS_TOKEN = "network.target.trunk.cls_token"
+# Before the names of a MAE of ours, in a checkpoint and in its bare state dict.
+_MAE_PREFIXES = ("network.", "")
 # Of what files beside the weights tell, what is about the architecture.
 _NUMBERS = ("num_heads", "layer_norm_eps")
 
@@ -59,6 +67,7 @@ class _Parts(NamedTuple):
     prototypes: Tensor | None = None
     anchor_trunk: dict[str, Tensor] | None = None
     anchor_head: dict[str, Tensor] | None = None
+    decoder: dict[str, Tensor] | None = None
     meta: Mapping[str, Any] = {}
     model: Mapping[str, Any] = {}
     ignored: tuple[str, ...] = ()
@@ -91,7 +100,7 @@ def read_weights(
         assumed += (EXACT_GELU,)
     if parts.anchor_trunk is not None:
         check_trunk(parts.anchor_trunk, model, where)
-    for tensors in (parts.anchor_trunk, parts.head, parts.anchor_head):
+    for tensors in (parts.anchor_trunk, parts.head, parts.anchor_head, parts.decoder):
         check_tensors(tensors or {}, where)
     if parts.prototypes is not None:
         check_tensors({"prototypes": parts.prototypes}, where)
@@ -105,6 +114,7 @@ def read_weights(
         else widen({"": parts.prototypes})[""],
         anchor_trunk=_widen(parts.anchor_trunk),
         anchor_head=_widen(parts.anchor_head),
+        decoder=_widen(parts.decoder),
         meta={"licence": UNKNOWN_LICENCE, **parts.meta},
         ignored=parts.ignored,
         notes=parts.notes + assumed,
@@ -269,16 +279,31 @@ def _interpret(
         return _official(content, where)
     if key is None and isinstance(states, dict) and _OUR_CLASS_TOKEN in states:
         return _checkpoint(states, where)
+    states = states if isinstance(states, dict) else content
+    for prefix in _MAE_PREFIXES if key is None else ():
+        if f"{prefix}decoder.mask_token" in states and f"{prefix}trunk.cls_token" in states:
+            return _checkpoint_of_mae(states, prefix, where)
     found = find_trunk(content, key, where)
+    ignored: tuple[str, ...]
+    whole = {**found.beside, **found.tensors}
     if huggingface.is_huggingface(found.tensors):
         source = "huggingface"
         trunk, ignored = huggingface.from_huggingface(found.tensors)
+        decoder = huggingface.decoder_from_huggingface(whole) or None
     else:
         source = BACKBONE_FILE if header else "state dict"
         ignored = tuple(name for name in found.tensors if name.startswith(_NOT_TRUNK))
         trunk = {name: tensor for name, tensor in found.tensors.items() if name not in ignored}
+        decoder = decoder_of_mae(whole)
+    meta: dict[str, Any] = {}
+    if decoder is not None:
+        meta = {"kind": "mae", **arguments_of_mae(content)}
     notes = () if found.name == "." else (f"weights taken from {found.name}",)
-    return _Parts(source, trunk, ignored=ignored + found.beside, notes=notes)
+    if (pooled := pooled_norm(trunk)) is not None:
+        trunk, meta, notes = pooled, {"pool": "mean"}, (*notes, POOLED)
+    return _Parts(
+        source, trunk, decoder=decoder, meta=meta, ignored=ignored + (*found.beside,), notes=notes
+    )
 
 
 def _official(content: Mapping[str, Any], where: str) -> _Parts:
@@ -302,9 +327,7 @@ def _official(content: Mapping[str, Any], where: str) -> _Parts:
 
 
 def _checkpoint(content: Mapping[Any, Any], where: str) -> _Parts:
-    states = {name: value for name, value in content.items() if isinstance(name, str)}
-    if not all(isinstance(value, Tensor) for value in states.values()):
-        raise UserError(f"{where}: damaged: state_dict holds more than tensors")
+    states = _tensors_alone(content, where)
     return _Parts(
         source="msn checkpoint",
         trunk=strip_prefix(states, "network.target.trunk."),
@@ -315,27 +338,21 @@ def _checkpoint(content: Mapping[Any, Any], where: str) -> _Parts:
     )
 
 
-def split_encoder(
-    encoder: Mapping[Any, Any],
-) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, tuple[str, ...]]:
-    """Trunk, head (None if there is none) and ignored names of an encoder of facebookresearch/msn.
+def _checkpoint_of_mae(content: Mapping[Any, Any], prefix: str, where: str) -> _Parts:
+    states = _tensors_alone(content, where)
+    return _Parts(
+        source="mae checkpoint",
+        trunk=strip_prefix(states, f"{prefix}trunk."),
+        decoder=strip_prefix(states, f"{prefix}decoder.") or None,
+        meta={"kind": "mae"},
+    )
 
-    Trunk and head (`fc.*`) stand together under DDP's prefix `module.`; the reference's optional
-    prediction head (`pred.*`) has no place in our network.
-    """
-    names = {
-        name.removeprefix("module."): tensor
-        for name, tensor in encoder.items()
-        if isinstance(name, str) and isinstance(tensor, Tensor)
-    }
-    head = strip_prefix(names, HEAD_PREFIX)
-    ignored = tuple(name for name in names if name.startswith("pred."))
-    trunk = {
-        name: tensor
-        for name, tensor in names.items()
-        if not name.startswith(HEAD_PREFIX) and name not in ignored
-    }
-    return trunk, head or None, ignored
+
+def _tensors_alone(content: Mapping[Any, Any], where: str) -> dict[str, Tensor]:
+    states = {name: value for name, value in content.items() if isinstance(name, str)}
+    if not all(isinstance(value, Tensor) for value in states.values()):
+        raise UserError(f"{where}: damaged: state_dict holds more than tensors")
+    return states
 
 
 def _tensor_or_none(value: Any) -> Tensor | None:

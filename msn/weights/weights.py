@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,17 +56,20 @@ class Weights:
     """[K, P]."""
     anchor_trunk: dict[str, Tensor] | None = None
     anchor_head: dict[str, Tensor] | None = None
+    decoder: dict[str, Tensor] | None = None
+    """State dict of MAE's `Decoder`; not compared with one, see `msn.weights.mae`."""
     meta: dict[str, Any] = field(default_factory=dict)
-    """epoch, data, method, licence, init, mean, std as far as the file says."""
+    """epoch, data, method, licence, init, mean, std as far as the file says; `kind` where it is
+    "mae"; `pool` where it is "mean": features are the final norm of the mean of patches."""
     ignored: tuple[str, ...] = ()
     """Names in the file that have no place in the network."""
     notes: tuple[str, ...] = ()
     """What was assumed or taken off in reading, to be said to the person."""
 
 
-def say_notes(weights: Weights, where: str) -> None:
+def say_notes(said: Weights | Sequence[str], where: str) -> None:
     """Warn of what was assumed: another number of heads gives other features, not an error."""
-    for note in weights.notes:
+    for note in said.notes if isinstance(said, Weights) else said:
         log.warning("%s: %s", where, note)
 
 

@@ -19,7 +19,7 @@ from msn.weights.classifier import Classifier
 from msn.weights.export import FORMATS, export, official_layout
 from msn.weights.huggingface import preprocessor_config
 from msn.weights.parity import fixed_images
-from msn.weights.reading import split_encoder
+from msn.weights.released import split_encoder
 from msn.weights.weights import short_side, trunk_digest
 from tests.weights.builders import make_network, released_layout, save_checkpoint, save_run
 from tests.weights.conftest import assert_same, make_weights
