@@ -10,6 +10,7 @@ import secrets
 import shutil
 import stat
 import struct
+import tempfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
@@ -38,7 +39,7 @@ def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
         write: writes the content to the binary file that it is given.
 
     Raises:
-        OSError: whatever the system said; the old file is untouched then.
+        OSError: whatever the system said, about `path`; the old file is untouched then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
@@ -48,10 +49,13 @@ def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        sync_directory(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # which would hide the first one
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk is told without, other errors of the temporary
         raise
-    sync_directory(path.parent)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -96,6 +100,20 @@ def placed_at(out: Path) -> Iterator[Path]:
                 with contextlib.suppress(OSError):
                     parent.rmdir()
             raise
+
+
+@contextlib.contextmanager
+def utf8_path(path: Path) -> Iterator[Path]:
+    """The path, or a link to it while its own name is not UTF-8, which Rust and C++ refuse."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as place:
+            link = Path(place, "link")
+            link.symlink_to(path.absolute())
+            yield link
+    else:
+        yield path
 
 
 def temporary_beside(path: Path) -> Path:

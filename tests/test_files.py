@@ -121,6 +121,23 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, mon
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_an_error_of_the_system_names_the_file_and_not_the_temporary_one(
+    tmp_path, monkeypatch, call
+):
+    path = tmp_path / "run.json"
+    if call == "replace":
+        path.mkdir()
+    else:
+        monkeypatch.setattr(
+            os, "fsync", lambda _: os.write(os.open("/dev/full", os.O_WRONLY), b"x")
+        )
+    with pytest.raises(OSError, match=f"{path}") as caught:
+        write_atomically(path, lambda file: file.write(b"{}"))
+    assert caught.value.filename == str(path)
+    assert list(tmp_path.iterdir()) == [path] * (call == "replace")
+
+
 def test_a_place_that_cannot_be_written_is_one_clear_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):

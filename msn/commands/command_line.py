@@ -134,7 +134,10 @@ def _parts(text: str) -> list[str]:
 
 
 class _LongLived:
-    """An output stream that may lose its reader: what is printed then goes nowhere."""
+    """An output stream that may lose its reader: what is printed then goes nowhere.
+
+    Standard output on a full disk is an error that is raised once.
+    """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -155,10 +158,12 @@ class _LongLived:
     def _reader(self) -> Iterator[None]:
         try:
             yield
-        except BrokenPipeError:
+        except OSError as error:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
+            if not isinstance(error, BrokenPipeError) and self is sys.stdout:  # a full disk
+                raise OSError(error.errno, error.strerror, self._stream.name) from None
 
 
 @contextlib.contextmanager

@@ -74,6 +74,7 @@ def run_command(config_name: str, job: Job, arguments: list[str]) -> None:
     with without_readers():
         try:
             _run(config_name, explained(job), parse_flags(arguments))
+            sys.stdout.flush()
         except MISTAKES as error:
             if os.environ.get("MSN_DEBUG"):
                 raise

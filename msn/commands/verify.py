@@ -17,6 +17,7 @@ from torch import Tensor
 import msn
 from msn.commands.entry import to_plain
 from msn.errors import UserError
+from msn.files import utf8_path
 from msn.method import optim
 from msn.method.loss import LossTerms, MSNLoss, sinkhorn
 from msn.method.network import MSN, Projections
@@ -63,7 +64,8 @@ def load_golden(path: str | Path) -> Golden:
             raise UserError(f"no such file of reference figures: {file}")
     try:
         figures = json.loads(json_file.read_text())
-        golden = Golden(figures["config"], figures["steps"], load_file(tensor_file))
+        with utf8_path(tensor_file) as place:
+            golden = Golden(figures["config"], figures["steps"], load_file(place))
     except (
         SafetensorError,
         json.JSONDecodeError,

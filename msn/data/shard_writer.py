@@ -14,7 +14,7 @@ from msn.data.shards import CLASSES_FILE, class_line
 from msn.data.sources import Source
 from msn.data.tar_members import member_name
 from msn.errors import UserError
-from msn.files import write_atomically, writing_to
+from msn.files import write_atomically, write_bytes, writing_to
 from msn.images.kinds import SUFFIXES, BadImageError, open_image
 from msn.progress import Progress
 
@@ -50,10 +50,9 @@ def write_shards(source: Source, out: Path, *, images_per_shard: int) -> Written
         raise UserError(f"images_per_shard={images_per_shard}: must be >= 1")
     if out.exists() and (not out.is_dir() or any(out.glob("*.tar"))):
         raise UserError(f"out={out}: holds shards already, or is a file; choose a new folder")
-    out.mkdir(parents=True, exist_ok=True)
     if source.labels is not None:
         names = "".join(f"{class_line(name)}\n" for name in source.classes)
-        (out / CLASSES_FILE).write_bytes(os.fsencode(names))
+        write_bytes(out / CLASSES_FILE, os.fsencode(names))
     above = _UNLABELLED if _would_get_labels(source) else ""
     shards: list[Path] = []
     taken: set[str] = set()  # a key for every image that was written

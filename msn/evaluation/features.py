@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from msn.data.dataset import REPLACED
 from msn.data.workers import make_loader
 from msn.errors import UserError
+from msn.files import utf8_path
 from msn.method.vit import VisionTransformer
 from msn.progress import Progress
 from msn.schema import Range, check_ranges
@@ -56,7 +57,7 @@ class FeatureCache:
         if not path.is_file():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
+            with utf8_path(path) as place, safe_open(place, framework="pt") as file:
                 metadata = file.metadata() or {}
                 features = file.get_tensor("features")
         except (SafetensorError, OSError) as error:

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from msn.errors import UserError
 from msn.evaluation.sets import table_key
-from msn.files import read_rows, write_atomically
+from msn.files import read_rows, write_atomically, write_bytes
 from msn.training.judge import VERDICTS_FILE, read_verdicts
 
 
@@ -144,10 +144,26 @@ def tables(directory: Path) -> dict[str, Table]:
     verdicts, lowshot = directory / VERDICTS_FILE, directory / "lowshot.json"
     if kept := read_verdicts(verdicts):
         found["verdicts"] = Table(list(kept[0]), [list(row.values()) for row in kept])
-    if lowshot.is_file():
-        rows = json.loads(lowshot.read_text())["rows"]
+    if rows := _lowshot_rows(lowshot):
         found["lowshot"] = Table(list(_ROW), [[row[name] for name in _ROW] for row in rows])
     return found
+
+
+def _lowshot_rows(path: Path) -> list[dict[str, Any]]:
+    return _as_utf8(json.loads(path.read_text()))["rows"] if path.is_file() else []
+
+
+def _as_utf8(data: Any) -> Any:
+    """Plain data with `?` for the bytes of names that are not UTF-8, which no logger takes."""
+    return json.loads(json.dumps(data, ensure_ascii=False).encode(errors="replace"))
+
+
+def _check_utf8(logger: str, save_dir: str) -> None:
+    if _as_utf8(save_dir) != save_dir:
+        raise UserError(
+            f"logger={logger}: cannot write into {save_dir}, whose name is not UTF-8: choose "
+            "another run.dir"
+        )
 
 
 class WandbRun(WandbLogger):
@@ -164,7 +180,7 @@ class WandbRun(WandbLogger):
         job_type: of wandb; None for a training.
 
     Raises:
-        UserError: if `artifacts` is none of these.
+        UserError: if `artifacts` is none of these, or `save_dir` is not UTF-8.
     """
 
     def __init__(
@@ -182,6 +198,7 @@ class WandbRun(WandbLogger):
                 raise UserError(
                     f"logger.wandb.artifacts must be among {', '.join(ARTIFACTS)}, got {part}"
                 )
+        _check_utf8("wandb", save_dir)
         self._directory = Path(save_dir)
         absolute = self._directory.absolute()
         name = name or f"{absolute.parent.name}/{absolute.name}"
@@ -206,13 +223,19 @@ class WandbRun(WandbLogger):
             except Exception as error:  # of login, network or settings: wandb has many classes
                 if is_new:
                     shutil.rmtree(folder, ignore_errors=True)
-                reason = " ".join(str(error).split())
-                raise UserError(
-                    f"logger=wandb: {reason}; WANDB_MODE=offline needs no login"
-                ) from None
+                if isinstance(error, UnicodeEncodeError):  # of sys.argv
+                    reason = "takes no command line with a name that is not UTF-8"
+                else:
+                    reason = f"{' '.join(str(error).split())}; WANDB_MODE=offline needs no login"
+                raise UserError(f"logger=wandb: {reason}") from None
             if known is None:
-                file.write_text(f"{run.id}\n")
+                write_bytes(file, f"{run.id}\n".encode())
         return super().experiment
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:
+        """Give wandb the settings."""
+        super().log_hyperparams(_as_utf8(params))
 
     @rank_zero_only
     def log_results(self) -> None:
@@ -226,7 +249,7 @@ class WandbRun(WandbLogger):
         run, lowshot = self.experiment, self._directory / "lowshot.json"
         for name, table in tables(self._directory).items():
             run.log({name: wandb.Table(columns=[*table.columns], data=table.rows)})
-        for row in json.loads(lowshot.read_text())["rows"] if lowshot.is_file() else []:
+        for row in _lowshot_rows(lowshot):
             parts = ["lowshot", row["backbone"], *filter(None, table_key(row))]
             run.summary["/".join(parts)] = row["top1_mean"]
         if (curve := lowshot.with_suffix(".png")).is_file():
@@ -261,9 +284,13 @@ class TensorBoardRun(TensorBoardLogger):
     Args:
         save_dir: the run directory.
         resume_step: step of the checkpoint that the run goes on from; None for a new run.
+
+    Raises:
+        UserError: if `save_dir` is not UTF-8.
     """
 
     def __init__(self, *, save_dir: str, resume_step: int | None) -> None:
+        _check_utf8("tensorboard", save_dir)
         self._directory = Path(save_dir)
         self._is_lost = False
         purge: dict[str, Any] = {} if resume_step is None else {"purge_step": resume_step + 1}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from msn.errors import UserError
-from msn.files import placed_at, write_bytes, write_checkpoint, writing_to
+from msn.files import placed_at, utf8_path, write_bytes, write_checkpoint, writing_to
 from msn.method.vit import VisionTransformer, resize_position_embeddings
 from msn.weights import huggingface, timm
 from msn.weights.backbone import complete_meta, save_backbone
@@ -207,7 +207,9 @@ def export(
     with placed_at(out) as directory:
         kind.write(content, directory)
         trunk = build_trunk(resized)
-        report = {"format": format, **check(trunk, head, kind.load(directory))}
+        with utf8_path(directory) as place:
+            loaded = kind.load(place)
+        report = {"format": format, **check(trunk, head, loaded)}
         report["weights_bit_equal"] = _check_round_trip(directory, trunk)
         report["versions"] = versions()
         write_json(directory / PARITY_FILE, report)

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from msn.errors import UserError
-from msn.files import SEAL, damage, write_bytes
+from msn.files import SEAL, damage, utf8_path, write_bytes
 from msn.weights.weights import trunk_digest
 
 # In the metadata of safetensors files that we write.
@@ -74,7 +74,7 @@ def open_weights(path: Path) -> tuple[Any, dict[str, str]]:
 
 
 def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with safe_open(path, framework="pt") as file:
+    with utf8_path(path) as place, safe_open(place, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata() or {}
     if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(tensors, metadata):

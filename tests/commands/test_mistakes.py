@@ -1,5 +1,6 @@
 """Bad input ends in one clear line and exit code 2, and leaves nothing behind."""
 
+import contextlib
 import math
 import os
 import pickle
@@ -386,6 +387,18 @@ def test_no_command_needs_a_reader(flush):
     with no_reader():
         run_command("verify", job, [])
     assert done
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_full_disk_under_the_output_is_a_line_that_says_so(capsys, flush):
+    with (
+        open("/dev/full", "w") as full,
+        contextlib.redirect_stdout(full),
+        pytest.raises(SystemExit) as ended,
+    ):
+        run_command("verify", lambda config: print("a figure", flush=flush), [])
+    assert ended.value.code == 2
+    assert one_line_of(capsys.readouterr().err) == "error: /dev/full: No space left on device"
 
 
 @pytest.mark.parametrize("error", [None, MemoryError(), RuntimeError("a fault of ours")])

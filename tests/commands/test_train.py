@@ -19,6 +19,9 @@ from msn.schema import make
 from msn.weights import read_weights
 from tests.commands.conftest import QUICK, TINY
 
+# Of a run, in the order in which they are written.
+LATER_FILES = ("config.yaml", "epoch-1-step-2.ckpt", "backbone.safetensors", "lowshot.md")
+
 
 def run_directory_of(out):
     return re.search(r"run directory: (.*)$", out.strip().splitlines()[-1])[1]
@@ -45,6 +48,32 @@ def test_a_run_leaves_a_backbone_a_table_and_its_directory(command, tmp_path):
     assert (directory / "config.yaml").is_file()
     command("train", *TINY, f"run.root={tmp_path}")
     assert (tmp_path / "digits" / "1" / "lowshot.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "name", ["run.json", *[pytest.param(name, marks=pytest.mark.slow) for name in LATER_FILES]]
+)
+def test_a_full_disk_names_the_file_and_the_same_command_goes_on(
+    command, tmp_path, monkeypatch, name
+):
+    sync, held = os.fsync, Path("/proc/self/fd")
+    if not held.is_dir():
+        pytest.skip("the system does not name open files")
+
+    def full(number):
+        if f".{name}." in os.readlink(held / str(number)):
+            raise OSError(28, "No space left on device")
+        sync(number)
+
+    arguments = [*QUICK, f"run.dir={tmp_path / 'run'}", "callbacks.checkpoint.max_failures=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        code, _, err = command("train", *arguments)
+    last = err.strip().splitlines()[-1]
+    assert (code, last.startswith("error: ")) == (2, True)
+    assert re.search(rf"/{name}\b.*No space left on device", last)
+    code, out, _ = command("train", *arguments)
+    assert (code, run_directory_of(out)) == (0, str(tmp_path / "run"))
 
 
 def test_two_runs_of_a_seed_give_the_same_weights_and_another_seed_does_not(command, tmp_path):

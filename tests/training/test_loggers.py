@@ -1,6 +1,7 @@
 """One run is one run for wandb and TensorBoard, resumed or not, and says what came of it."""
 
 import json
+import os
 import re
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -44,6 +45,21 @@ def test_the_tables_of_a_run_are_its_verdicts_and_its_lowshot_rows(run, tmp_path
 def test_an_unknown_artifact_is_refused(tmp_path):
     with pytest.raises(UserError, match="none, results, backbone, got all"):
         WandbRun(save_dir=str(tmp_path), project="msn", name=None, artifacts="results,all")
+
+
+def test_names_that_are_not_utf8_are_refused_or_replaced(tmp_path, wandb_runs):
+    odd = os.fsdecode(b"\xe9")
+    settings = {"save_dir": str(tmp_path / odd), "project": "msn", "name": None}
+    with pytest.raises(UserError, match="wandb: cannot write into .* not UTF-8"):
+        WandbRun(**settings, artifacts="none")
+    with pytest.raises(UserError, match="tensorboard: cannot write into .* not UTF-8"):
+        TensorBoardRun(save_dir=settings["save_dir"], resume_step=None)
+    logger = WandbRun(**settings | {"save_dir": str(tmp_path)}, artifacts="none")
+    logger.log_hyperparams({"data": {"root": odd, "size": 3}})
+    logger.experiment.config.update.assert_called_once()
+    assert logger.experiment.config.update.call_args.args == ({"data": {"root": "?", "size": 3}},)
+    (tmp_path / "lowshot.json").write_text(json.dumps({"rows": [{**ROW, "backbone": odd}]}))
+    assert tables(tmp_path)["lowshot"].rows[0][0] == "?"
 
 
 @pytest.fixture

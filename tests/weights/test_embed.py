@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 from sklearn.datasets import load_sample_images
 
+import msn
 from msn.__main__ import run_named
 from msn.commands import embed
 from msn.errors import UserError
@@ -206,6 +207,19 @@ def test_names_that_are_no_text_pass_through_every_output(folder, capsysbinary):
     shown = capsysbinary.readouterr().out
     assert b"left out, cannot be read: br\xfcche.png" in shown
     assert b"8 images embedded, 1 left out" in shown
+
+
+def test_a_run_and_features_may_have_names_that_are_not_utf8(folder, capsysbinary):
+    run(folder)
+    expected, ids, _ = read(folder)
+    odd = folder / os.fsdecode(b"caf\xe9.run")
+    (folder / "run").rename(odd)
+    out = odd / os.fsdecode(b"\xe9.safetensors")
+    run_named("embed", [*arguments(folder), f"checkpoint={odd}", f"out={out}"])
+    found = msn.embed(odd, folder / "images", out=out, overwrite=True, device="cpu")
+    assert torch.equal(found.features, expected)
+    assert found.names == ids
+    assert sorted(path.name for path in odd.iterdir()) == ["backbone.safetensors", out.name]
 
 
 def test_out_of_memory_says_what_takes_less_and_keeps_the_pieces(folder, monkeypatch, capsys):

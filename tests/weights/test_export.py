@@ -49,16 +49,17 @@ def needs(format):
 def test_export_reads_back_bit_equal_and_computes_the_same_elsewhere(format, model, tmp_path):
     needs(format)
     weights = make_weights(model)
-    report = run(weights, tmp_path / "out", format)
-    again = read_weights(tmp_path / "out", num_heads=weights.model["num_heads"])
+    out = tmp_path / os.fsdecode(b"\xe9.out")  # Rust and C++ refuse such a name
+    report = run(weights, out, format)
+    again = read_weights(out, num_heads=weights.model["num_heads"])
     assert_same(again.trunk, weights.trunk)
     assert again.model == weights.model
     assert again.meta["licence"] == "Apache-2.0"
     assert report["max_abs_difference"] < 1e-5
-    stored = json.loads((tmp_path / "out" / "parity.json").read_text())
+    stored = json.loads((out / "parity.json").read_text())
     assert stored == report
-    assert "apache-2.0" in (tmp_path / "out" / "README.md").read_text()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert "apache-2.0" in (out / "README.md").read_text()
+    assert list(tmp_path.iterdir()) == [out]
 
 
 @pytest.mark.slow
