@@ -3,12 +3,14 @@
 import re
 
 import pytest
+import timm
 import torch
 from omegaconf import OmegaConf
 
 from msn.commands.entry import build, compose, config_directory, options
 from msn.data.views import ViewSettings
 from msn.method.masking import PatchDrop
+from msn.method.vit import VisionTransformer
 
 RELEASED = {
     "num_prototypes": 1024,
@@ -126,3 +128,19 @@ def test_methods_differ_in_what_they_say_and_nothing_else():
 def test_every_option_of_every_group_composes(name):
     for option in options(name):
         assert compose("train", [f"{name}={option}"]) is not None
+
+
+@pytest.mark.parametrize(
+    "name", sorted(p.stem for p in (config_directory() / "model").glob("dino*"))
+)
+def test_presets_of_dinov2_and_dinov3_are_timm_s_models(name):
+    path = config_directory() / "model" / f"{name}.yaml"
+    model = dict(OmegaConf.load(path))
+    twin = re.search(r"timm: (\w+)", path.read_text())[1]
+    with torch.device("meta"):
+        ours = VisionTransformer(**model)
+        theirs = timm.create_model(twin, img_size=model["img_size"], num_classes=0)
+    shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    assert ours.num_heads == theirs.blocks[0].attn.num_heads
+    assert ours.norm.eps == theirs.norm.eps

@@ -201,6 +201,8 @@ def _composed(config_name: str, groups: tuple[str, ...]) -> tuple[DictConfig, di
         raise UserError(one_line(error)) from None
     known = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     OmegaConf.set_struct(known, True)  # new keys are written with a +
+    if _is_trunk(model := known.get("model")):
+        OmegaConf.set_struct(model, False)  # but for the trunk's options, see `_compare`
     return known, dict(config.hydra.runtime.choices)
 
 
@@ -365,12 +367,21 @@ def _compare(config: Any, known: Any, prefix: str = "") -> None:
         return
     if not isinstance(config, dict):
         raise UserError(f"{prefix[:-1]} must be a group of keys, got {config!r}")
+    if prefix == "model." and _is_trunk(known) and len(config) > len(known):
+        from msn.method.vit import PLAIN  # loads torch; files leave a plain trunk's options out
+
+        known = PLAIN | known
     for key, value in config.items():
         if key not in known and prefix.rstrip(".") not in _OPEN_GROUPS:
             raise UserError(_unknown(f"{prefix}{key}", known))
         # Where a signature says what may stand there, `build` looks: protocol.sgd=null.
         if isinstance(value, dict) or "_target_" not in known:
             _compare(value, known.get(key), f"{prefix}{key}.")
+
+
+def _is_trunk(model: Any) -> bool:
+    """Whether a group `model` describes a trunk to be built, not only how a file is read."""
+    return isinstance(model, dict | DictConfig) and "embed_dim" in model
 
 
 def _unknown(key: str, known: Iterable[Any]) -> str:

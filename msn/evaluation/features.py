@@ -306,7 +306,11 @@ def forward_feature(trunk: Trunk, images: Tensor, feature: str) -> Tensor:
     if feature == "class_token":
         return tokens[:, 0]
     normed = trunk.norm(tokens)
-    return normed[:, 0] if feature == "class_token_norm" else normed[:, 1:].mean(dim=1)
+    return (
+        normed[:, 0]
+        if feature == "class_token_norm"
+        else normed[:, trunk.num_prefix_tokens :].mean(dim=1)
+    )
 
 
 class TransformedImages(Dataset[tuple[Tensor, bool]]):

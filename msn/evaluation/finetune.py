@@ -48,7 +48,7 @@ from msn.evaluation.sets import (
     drawn_shots,
     make_row,
 )
-from msn.method.vit import resize_position_embeddings
+from msn.method.positions import resize_position_embeddings
 from msn.progress import Progress
 from msn.schema import Range, check_ranges, make
 

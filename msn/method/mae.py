@@ -9,11 +9,12 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 
 from msn.errors import UserError
-from msn.method.vit import Block, VisionTransformer
+from msn.method.block import Block
+from msn.method.positions import sincos_positions
+from msn.method.vit import VisionTransformer
 
 
 class Reconstruction(NamedTuple):
@@ -51,11 +52,16 @@ class MAE(nn.Module):
         super().__init__()
         # The numbers of a configuration; `VisionTransformer` checks which must be whole.
         self.trunk = VisionTransformer(**model)  # type: ignore[arg-type]
+        places = self.trunk.pos_embed
+        if places is None or not self.trunk.class_position:
+            raise UserError(
+                "MAE's positions are fixed: leave out model.position, registers, class_position"
+            )
         side = self.trunk.img_size // self.trunk.patch_size
         self.num_kept = _num_kept(side**2, mask_ratio)
         self.norm_pix_loss = norm_pix_loss
         self.decoder = Decoder(self.trunk, **decoder)
-        _set_positions(self.trunk.pos_embed, side)
+        _set_positions(places, side)
         self.apply(_init_linear)
         nn.init.xavier_uniform_(self.trunk.patch_embed.proj.weight.view(self.trunk.embed_dim, -1))
         nn.init.normal_(self.trunk.cls_token, std=0.02)
@@ -175,15 +181,10 @@ def _through(blocks: nn.ModuleList, tokens: Tensor) -> Tensor:
 
 
 def _set_positions(positions: nn.Parameter, side: int) -> None:
-    """Fixed sine-cosine positions (appendix A), the class token's zero; they are not trained.
-
-    As in the released files sines and cosines of the column come first, then those of the row.
-    """
-    table = build_sincos2d_pos_embed([side, side], positions.shape[-1], dtype=torch.float64)
-    sin_row, sin_column, cos_row, cos_column = table.chunk(4, dim=1)
+    """Fixed sine-cosine positions (appendix A), the class token's zero; they are not trained."""
     with torch.no_grad():
         positions[0, 0] = 0
-        positions[0, 1:] = torch.cat([sin_column, cos_column, sin_row, cos_row], dim=1)
+        positions[0, 1:] = sincos_positions(side, positions.shape[-1])
     positions.requires_grad_(False)
 
 

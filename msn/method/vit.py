@@ -1,108 +1,50 @@
 """The vision transformer: timm's blocks and names, explicit patch drop, views of several sizes.
 
-Legend: B images, N patches, L = 1 + N tokens of one image (class token first), D embedding width,
-d width of a head, T tokens of all views together.
+Legend: B images, N patches, R registers, L = 1 + R + N tokens of one image (class token first, then
+registers), D embedding width, d width of a head, T tokens of all views together.
 
 Views of different sizes are packed into one [T, D] matrix, so that norms, projections and MLPs run
-once per block over everything; only attention is taken per view size. Parameter names are those of
-`timm.create_model("vit_...", num_classes=0)`.
+once per block over everything; only attention is taken per view size. The options make it DINOv2's
+(arXiv 2304.07193) or DINOv3's trunk (arXiv 2508.10104). Parameter names are those of the model that
+timm builds for the family: `vit_..._dinov3` with rotary positions, else `vit_...`.
 """
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed
-from timm.models.vision_transformer import Attention
-from timm.models.vision_transformer import Block as TimmBlock
+from timm.layers import PatchEmbed, SwiGLUPacked
 from torch import Tensor, nn
 
 from msn.errors import UserError
-
-# (number of images, tokens per image) of each view size in a packed [T, D] matrix.
-Groups = Sequence[tuple[int, int]]
-
-
-class Block(TimmBlock):
-    """timm's pre-norm block, applied to packed tokens [T, D] with attention inside each image."""
-
-    attn: Attention
-
-    # timm's block takes tokens alone.
-    def forward(  # type: ignore[override]
-        self, tokens: Tensor, groups: Groups, class_only: bool = False
-    ) -> Tensor:
-        """Attend and transform every token, [T, D] -> [T, D], or see `class_tokens`.
-
-        Both ways lead through here, because compiling a module in place compiles its `forward`.
-        """
-        if class_only:
-            return self.class_tokens(tokens, groups)
-        tokens = tokens + self._attend(self.norm1(tokens), groups)
-        return tokens + self.mlp(self.norm2(tokens))
-
-    def class_tokens(self, tokens: Tensor, groups: Groups) -> Tensor:
-        """The same block where only class tokens are wanted: exact, without the others' work.
-
-        With one query per image, scores are (q W_k) x and the result W_v (weights x): keys and
-        values of the tokens are never made.
-
-        Returns:
-            Class tokens of all images, [sum of B, D].
-        """
-        normed = self.norm1(tokens)
-        mixed, classes = [], []
-        sizes = [batch * length for batch, length in groups]
-        parts = zip(groups, tokens.split(sizes), normed.split(sizes), strict=True)
-        for (batch, length), rows, normed_rows in parts:
-            mixed.append(self._attend_from_class(normed_rows.view(batch, length, -1)))
-            classes.append(rows.view(batch, length, -1)[:, 0])
-        out = torch.cat(classes) + self.attn.proj(torch.cat(mixed))
-        return out + self.mlp(self.norm2(out))
-
-    def _attend_from_class(self, normed: Tensor) -> Tensor:
-        """Attention with the class token as the only query, [B, L, D] -> [B, D]."""
-        heads, width = self.attn.num_heads, normed.shape[-1]
-        # [D, D] and [D] each, of queries, keys and values. The keys' bias adds the same to all
-        # scores of a query, so it is without effect.
-        query_weight, key_weight, value_weight = self.attn.qkv.weight.chunk(3)
-        query_bias, _, value_bias = self.attn.qkv.bias.chunk(3)
-        queries = F.linear(normed[:, 0], query_weight, query_bias) * (width // heads) ** -0.5
-        queries = queries.view(-1, heads, width // heads).transpose(0, 1)  # [heads, B, d]
-        seeing = queries @ key_weight.view(heads, -1, width)  # [heads, B, D]
-        # Scores are not rounded to the autocast type, as fused attention does not round its own.
-        with _no_autocast(normed.device.type):
-            wide = torch.promote_types(normed.dtype, torch.float32)
-            scores = seeing.transpose(0, 1).to(wide) @ normed.transpose(1, 2).to(wide)
-        mixed = scores.softmax(dim=-1).to(normed.dtype) @ normed  # [B, heads, D]
-        out = mixed.transpose(0, 1) @ value_weight.view(heads, -1, width).transpose(1, 2)
-        return out.transpose(0, 1).flatten(1) + value_bias
-
-    def _attend(self, tokens: Tensor, groups: Groups) -> Tensor:
-        packed = self.attn.qkv(tokens).split([batch * length for batch, length in groups])
-        attended = []
-        for (batch, length), qkv in zip(groups, packed, strict=True):
-            # [B*L, 3D] -> three times [B, heads, L, d]
-            by_head = qkv.view(batch, length, 3, self.attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-            out = F.scaled_dot_product_attention(*by_head)
-            attended.append(out.transpose(1, 2).reshape(batch * length, -1))
-        return self.attn.proj(torch.cat(attended))
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """The meta device has no autocast to switch off."""
-    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
-
+from msn.method.block import Block, RotaryBlock, Turns
+from msn.method.positions import ROPE_BASE, Rope, resize_position_embeddings, sincos_positions
 
 LAYER_NORM_EPS = 1e-6
+SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
+# The options, in the order of `VisionTransformer`'s arguments, as a plain ViT has them.
+PLAIN: dict[str, Any] = {
+    "layer_norm_eps": LAYER_NORM_EPS,
+    "registers": 0,
+    "layer_scale": None,
+    "mlp": "gelu",
+    "position": "learned",
+    "class_position": True,
+    "qkv_bias": True,
+    "rope_base": ROPE_BASE,
+    "rope_shift": None,
+    "rope_jitter": None,
+    "rope_rescale": None,
+}
+MLPS, POSITIONS = ("gelu", "swiglu"), ("learned", "sincos", "rope")
 MOST_BLOCKS = 1000  # twenty times the deepest that people train; a mistyped number ends in a line
 
 
 class VisionTransformer(nn.Module):
-    """The trunk of anchor and target (paper section 3), pre-norm, learned position embeddings.
+    """The trunk of anchor and target (paper section 3): pre-norm, by default a plain ViT.
 
     Args:
         img_size: native image side in pixels; `patch_size` divides it.
@@ -110,11 +52,25 @@ class VisionTransformer(nn.Module):
         embed_dim: embedding width D; `num_heads` divides it.
         depth: number of blocks, >= 1.
         num_heads: attention heads.
-        mlp_ratio: hidden width of the MLP over D, > 0.
+        mlp_ratio: hidden width of the MLP over D, > 0; of SwiGLU that of the gated layer.
         layer_norm_eps: added to variances; other libraries' weights may need another than ours.
+        registers: R tokens beside the class token that belong to no patch, >= 0.
+        layer_scale: what the factors of each branch start from, > 0; None for no factors.
+        mlp: "gelu" or "swiglu".
+        position: "learned", "sincos" (fixed) or "rope" (rotary, see `Rope`).
+        class_position: whether the class token has a position embedding of its own.
+        qkv_bias: whether queries, keys and values have biases; with "rope" keys never have.
+        rope_base: see `Rope.base`; likewise the three below, which are for training.
+        rope_shift: see `Rope.shift`.
+        rope_jitter: see `Rope.jitter`.
+        rope_rescale: see `Rope.rescale`.
+
+    Attributes:
+        model_config: these arguments, of the options those alone that are not a plain ViT's.
+        num_prefix_tokens: 1 + R, the tokens before the patches.
 
     Raises:
-        UserError: if a number is out of its range.
+        UserError: if a number is out of its range, or an option would have no effect.
     """
 
     def __init__(
@@ -127,45 +83,87 @@ class VisionTransformer(nn.Module):
         num_heads: int,
         mlp_ratio: float,
         layer_norm_eps: float = LAYER_NORM_EPS,
+        registers: int = 0,
+        layer_scale: float | None = None,
+        mlp: str = "gelu",
+        position: str = "learned",
+        class_position: bool = True,
+        qkv_bias: bool = True,
+        rope_base: float = ROPE_BASE,
+        rope_shift: float | None = None,
+        rope_jitter: float | None = None,
+        rope_rescale: float | None = None,
     ) -> None:
         super().__init__()
         _check_sizes(img_size, patch_size, embed_dim, depth, num_heads, mlp_ratio)
-        self.model_config: dict[str, int | float] = {
-            "img_size": img_size,
-            "patch_size": patch_size,
-            "embed_dim": embed_dim,
-            "depth": depth,
-            "num_heads": num_heads,
-            "mlp_ratio": mlp_ratio,
-        }
-        if layer_norm_eps != LAYER_NORM_EPS:
-            self.model_config["layer_norm_eps"] = layer_norm_eps
+        sizes = (img_size, patch_size, embed_dim, depth, num_heads, mlp_ratio)
+        options = (layer_norm_eps, registers, layer_scale, mlp, position, class_position, qkv_bias)
+        rope = (rope_base, rope_shift, rope_jitter, rope_rescale)
+        chosen = dict(zip(PLAIN, (*options, *rope), strict=True))
+        self.model_config: dict[str, Any] = dict(zip(SIZES, sizes, strict=True))
+        self.model_config |= {name: v for name, v in chosen.items() if v != PLAIN[name]}
+        _check_options(chosen, self.model_config, embed_dim)
         self.img_size, self.patch_size = img_size, patch_size
         self.embed_dim, self.depth = embed_dim, depth
         self.num_heads, self.mlp_ratio = num_heads, mlp_ratio
+        self.num_prefix_tokens = 1 + registers
+        self.class_position = class_position
+        is_rotary = position == "rope"
+        self.rope = Rope(embed_dim // num_heads, *rope) if is_rotary else None
+        self._moved: Tensor | None = None  # see `draw_positions`
         self.patch_embed = PatchEmbed(img_size, patch_size, 3, embed_dim, bias=True)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + (img_size // patch_size) ** 2, embed_dim))
+        self.pos_embed = None
+        if not is_rotary:
+            places = torch.empty(1, class_position + (img_size // patch_size) ** 2, embed_dim)
+            self.pos_embed = nn.Parameter(places, requires_grad=position == "learned")
+        self.reg_token = nn.Parameter(torch.empty(1, registers, embed_dim)) if registers else None
         norm = partial(nn.LayerNorm, eps=layer_norm_eps)
-        self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm)  # type: ignore[arg-type]
-            for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(self._block(self.model_config, norm) for _ in range(depth))
         self.norm = norm(embed_dim)
         self.reset_parameters()
+
+    @staticmethod
+    def _block(model: Mapping[str, Any], norm: Any) -> Block | RotaryBlock:
+        """A block of timm's for the family."""
+        swiglu, width = model.get("mlp") == "swiglu", model["embed_dim"]
+        shared: dict[str, Any] = {
+            "qkv_bias": model.get("qkv_bias", True),
+            "init_values": model.get("layer_scale"),
+            "norm_layer": norm,
+        }
+        if model.get("position") == "rope":
+            if swiglu:
+                shared |= {"swiglu_mlp": True, "swiglu_align_to": 8}
+            return RotaryBlock(width, model["num_heads"], mlp_ratio=model["mlp_ratio"], **shared)
+        if not swiglu:
+            return Block(width, model["num_heads"], model["mlp_ratio"], **shared)
+        # timm counts gate and value, which lie in one matrix, together.
+        both = exact_ratio(2 * int(width * model["mlp_ratio"]), width)
+        shared |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
+        return Block(width, model["num_heads"], both, **shared)
 
     def reset_parameters(self) -> None:
         """Draw the reference's initialisation, which differs from timm's in token and patch layer.
 
-        Linear weights, class token and position embeddings: truncated normal of std 0.02; patch
-        convolution: Kaiming normal over fan-in with ReLU gain; LayerNorm 1 and 0; biases 0.
+        Linear weights, class token, registers and learned position embeddings: truncated normal of
+        std 0.02; patch convolution: Kaiming normal over fan-in with ReLU gain; LayerNorm 1 and 0;
+        biases 0; layer scales as `layer_scale` says.
         """
         self.apply(init_linear)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if self.pos_embed is not None and self.pos_embed.requires_grad:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        elif self.pos_embed is not None:
+            nn.init.zeros_(self.pos_embed)
+            side = self.img_size // self.patch_size
+            with torch.no_grad():
+                self.pos_embed[0, -(side**2) :] = sincos_positions(side, self.embed_dim)
         nn.init.kaiming_normal_(self.patch_embed.proj.weight, mode="fan_in", nonlinearity="relu")
         assert self.patch_embed.proj.bias is not None
         nn.init.zeros_(self.patch_embed.proj.bias)
+        if self.reg_token is not None:
+            nn.init.trunc_normal_(self.reg_token, std=0.02)
 
     def forward(self, views: Sequence[Tensor], kept: Sequence[Tensor | None]) -> list[Tensor]:
         """Class tokens of views of several sizes in one pass, after the final norm.
@@ -184,10 +182,11 @@ class VisionTransformer(nn.Module):
         embedded = [self.embed(view, keep) for view, keep in zip(views, kept, strict=True)]
         groups = tuple((tokens.shape[0], tokens.shape[1]) for tokens in embedded)
         packed = torch.cat([tokens.flatten(0, 1) for tokens in embedded])  # [T, D]
+        turns = self.turns(views, kept, self._moved)
         *full_blocks, last_block = self.blocks
         for block in full_blocks:
-            packed = block(packed, groups)
-        classes = self.norm(last_block(packed, groups, class_only=True))
+            packed = block(packed, groups, turns)
+        classes = self.norm(last_block(packed, groups, turns, class_only=True))
         parts = classes.split([batch for batch, _ in groups])
         return [part.unflatten(0, view.shape[:-3]) for part, view in zip(parts, views, strict=True)]
 
@@ -199,36 +198,71 @@ class VisionTransformer(nn.Module):
             kept: [M], [..., M] or None, see `forward`.
 
         Returns:
-            Tokens with the class token first, [B, 1 + M, D].
+            Class token, registers, patches, [B, 1 + R + M, D]; rotary positions come later.
         """
         size = self.patch_size
         grid = self._grid(images.shape[-2], images.shape[-1])
         pixels = images.reshape(-1, 3, grid[0], size, grid[1], size)
         patches = pixels.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, N, 3*size*size]
-        positions = self.position_embeddings(grid)
-        patch_positions = positions[:, 1:]
         if kept is not None:
             patches = _keep(patches, kept)
-            patch_positions = _keep(patch_positions, kept)
         tokens = F.linear(
             patches, self.patch_embed.proj.weight.flatten(1), self.patch_embed.proj.bias
         )
-        classes = (self.cls_token + positions[:, :1]).expand(tokens.shape[0], -1, -1)
-        return torch.cat([classes.to(tokens.dtype), tokens + patch_positions], dim=1)
+        first: Tensor = self.cls_token
+        if self.pos_embed is None:
+            # Under autocast too the residual stream is as wide as the parameters.
+            tokens = tokens.to(torch.promote_types(tokens.dtype, first.dtype))
+        else:
+            positions = self.position_embeddings(grid)
+            if self.class_position:
+                first = first + positions[:, :1]
+                first, positions = first.to(tokens.dtype), positions[:, 1:]
+            tokens = tokens + (positions if kept is None else _keep(positions, kept))
+        parts = [first] if self.reg_token is None else [first, self.reg_token]
+        return torch.cat([part.expand(tokens.shape[0], -1, -1) for part in parts] + [tokens], dim=1)
 
     def position_embeddings(self, grid: tuple[int, int]) -> Tensor:
-        """Position embeddings for a grid of patches, [1, 1 + rows * columns, D].
+        """Position embeddings for a grid of patches, [1, (1 +) rows * columns, D].
 
-        Other grids than the native one are resized bicubically *without* antialias, as the paper's
-        code and Hugging Face do; timm antialiases.
+        Other grids than the native one are resized bicubically: *without* antialias as the paper's
+        code does, and Hugging Face with it for ViT and DINOv2; with antialias where the class token
+        has no position, as DINOv2 with registers does. timm always antialiases.
         """
+        assert self.pos_embed is not None
         side = self.img_size // self.patch_size
         if grid == (side, side):
             return self.pos_embed
-        return resize_position_embeddings(self.pos_embed, grid)
+        return resize_position_embeddings(self.pos_embed, grid, antialias=not self.class_position)
+
+    def draw_positions(self, generator: torch.Generator) -> None:
+        """Move rotary positions for the passes of `forward` until the next draw (`Rope.draw`).
+
+        No effect where that is off. Features are always taken from where patches are.
+        """
+        moved = None if self.rope is None else self.rope.draw(generator)
+        self._moved = None if moved is None else moved.to(self.cls_token.device, non_blocking=True)
+
+    def turns(
+        self,
+        images: Sequence[Tensor],
+        kept: Sequence[Tensor | None],
+        moved: Tensor | None = None,
+    ) -> Turns:
+        """How the patches of each view size turn (`Rope.rotations`); None without rotary positions.
+
+        Arguments as of `forward`, and what `Rope.draw` gave.
+        """
+        if self.rope is None:
+            return None
+        grids = [self._grid(part.shape[-2], part.shape[-1]) for part in images]
+        return [
+            self.rope.rotations(grid, keep, moved, self.cls_token)
+            for grid, keep in zip(grids, kept, strict=True)
+        ]
 
     def forward_features(self, images: Tensor, *, norm: bool) -> Tensor:
-        """All tokens of the last block, [B, 3, h, w] -> [B, 1 + N, D]; `norm`: the final one too.
+        """All tokens of the last block, [B, 3, h, w] -> [B, L, D]; `norm`: the final one too.
 
         Low-shot evaluation reads the class token *before* the final norm (paper A.2).
         """
@@ -236,15 +270,15 @@ class VisionTransformer(nn.Module):
         return self.norm(tokens) if norm else tokens
 
     def forward_intermediates(self, images: Tensor, last: int) -> list[Tensor]:
-        """Outputs of the `last` blocks before the final norm, oldest first, each [B, 1 + N, D]."""
+        """Outputs of the `last` blocks before the final norm, oldest first, each [B, L, D]."""
         if not 1 <= last <= self.depth:
             raise UserError(f"last must be in [1, {self.depth}] (blocks of this model), got {last}")
         tokens = self.embed(images, None)
-        groups = ((tokens.shape[0], tokens.shape[1]),)
+        groups, turns = ((tokens.shape[0], tokens.shape[1]),), self.turns([images], [None])
         packed, outputs = tokens.flatten(0, 1), []
         for index, block in enumerate(self.blocks):
             # Not `block(...)`: compiled for training, it would compile anew for each batch size.
-            packed = block.forward(packed, groups)
+            packed = block.forward(packed, groups, turns)
             if index >= self.depth - last:
                 outputs.append(packed.view_as(tokens))
         return outputs
@@ -263,18 +297,6 @@ def init_linear(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def resize_position_embeddings(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Resize square position embeddings [1, 1 + side^2, D] to a grid, bicubic, no antialias.
-
-    Returns:
-        [1, 1 + rows * columns, D], the class token's embedding untouched.
-    """
-    side = math.isqrt(pos_embed.shape[1] - 1)
-    image = pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    resized = F.interpolate(image, size=grid, mode="bicubic", align_corners=False, antialias=False)
-    return torch.cat([pos_embed[:, :1], resized.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
 def _keep(tokens: Tensor, kept: Tensor) -> Tensor:
@@ -310,3 +332,38 @@ def _check_sizes(
         raise UserError(
             f"model.embed_dim {embed_dim} is not divisible by model.num_heads {num_heads}"
         )
+
+
+def exact_ratio(hidden: int, width: int) -> int | float:
+    """The ratio of which `int(width * ratio)`, as timm computes it, is `hidden` again."""
+    if hidden % width == 0:
+        return hidden // width
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def _check_options(options: Mapping[str, Any], changed: Mapping[str, Any], width: int) -> None:
+    registers, scale = options["registers"], options["layer_scale"]
+    if not isinstance(registers, int) or isinstance(registers, bool) or registers < 0:
+        raise UserError(f"model.registers must be a whole number >= 0, got {registers!r}")
+    if scale is not None and (not isinstance(scale, int | float) or not scale > 0):
+        raise UserError(f"model.layer_scale must be a number > 0 or null, got {scale!r}")
+    for name, allowed in (("mlp", MLPS), ("position", POSITIONS)):
+        if options[name] not in allowed:
+            raise UserError(
+                f"model.{name} must be one of {', '.join(allowed)}, got {options[name]!r}"
+            )
+    if options["position"] == "rope":
+        if not options["class_position"]:
+            raise UserError("model.class_position=false: model.position=rope gives it none anyway")
+        return
+    idle = [name for name in changed if name.startswith("rope_")]
+    if idle:
+        raise UserError(f"model.{idle[0]} is of model.position=rope, not {options['position']}")
+    if registers and options["class_position"]:
+        raise UserError(
+            f"model.registers={registers} with {options['position']} positions needs "
+            "model.class_position=false: neither has one, as in DINOv2"
+        )
+    if options["position"] == "sincos" and width % 4:
+        raise UserError(f"model.position=sincos: model.embed_dim {width} must be a multiple of 4")

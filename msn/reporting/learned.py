@@ -15,8 +15,10 @@ from msn.data.pools import PoolSettings, build_pools
 from msn.errors import UserError
 from msn.evaluation.features import forward_feature
 from msn.images.kinds import BadImageError
+from msn.method.block import PackedBlock
 from msn.method.network import ProjectionHead
-from msn.method.vit import Block, VisionTransformer
+from msn.method.positions import rotate
+from msn.method.vit import VisionTransformer
 from msn.schema import make
 from msn.weights import Weights, build_trunk, read_weights
 from msn.weights.backbone import trimmed
@@ -98,18 +100,20 @@ def class_attention(trunk: VisionTransformer, pixels: Tensor) -> Tensor:
         pixels: normalised images, [B, 3, S, S].
 
     Returns:
-        [B, heads, rows, columns]; of each head, sums to 1 less the class token's own weight.
+        [B, heads, rows, columns]; of each head, sums to 1 less the other tokens' weights.
     """
     block = trunk.blocks[-1]
-    assert isinstance(block, Block)
+    assert isinstance(block, PackedBlock)
     several = trunk.depth > 1
     tokens = trunk.forward_intermediates(pixels, 2)[0] if several else trunk.embed(pixels, None)
-    packed = block.attn.qkv(block.norm1(tokens))  # [B, L, 3D]
-    heads = packed.unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    packed = F.linear(block.norm1(tokens), *block.qkv())  # [B, L, 3D]
+    heads = packed.unflatten(-1, (3, trunk.num_heads, -1)).permute(2, 0, 3, 1, 4)
     query, key = heads[0][:, :, :1], heads[1]  # [B, heads, 1 or L, d]
-    weights = (query @ key.mT * query.shape[-1] ** -0.5).softmax(dim=-1)[:, :, 0, 1:]
+    if (turns := trunk.turns([pixels], [None])) is not None:
+        key = rotate(key, turns[0])
+    weights = (query @ key.mT * query.shape[-1] ** -0.5).softmax(dim=-1)
     rows = pixels.shape[-2] // trunk.patch_size
-    return weights.unflatten(-1, (rows, -1))
+    return weights[:, :, 0, trunk.num_prefix_tokens :].unflatten(-1, (rows, -1))
 
 
 def _newest_weights(directory: Path, settings: Mapping[str, Any]) -> Weights:

@@ -1,7 +1,7 @@
 """What a training step costs: operations, memory, and the matrix rate that they are held against.
 
-Legend: B images, N patches, L = 1 + N tokens of one view, T tokens of all anchor views, D embedding
-width, P projection width, V anchor views, K prototypes.
+Legend: B images, N patches, L = 1 + registers + N tokens of one view, T tokens of all anchor views,
+D embedding width, P projection width, V anchor views, K prototypes.
 
 A multiplication with its addition counts as two operations. The count is nominal: kept patches
 through all blocks in full, backward = 2 x forward; softmax, norms, GELU, loss, optimiser and EMA
@@ -54,10 +54,10 @@ def flops_per_image(
     A view of N kept patches costs, forward:
     2 N 3 patch_size^2 D (patch embedding) + depth (2 L D^2 (4 + 2 mlp_ratio) + 4 L^2 D) (blocks)
     + 2 (D hidden + hidden^2 + hidden P) (head) + 2 P K (prototypes); an anchor view three times
-    that.
+    that. SwiGLU has 3 mlp_ratio instead of 2; turning queries and keys counts nothing.
 
     Args:
-        model: the six numbers of `VisionTransformer`.
+        model: the arguments of `VisionTransformer`.
         head: hidden_dim and output_dim of `ProjectionHead`.
         num_prototypes: K.
         patch_drop: share of patches removed from rand anchors, in [0, 1).
@@ -81,9 +81,10 @@ def flops_per_image(
 
 def trunk_flops(model: Mapping[str, Any], num_patches: int) -> float:
     """Forward operations of the trunk for one view of `num_patches` embedded patches."""
-    width, tokens = int(model["embed_dim"]), 1 + num_patches
+    width, tokens = int(model["embed_dim"]), 1 + int(model.get("registers", 0)) + num_patches
+    matrices = 3 if model.get("mlp") == "swiglu" else 2
     embedding = 2 * num_patches * 3 * int(model["patch_size"]) ** 2 * width
-    linear = 2 * tokens * width**2 * (4 + 2 * float(model["mlp_ratio"]))
+    linear = 2 * tokens * width**2 * (4 + matrices * float(model["mlp_ratio"]))
     attention = 4 * tokens**2 * width
     return embedding + int(model["depth"]) * (linear + attention)
 
@@ -237,7 +238,12 @@ def _trunk_bytes(
     width, ratio = trunk.embed_dim, trunk.mlp_ratio
     large, small = (side // trunk.patch_size for side in (views.rand_size, views.focal_side))
     kept = num_kept_patches(large**2, patch_drop)
-    groups = [(views.rand_views, 1 + kept), (views.focal_views, 1 + small**2)]
+    first = trunk.num_prefix_tokens
+    groups = [(views.rand_views, first + kept), (views.focal_views, first + small**2)]
+    # The MLP's layer and its GELU; or gate and value, the gate's SiLU, the product.
+    hidden = ratio * (4 if trunk.model_config.get("mlp") == "swiglu" else 2)
+    # Turned queries and keys; what attention and MLP add, before the layer scale.
+    more = 2 * (trunk.rope is not None) + 2 * ("layer_scale" in trunk.model_config)
     tokens = sum(count * length for count, length in groups)
     size = 8 if precision == "64-true" else 4
     patches = tokens * 3 * trunk.patch_size**2 * (2 if precision == "bf16-mixed" else size)
@@ -250,14 +256,14 @@ def _trunk_bytes(
         # projection in half precision. Checked against what autograd keeps under bf16 autocast on
         # a CPU; not measured on CUDA.
         second = 2 if compiled else 4
-        block = tokens * width * (4 + second + 2 * (2 + 3 + 2 + 2 * ratio))
-        passing = tokens * width * 2 * (2 * ratio + 4)
+        block = tokens * width * (4 + second + 2 * (2 + 3 + 2 + hidden + more))
+        passing = tokens * width * 2 * (hidden + 4)
         # The last block takes its scores in float32, eager from a copy of the normed tokens.
         last = tokens * width * (8 if compiled else 12)
     else:
-        block = tokens * width * size * (2 + 2 + 3 + 2 + 2 * ratio)
+        block = tokens * width * size * (2 + 2 + 3 + 2 + hidden + more)
         # Gradients of the residual stream, the hidden layer and its GELU, which is gone itself.
-        passing = tokens * width * size * (ratio + 2)
+        passing = tokens * width * size * (hidden - ratio + 2)
         last = tokens * width * size * 3  # tokens and their norm
     return (trunk.depth - 1) * block + patches, last, passing
 

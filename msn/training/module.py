@@ -22,6 +22,7 @@ from msn.schema import refuse_unknown, take
 from msn.training.strategy import compilation, make_fast, shard, whole_state
 
 CHECKPOINT_FORMAT = 1
+_SEEDS = (1 << 63) - 1  # the largest that every generator takes
 
 
 class MSNModule(LightningModule):
@@ -161,15 +162,20 @@ class MSNModule(LightningModule):
         return {"loss": terms.loss, "terms": terms, "projections": out}
 
     def draw_kept_patches(self, rand: Tensor, step: int | None = None) -> Tensor | None:
-        """Patches that rand views [R, B, 3, S, S] keep in a step; None is this one."""
+        """Patches that rand views [R, B, 3, S, S] keep in a step; None is this one.
+
+        Moves the anchor's rotary positions too, where that is on; the target's never move.
+        """
         rand_views, images = rand.shape[:2]
         rank = process_index()
+        key = draw_key(self.settings["seed"], self.global_step if step is None else step)
+        self.network.anchor.trunk.draw_positions(torch.Generator().manual_seed(~key & _SEEDS))
         kept = self.patch_drop.draw(
             (rand.shape[-1] // self.network.anchor.trunk.patch_size) ** 2,
             rand_views=rand_views,
             images=range(rank * images, (rank + 1) * images),
             global_batch_size=num_processes() * images,
-            key=draw_key(self.settings["seed"], self.global_step if step is None else step),
+            key=key,
         )
         return None if kept is None else kept.to(rand.device, non_blocking=True)
 

@@ -54,7 +54,8 @@ class Backbone(VisionTransformer):
         Of a fine-tuned MAE (`meta["pool"]` is "mean") the final norm of the mean of patches.
         """
         if self.meta.get("pool") == "mean":
-            return self.norm(self.forward_features(images, norm=False)[:, 1:].mean(dim=1))
+            tokens = self.forward_features(images, norm=False)
+            return self.norm(tokens[:, self.num_prefix_tokens :].mean(dim=1))
         return self.forward_features(images)[:, 0]
 
     def forward_features(self, images: Tensor, *, norm: bool = True) -> Tensor:

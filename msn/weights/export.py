@@ -13,7 +13,8 @@ from torch import Tensor
 
 from msn.errors import UserError
 from msn.files import placed_at, utf8_path, write_bytes, write_checkpoint, writing_to
-from msn.method.vit import VisionTransformer, resize_position_embeddings
+from msn.method.positions import resize_position_embeddings
+from msn.method.vit import VisionTransformer
 from msn.weights import huggingface, timm
 from msn.weights.backbone import complete_meta, save_backbone
 from msn.weights.card import model_card

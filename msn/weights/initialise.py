@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from msn.errors import UserError
 from msn.method.network import MSN
-from msn.method.vit import LAYER_NORM_EPS, VisionTransformer, resize_position_embeddings
+from msn.method.positions import resize_position_embeddings
+from msn.method.vit import LAYER_NORM_EPS, VisionTransformer
 from msn.weights.weights import Weights, differences, summary
 
 
@@ -52,8 +53,10 @@ def _check_fits(trunk: VisionTransformer, weights: Weights) -> str | None:
     expected = dict(trunk.state_dict())
     found = dict(weights.trunk)
     size, native = trunk.img_size, weights.model["img_size"]
-    same_positions = found["pos_embed"].shape == expected["pos_embed"].shape
-    if not same_positions:
+    positions = [state.get("pos_embed") for state in (found, expected)]
+    shapes = {None if state is None else state.shape for state in positions}
+    same_positions = len(shapes) == 1
+    if not same_positions and None not in shapes:
         found.pop("pos_embed")
         expected.pop("pos_embed")
     wrong = differences(found, expected)
@@ -69,7 +72,7 @@ def _check_fits(trunk: VisionTransformer, weights: Weights) -> str | None:
 
 def _load_trunk(trunk: VisionTransformer, tensors: Mapping[str, Tensor]) -> None:
     tensors = dict(tensors)
-    if tensors["pos_embed"].shape != trunk.pos_embed.shape:
+    if trunk.pos_embed is not None and tensors["pos_embed"].shape != trunk.pos_embed.shape:
         side = trunk.img_size // trunk.patch_size
         tensors["pos_embed"] = resize_position_embeddings(tensors["pos_embed"], (side, side))
     trunk.load_state_dict(tensors, strict=True)

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from msn.commands.step import MsnStep
-from msn.method.vit import Block
+from msn.method.block import Block
 from tests.cuda.conftest import case
 
 pytestmark = pytest.mark.slow

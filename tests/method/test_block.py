@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from msn.method.vit import Block, VisionTransformer
+from msn.method.block import Block
+from msn.method.vit import VisionTransformer
 from tests.conftest import SMALL_MODEL
 
 GROUPS = ((3, 9), (5, 5), (2, 1))  # (images, tokens per image)

@@ -18,18 +18,23 @@ def counted(run):
     return counter.get_total_flops()
 
 
+MODERN = {"position": "rope", "mlp": "swiglu", "layer_scale": 0.1, "registers": 2}
+
+
+@pytest.mark.parametrize("options", [{}, MODERN])
 @pytest.mark.parametrize("kept", [None, 12])
-def test_the_trunk_s_count_is_torch_s_of_full_blocks(kept):
-    trunk = VisionTransformer(**SMALL_MODEL)
+def test_the_trunk_s_count_is_torch_s_of_full_blocks(kept, options):
+    model = SMALL_MODEL | options
+    trunk = VisionTransformer(**model)
     images = torch.rand(1, 3, 16, 16)
     keep = None if kept is None else torch.arange(kept)
 
     def full_blocks():
-        tokens = trunk.embed(images, keep)
+        tokens, turns = trunk.embed(images, keep), trunk.turns([images], [keep])
         for block in trunk.blocks:
-            tokens = block(tokens.flatten(0, 1), ((1, tokens.shape[1]),)).view_as(tokens)
+            tokens = block(tokens.flatten(0, 1), ((1, tokens.shape[1]),), turns).view_as(tokens)
 
-    assert counted(full_blocks) == trunk_flops(SMALL_MODEL, kept or 16)
+    assert counted(full_blocks) == trunk_flops(model, kept or 16)
 
 
 def test_a_step_is_one_target_and_three_times_each_anchor():

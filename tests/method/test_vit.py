@@ -9,8 +9,11 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from torch.testing import assert_close
 
 from msn.errors import UserError
-from msn.method.vit import VisionTransformer, resize_position_embeddings
-from tests.conftest import SMALL_MODEL
+from msn.method.network import MSN
+from msn.method.positions import resize_position_embeddings
+from msn.method.vit import VisionTransformer
+from tests.conftest import SMALL_HEAD, SMALL_MODEL
+from tests.method.families import FAMILIES, twins
 
 
 def small(**changes):
@@ -139,3 +142,121 @@ def test_impossible_sizes_are_refused(wrong):
 def test_a_view_that_the_patch_does_not_divide_is_refused():
     with pytest.raises(UserError, match="10 x 10"):
         small()([torch.rand(1, 3, 10, 10, dtype=torch.float64)], [None])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_each_family_computes_what_its_own_model_of_timm_does_at_three_sizes(name):
+    theirs, ours = twins(name)
+    for patches in (4, 3, 7):
+        images = torch.randn(2, 3, patches * ours.patch_size, patches * ours.patch_size)
+        if patches != 4 and ours.pos_embed is not None and ours.class_position:
+            continue  # timm antialiases positions there; transformers' model is the oracle
+        features = ours.forward_features(images, norm=True)
+        assert_close(features, theirs.forward_features(images), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_kept_patches_are_timm_s_blocks_over_those_tokens_at_their_own_places(name):
+    theirs, ours = twins(name)
+    theirs, ours = theirs.double(), ours.double()
+    images = torch.randn(2, 3, ours.img_size, ours.img_size, dtype=torch.float64)
+    kept = torch.tensor([[5, 0, 13], [2, 15, 7]])
+    first = ours.num_prefix_tokens
+    tokens = theirs._pos_embed(theirs.patch_embed(images))
+    tokens, turns = tokens if isinstance(tokens, tuple) else (tokens, None)
+    got = ours([images[None], images[None]], [kept[None], kept[0]])
+    for choice, classes in zip((kept, kept[:1].expand(2, -1)), got, strict=True):
+        for i, patches in enumerate(choice):
+            part = torch.cat([tokens[i : i + 1, :first], tokens[i : i + 1, first + patches]], 1)
+            for block in theirs.blocks:
+                part = block(part) if turns is None else block(part, rope=turns[patches])
+            # timm's periods are float32.
+            assert_close(classes[0, i], theirs.norm(part)[0, 0], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_of_each_family_packed_sizes_and_class_tokens_alone_equal_full_blocks(name):
+    ours = twins(name)[1].double()
+    size = ours.patch_size
+    views = [torch.randn(2, 3, n * size, n * size, dtype=torch.float64) for n in (4, 3, 2)]
+    for classes, view in zip(ours(views, [None] * 3), views, strict=True):
+        assert_close(classes, ours.forward_features(view, norm=True)[:, 0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_of_each_family_bf16_is_within_a_hundredth(name):
+    ours = twins(name)[1]
+    images = torch.randn(2, 3, ours.img_size, ours.img_size)
+    exact = ours.forward_features(images, norm=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ours.embed(images, None).dtype == torch.float32  # the residual stream stays wide
+        rounded = ours.forward_features(images, norm=True)
+        alone = ours([images], [None])[0]
+    assert (rounded - exact).abs().mean() < 1e-2 * exact.abs().max()
+    assert (alone - exact[:, 0]).abs().mean() < 1e-2 * exact.abs().max()
+
+
+def test_drawn_positions_move_the_training_pass_of_the_anchor_alone():
+    options = {"position": "rope", "rope_shift": 0.2, "rope_jitter": 1.5, "rope_rescale": 2.0}
+    torch.manual_seed(0)
+    network = MSN(model={**SMALL_MODEL, **options}, head=SMALL_HEAD, num_prototypes=10).double()
+    anchor, target = network.anchor.trunk, network.target.trunk
+    images = torch.rand(3, 3, 16, 16, dtype=torch.float64)
+
+    def passed(trunk, seed):
+        trunk.draw_positions(torch.Generator().manual_seed(seed))
+        return trunk([images], [None])[0]
+
+    still = target([images], [None])[0]
+    assert_close(still, anchor([images], [None])[0])
+    assert torch.equal(passed(anchor, 1), passed(anchor, 1))
+    assert not torch.allclose(passed(anchor, 1), passed(anchor, 2))
+    assert_close(anchor.forward_features(images, norm=True)[:, 0], still)
+    # In chunks, whose passes are taken twice, gradients are those of the whole batch.
+    rand, focal = torch.rand(1, 4, 3, 16, 16).double(), torch.rand(2, 4, 3, 8, 8).double()
+    whole, chunks = (
+        torch.autograd.grad(
+            network.project_anchors(rand, focal, None, size).square().sum(),
+            list(anchor.parameters()),
+        )
+        for size in (None, 3)
+    )
+    for ours, theirs in zip(chunks, whole, strict=True):
+        assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_sincos_positions_are_fixed():
+    trunk = small(position="sincos")
+    assert not trunk.pos_embed.requires_grad
+    assert not trunk.pos_embed[0, 0].any()
+    assert trunk.pos_embed[0, 1:].unique(dim=0).shape == (16, 24)
+
+
+def test_a_plain_trunk_says_its_six_numbers_and_no_more():
+    assert small().model_config == SMALL_MODEL
+    options = {"registers": 2, "class_position": False, "layer_scale": 0.1, "mlp": "swiglu"}
+    assert small(**options).model_config == {**SMALL_MODEL, **options}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"registers": -1}, "registers"),
+        ({"registers": 4}, "class_position=false"),
+        ({"layer_scale": 0}, "layer_scale"),
+        ({"mlp": "relu"}, "gelu, swiglu"),
+        ({"position": "alibi"}, "learned, sincos, rope"),
+        ({"position": "rope", "num_heads": 4}, "multiple of 4"),
+        ({"position": "rope", "rope_base": 1.0}, "rope_base"),
+        ({"position": "rope", "rope_jitter": 0.5}, "rope_jitter"),
+        ({"position": "rope", "class_position": False}, "class_position"),
+        ({"rope_rescale": 2.0}, "rope_rescale is of model.position=rope"),
+    ],
+)
+def test_impossible_options_are_refused(wrong, says):
+    with pytest.raises(UserError, match=says):
+        small(**wrong)

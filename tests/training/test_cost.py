@@ -80,8 +80,16 @@ def forecast_of(network, views=VIEWS, **changes):
     return forecast_memory(network, ViewSettings(**views), **settings)
 
 
-def test_activations_are_those_that_autograd_keeps():
-    network = MSN(model=MODEL, head=HEAD, num_prototypes=8)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"layer_scale": 1e-5, "registers": 4, "class_position": False},
+        {"layer_scale": 1e-5, "position": "rope", "mlp": "swiglu", "registers": 4},
+    ],
+)
+def test_activations_are_those_that_autograd_keeps(options):
+    network = MSN(model=MODEL | options, head=HEAD, num_prototypes=8)
     forecast = forecast_of(network)
     assert forecast.activations == pytest.approx(kept_bytes(network, 4), rel=0.05)
 

@@ -11,10 +11,13 @@ from msn.method.network import MSN
 from msn.training.strategy import compilation, compile_blocks, make_fast
 from tests.conftest import SMALL_HEAD, SMALL_MODEL
 
+MODERN = {"position": "rope", "mlp": "swiglu", "layer_scale": 0.1, "registers": 2}
 
-def network():
+
+def network(**options):
     torch.manual_seed(0)
-    return MSN(model={**SMALL_MODEL, "depth": 4}, head=SMALL_HEAD, num_prototypes=10).double()
+    model = {**SMALL_MODEL, "depth": 4, **options}
+    return MSN(model=model, head=SMALL_HEAD, num_prototypes=10).double()
 
 
 def gradients(msn, step, chunk_size=None):
@@ -30,8 +33,9 @@ def gradients(msn, step, chunk_size=None):
     return [out.anchor.detach(), out.target, *(p.grad for p in msn.anchor.parameters())]
 
 
-def test_compiled_blocks_give_plain_numbers_under_plain_names_and_compile_once():
-    plain, compiled = network(), network()
+@pytest.mark.parametrize("options", [{}, MODERN])
+def test_compiled_blocks_give_plain_numbers_under_plain_names_and_compile_once(options):
+    plain, compiled = network(**options), network(**options)
     names = list(compiled.state_dict())
     torch._dynamo.reset()
     counters.clear()

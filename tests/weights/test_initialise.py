@@ -6,7 +6,7 @@ import torch
 
 from msn.errors import UserError
 from msn.method.network import MSN
-from msn.method.vit import resize_position_embeddings
+from msn.method.positions import resize_position_embeddings
 from msn.weights import initialise, read_weights
 from tests.weights.builders import make_network, released_layout, save_checkpoint
 from tests.weights.conftest import assert_same, make_weights
