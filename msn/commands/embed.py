@@ -35,6 +35,7 @@ from msn.evaluation.features import (
     forward_feature,
     images_key,
     less_memory,
+    own_feature,
     weights_key,
 )
 from msn.files import write_atomically, write_bytes, writing_to
@@ -85,6 +86,7 @@ def run(config: DictConfig) -> Embedded:
         key=settings["init_key"],
     )
     check_feature(settings["feature"], backbone.depth)
+    settings["feature"] = own_feature(backbone.meta, settings["feature"])
     root, use_labels = str(settings["data"]["root"]), settings["data"]["use_labels"]
     if os.path.isfile(root):
         source: Source = list_source(root, key="data.root", root=None, use_labels=use_labels)

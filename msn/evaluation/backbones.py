@@ -20,6 +20,7 @@ from msn.evaluation.features import (
     NoNetwork,
     Runtime,
     extract_features,
+    own_feature,
 )
 from msn.method.vit import VisionTransformer
 from msn.weights import build_trunk, read_weights
@@ -77,7 +78,7 @@ class FrozenBackbone:
             self.trunk,
             images,
             transform=self.transform,
-            settings=settings,
+            settings=replace(settings, feature=self.kind(settings)),
             runtime=runtime,
             preprocessing=self.preprocessing,
             title=f"{self.name}: {title}",
@@ -85,7 +86,7 @@ class FrozenBackbone:
 
     def kind(self, settings: FeatureSettings) -> str:
         """What the features are, for rows and heads."""
-        return settings.feature
+        return own_feature(self.about, settings.feature)
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ def open_backbone(
         trunk.img_size if image_size is None else image_size,
         tuple(about.get("mean", IMAGENET_MEAN)),
         tuple(about.get("std", IMAGENET_STD)),
-        {"path": path, "kind": weights.source, **weights.meta},
+        {**weights.meta, "path": path, "kind": weights.source},
     )
 
 

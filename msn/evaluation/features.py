@@ -107,6 +107,7 @@ def digest_of(tensor: Tensor) -> str:
 log = logging.getLogger(__name__)
 
 PRECISIONS = ("32", "bf16")
+_FEATURES = ("class_token", "class_token_norm", "patch_mean", "patch_mean_norm")
 # Images of a part: what an interrupted extraction loses at most, per device.
 _PART = 4096
 # Of a batch: 24 GB in float32, of three channels.
@@ -146,7 +147,8 @@ class FeatureSettings:
     """
 
     # `class_token` (before the final norm, the paper), `class_token_norm` (after it), `patch_mean`
-    # (mean of the patches after it) or `last_N` (class tokens of the last N blocks).
+    # (mean of the patches after it), `patch_mean_norm` (the norm of their mean, as fine-tuned MAE)
+    # or `last_N` (class tokens of the last N blocks).
     feature: str
     # Side of the centre crop in px; None takes the backbone's own.
     image_size: Annotated[int | None, Range(1, _LARGEST_SIDE)]
@@ -282,13 +284,19 @@ def warn_of_idle(runtime: Runtime, what: str) -> None:
 def check_feature(feature: str, depth: int | None) -> None:
     """Raise a UserError unless the feature is one of a trunk with that many blocks."""
     found = re.fullmatch(r"last_([1-9]\d*)", feature)
-    if feature not in ("class_token", "class_token_norm", "patch_mean") and found is None:
+    if feature not in _FEATURES and found is None:
         raise UserError(
             "feature must be class_token (before the final norm, the paper), class_token_norm, "
-            f"patch_mean or last_N (N blocks), got {feature}"
+            f"patch_mean, patch_mean_norm or last_N (N blocks), got {feature}"
         )
     if found is not None and depth is not None and int(found[1]) > depth:
         raise UserError(f"feature={feature}: this backbone has {depth} blocks")
+
+
+def own_feature(meta: Mapping[str, Any], feature: str) -> str:
+    """What stands for a backbone's class token where it was trained to average its patches."""
+    averages = meta.get("pool") == "mean" and feature in ("class_token", "class_token_norm")
+    return "patch_mean_norm" if averages else feature
 
 
 @torch.no_grad()
@@ -296,6 +304,7 @@ def forward_feature(trunk: Trunk, images: Tensor, feature: str) -> Tensor:
     """One kind of feature of a batch, [B, 3, S, S] -> [B, D].
 
     `class_token` is taken before the final norm, `class_token_norm` and `patch_mean` after it;
+    `patch_mean_norm` is that norm of the mean of patches;
     `last_N` joins the class tokens of the last N blocks, oldest first, each after the final norm,
     which brings blocks of different scale together.
     """
@@ -305,6 +314,8 @@ def forward_feature(trunk: Trunk, images: Tensor, feature: str) -> Tensor:
     tokens = trunk.forward_intermediates(images, 1)[0]
     if feature == "class_token":
         return tokens[:, 0]
+    if feature == "patch_mean_norm":
+        return trunk.norm(tokens[:, 1:].mean(dim=1))
     normed = trunk.norm(tokens)
     return (
         normed[:, 0]

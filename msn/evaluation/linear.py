@@ -232,7 +232,7 @@ def augmented_batches(
     size = min(sgd.batch_size, count)
     warn_of_idle(runtime, "the linear probe")
     trunk = subject.trunk.to(device).eval()
-    half = features.precision == "bf16"
+    half, feature = features.precision == "bf16", subject.kind(features)
     total = sgd.epochs * (count // size) * size
     with Progress(f"{subject.name}: linear probe", total, runtime.rank == 0) as progress:
         for epoch in range(sgd.epochs):
@@ -249,7 +249,7 @@ def augmented_batches(
                 rows, labels = [], []
                 for images, wanted in pieces:
                     with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                        found = forward_feature(trunk, images.to(device), features.feature)
+                        found = forward_feature(trunk, images.to(device), feature)
                     rows.append(centre_and_normalise(found.float()))
                     labels.append(wanted.to(device))
                 yield torch.cat(rows), torch.cat(labels), size

@@ -35,7 +35,8 @@ class Classifier:
     classes: tuple[str, ...]
     """Name of each of the C classes."""
     feature: str
-    """class_token (before the final norm), class_token_norm (after it), patch_mean or last_N."""
+    """class_token (before the final norm), class_token_norm (after it), patch_mean,
+    patch_mean_norm or last_N."""
     centred: bool
     """Each feature row has its own mean subtracted."""
     normalised: bool
@@ -141,7 +142,7 @@ def layer_norm_factor(head: Classifier, tokens: Tensor) -> Tensor:
 
 
 def _why_not(head: Classifier) -> str | None:
-    if head.feature == "patch_mean":
+    if head.feature in ("patch_mean", "patch_mean_norm"):
         return "it was fitted on the mean of the patches, the linear layer sees the class token"
     if head.feature == "class_token_norm":
         return (

@@ -10,7 +10,10 @@ from safetensors.torch import load_file, save_file
 
 import msn
 from msn.errors import UserError
+from msn.evaluation.backbones import open_backbone
+from msn.evaluation.features import FeatureSettings, Runtime
 from msn.weights import load_backbone, read_weights
+from tests.evaluation.toys import ToyImages
 from tests.weights.builders import MODEL, images, shaken
 from tests.weights.conftest import assert_same
 
@@ -171,6 +174,12 @@ def test_a_fine_tuned_file_gives_the_mean_of_patches_through_fc_norm(tmp_path, c
         tokens = other.forward_features(images(32))
         expected = other.forward_head(tokens, pre_logits=True)
         torch.testing.assert_close(backbone(images(32)), expected, rtol=0, atol=1e-5)
+    opened = open_backbone("mae", str(path), image_size=None, num_heads=3)
+    settings = FeatureSettings(feature="class_token", image_size=None, batch_size=2, precision="32")
+    assert opened.kind(settings) == "patch_mean_norm"
+    found = opened.features(ToyImages(2), settings, Runtime((torch.device("cpu"),)), "toys").rows
+    pixels = torch.stack([backbone.transform(ToyImages(2)[i]) for i in range(6)])
+    torch.testing.assert_close(found, backbone(pixels).detach(), rtol=0, atol=1e-5)
     assert set(read_weights(path, num_heads=3).ignored) == {"head.weight", "head.bias"}
     with pytest.raises(UserError, match=r"fine-tuned to classify: it has fc_norm"):
         msn.load_mae(path, num_heads=3)
