@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msn.errors import UserError
-from msn.evaluation.solver import Minimum, Softmax, minimise
+from msn.evaluation.softmax import Softmax
+from msn.evaluation.solver import Minimum, minimise
 
 log = logging.getLogger(__name__)
 
