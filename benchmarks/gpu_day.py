@@ -30,9 +30,9 @@ from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
 from msn.commands.entry import compose, to_plain
+from msn.commands.plan import forecast
 from msn.commands.step import Case, MsnStep, ViewMaker, case_of, step_flops
-from msn.data.views import ViewSettings
-from msn.training.cost import forecast_memory, measure_matrix_rate, synchronise
+from msn.training.cost import measure_matrix_rate, synchronise
 
 ROOT = Path(__file__).parents[1]
 # The parts' processes find this checkout, installed or not.
@@ -128,7 +128,7 @@ def step(name: str) -> Callable[[], dict[str, Any]]:
 
     def measure() -> dict[str, Any]:
         case = _case(experiment, batch, chunk)
-        forecast = _forecast(case)
+        forecast_peak = _forecast(case)
         if DEVICE.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
@@ -151,7 +151,7 @@ def step(name: str) -> Callable[[], dict[str, Any]]:
             "images_per_s": case.batch_size / own,
             "mfu_of_989": flops / own / PEAK,
             "peak_gib": peak / 2**30,
-            "forecast_gib": forecast / 2**30,
+            "forecast_gib": forecast_peak / 2**30,
             "parts_ms": {k: 1000 * statistics.median(p[k] for p in parts) for k in parts[0]},
         }
 
@@ -310,14 +310,7 @@ def _forecast(case: Case) -> float:
         module = MSNModule(
             model=case.model, method=case.method, seed=0, chunk_size=None, compile=False,
         )  # fmt: skip
-    return forecast_memory(
-        module.network,
-        ViewSettings(**case.views),
-        batch_size=case.batch_size,
-        chunk_size=case.chunk_size,
-        patch_drop=case.method["patch_drop"],
-        precision=case.precision,
-    ).peak
+    return forecast(module, case).peak
 
 
 def _median(run: Callable[[], object], times: int) -> float:

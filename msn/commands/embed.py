@@ -27,14 +27,13 @@ from msn.data.datamodule import resolve_workers
 from msn.data.dataset import Subset
 from msn.data.layout import UNLABELLED
 from msn.data.sources import Source, find_depth, folder_source, list_source
-from msn.data.workers import in_one_line, make_loader
+from msn.data.workers import in_one_line, less_memory, make_loader
 from msn.errors import UserError
 from msn.evaluation.features import (
     check_feature,
     digest_of,
     forward_feature,
     images_key,
-    less_memory,
     own_feature,
     weights_key,
 )

@@ -96,7 +96,7 @@ def run(config: DictConfig, settings: dict[str, Any], console: Console) -> Plan:
         return plan
 
     def alone(case: Case) -> Memory:
-        return _forecast(module, case)
+        return forecast(module, case)
 
     rate, images = measure_rate(plan.case, plan.flops, alone, _SPARE * _free_memory(device))
     _show_time(plan, rate, f"measured with {images} images", console)
@@ -119,7 +119,7 @@ def refuse_beyond_reason(config: DictConfig, settings: dict[str, Any]) -> None:
     processes = max(1, count_processes(settings["trainer"], device))  # fewer: the trainer refuses
     batch_size = max(1, settings["data"]["global_batch_size"] // processes)
     sharded = settings["trainer"]["strategy"] == "fsdp2"
-    memory = _forecast(module, _case(settings, batch_size, device), processes, sharded)
+    memory = forecast(module, _case(settings, batch_size, device), processes, sharded)
     limit = _memory_installed(device)
     if limit is not None and memory.peak > _BEYOND_REASON * limit:
         largest = max(("weights", "views", "activations"), key=lambda part: getattr(memory, part))
@@ -158,7 +158,7 @@ def _plan(config: DictConfig, settings: dict[str, Any], module: MSNModule) -> Pl
     return Plan(
         parameters=_parameters(module),
         flops=Flops(*(part / batch_size for part in step_flops(case))),
-        memory=_forecast(module, case, processes, sharded),
+        memory=forecast(module, case, processes, sharded),
         processes=processes,
         sharded=sharded and processes > 1,
         case=case,
@@ -167,7 +167,8 @@ def _plan(config: DictConfig, settings: dict[str, Any], module: MSNModule) -> Pl
     )
 
 
-def _forecast(module: MSNModule, case: Case, processes: int = 1, sharded: bool = False) -> Memory:
+def forecast(module: MSNModule, case: Case, processes: int = 1, sharded: bool = False) -> Memory:
+    """Memory of a training's step, see `training.cost.forecast_memory`."""
     wish = compilation(case.compile)
     return forecast_memory(
         module.network,
@@ -186,7 +187,7 @@ def _peaks(module: MSNModule, plan: Plan) -> dict[int | None, float]:
     """Forecast peak without chunks and with each power of two that is less than the batch."""
     chunks = [2**k for k in range(plan.case.batch_size.bit_length())]
     return {
-        chunk: _forecast(
+        chunk: forecast(
             module, plan.case._replace(chunk_size=chunk), plan.processes, plan.sharded
         ).peak
         for chunk in (None, *(chunk for chunk in chunks if chunk < plan.case.batch_size))
@@ -209,7 +210,7 @@ def less_memory(
     sharded = settings["trainer"]["strategy"] == "fsdp2" and processes > 1
 
     def peak(chunk: int | None) -> float:
-        return _forecast(module, case._replace(chunk_size=chunk), processes, sharded).peak
+        return forecast(module, case._replace(chunk_size=chunk), processes, sharded).peak
 
     now, before = case.chunk_size or case.batch_size, peak(case.chunk_size)
     limit = _SPARE * (_memory_of(device) or before) if device.type == "cuda" else before

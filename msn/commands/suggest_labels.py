@@ -23,10 +23,10 @@ from msn.data.dataset import REPLACED, LabelledImages, Subset
 from msn.data.pools import PoolSettings, build_pools
 from msn.data.sources import FileSource
 from msn.data.subsets import write_names
-from msn.data.workers import in_one_line
+from msn.data.workers import in_one_line, less_memory
 from msn.errors import UserError
 from msn.evaluation.backbones import FrozenBackbone, open_backbone
-from msn.evaluation.features import FeatureSettings, Runtime, less_memory
+from msn.evaluation.features import FeatureSettings, Runtime
 from msn.evaluation.frozen import Logistic, logistic_results
 from msn.evaluation.label_choice import METHODS, Choice, contact_sheet, cover_prototypes, k_medoids
 from msn.evaluation.sets import FeatureSet, LabelSet, Trial, held_out_features

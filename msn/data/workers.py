@@ -225,6 +225,13 @@ def in_one_line(lower: Callable[[], str], then: Callable[[], str] = lambda: "") 
         raise UserError(f"{line}{then()}") from None
 
 
+def less_memory(key: str, batch_size: int) -> str:
+    """What takes less memory where batches of images, set by a key, go through a trunk."""
+    if batch_size == 1:
+        return f"{key} is 1 already; another device or a smaller backbone takes less"
+    return f"{key}={batch_size // 2} takes less"
+
+
 def explain(error: BaseException, lower: Callable[[], str]) -> str | None:
     """What ended a worker or took too much memory, with what to do; None for anything else.
 

@@ -1,5 +1,6 @@
 """Augmented images for probes and fine-tuning: each view is a function of seed, epoch and image."""
 
+import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from torch.utils.data import Dataset
 from msn.data.sampler import counter_hash, permutation
 from msn.data.workers import make_loader
 from msn.evaluation.features import LabelledSet, Runtime, is_replaced
+
+log = logging.getLogger(__name__)
 
 _ORDER, _VIEW = 6, 7  # keep these draws apart
 
@@ -110,6 +113,17 @@ def training_pieces(
 
     for pieces in batches:
         yield take(pieces)
+
+
+def warn_of_idle(runtime: Runtime, what: str) -> None:
+    """Say so where training on images leaves all devices but the first idle."""
+    if len(runtime.devices) > 1:
+        log.warning(
+            "%s uses one of %d devices of a process: start it with torchrun --nproc-per-node=%d",
+            what,
+            len(runtime.devices),
+            len(runtime.devices),
+        )
 
 
 def over_processes(found: set[int], runtime: Runtime) -> set[int]:

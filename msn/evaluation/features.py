@@ -35,7 +35,9 @@ from msn.schema import Range, check_ranges
 from msn.weights.tensors import save_tensors
 from msn.weights.weights import trunk_digest
 
-_FORMAT = 2
+log = logging.getLogger(__name__)
+
+_FORMAT = 2  # of the cache
 
 
 class FeatureCache:
@@ -104,13 +106,11 @@ def digest_of(tensor: Tensor) -> str:
     return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-log = logging.getLogger(__name__)
-
 PRECISIONS = ("32", "bf16")
 _FEATURES = ("class_token", "class_token_norm", "patch_mean", "patch_mean_norm")
-# Images of a part: what an interrupted extraction loses at most, per device.
+# Images per part: what an interrupted extraction loses at most, per device.
 _PART = 4096
-# Of a batch: 24 GB in float32, of three channels.
+# Per batch: 24 GB in float32, of three channels.
 _MOST_PIXELS = 2e9
 _LARGEST_SIDE = 8192  # px; Pillow takes crops of more than 13,377 for an attack
 
@@ -261,24 +261,6 @@ def extract_features(
     found = _Job(trunk, TransformedImages(images, transform), settings, runtime, cache, title).run()
     _check_finite(found.rows, images, title)
     return found
-
-
-def less_memory(key: str, batch_size: int) -> str:
-    """What takes less memory where batches of images, set by a key, go through a trunk."""
-    if batch_size == 1:
-        return f"{key} is 1 already; another device or a smaller backbone takes less"
-    return f"{key}={batch_size // 2} takes less"
-
-
-def warn_of_idle(runtime: Runtime, what: str) -> None:
-    """Say so where training on images leaves all devices but the first idle."""
-    if len(runtime.devices) > 1:
-        log.warning(
-            "%s uses one of %d devices of a process: start it with torchrun --nproc-per-node=%d",
-            what,
-            len(runtime.devices),
-            len(runtime.devices),
-        )
 
 
 def check_feature(feature: str, depth: int | None) -> None:

@@ -24,6 +24,7 @@ from msn.evaluation.augment import (
     over_processes,
     seeded,
     training_pieces,
+    warn_of_idle,
 )
 from msn.evaluation.backbones import FrozenBackbone, Subject
 from msn.evaluation.features import (
@@ -31,7 +32,6 @@ from msn.evaluation.features import (
     LabelledSet,
     Runtime,
     TransformedImages,
-    warn_of_idle,
 )
 from msn.evaluation.lowshot import (
     LabelPlan,

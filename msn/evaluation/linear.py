@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from msn.errors import UserError
-from msn.evaluation.augment import epoch_batches, over_processes, training_pieces
+from msn.evaluation.augment import epoch_batches, over_processes, training_pieces, warn_of_idle
 from msn.evaluation.backbones import FrozenBackbone, Subject
 from msn.evaluation.features import (
     FeatureSettings,
     LabelledSet,
     Runtime,
     forward_feature,
-    warn_of_idle,
 )
 from msn.evaluation.frozen import Logistic, check_lambda_choice, logistic_results
 from msn.evaluation.logistic import centre_and_normalise

@@ -8,10 +8,10 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from msn.data.workers import in_one_line
+from msn.data.workers import in_one_line, less_memory
 from msn.errors import UserError
 from msn.evaluation.backbones import FrozenBackbone, Subject
-from msn.evaluation.features import FeatureSettings, LabelledSet, Runtime, less_memory, weights_key
+from msn.evaluation.features import FeatureSettings, LabelledSet, Runtime, weights_key
 from msn.evaluation.imagenet import is_imagenet, paper_figure
 from msn.evaluation.sets import (
     ChosenImages,
