@@ -6,6 +6,9 @@ has its keywords in such a dataclass names it as its `Settings`.
 
 import inspect
 import math
+import os
+import re
+import shlex
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
@@ -157,6 +160,16 @@ def flat(prefix: str, settings: Any) -> list[tuple[str, Any]]:
         return [(prefix, settings)]
     dot = f"{prefix}." if prefix else ""
     return [pair for key, value in settings.items() for pair in flat(f"{dot}{key}", value)]
+
+
+def as_argument(key: str, path: str | os.PathLike[str]) -> str:
+    """`key=path` to be pasted into a shell: the commands then read exactly this path."""
+    text = os.fspath(path)
+    if text.lower() == "null" or re.match(r"['\"\[]", text) or "~" in text or "${" in text:
+        text = text.replace("${", r"\${")
+        text = re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + (found[2] and r"\'"), text)
+        text = f"'{text}'"  # as Hydra's grammar quotes
+    return shlex.quote(f"{key}={text}")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -66,8 +66,9 @@ def run_command(config_name: str, job: Job, arguments: list[str]) -> None:
         job: gets the composed configuration.
         arguments: overrides, key=value, and flags.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.encoding.lower() == "utf-8":
-        sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() == "utf-8":
+            stream.reconfigure(errors="surrogateescape")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("msn").setLevel(logging.INFO)
     logging.getLogger("hydra").setLevel(logging.CRITICAL)  # it tells what it also raises

@@ -1,6 +1,5 @@
 """`python -m msn make_shards root=DIR out=DIR`: a folder, a list or a data set as tar shards."""
 
-import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from msn.data.pools import refuse_shared
 from msn.data.shard_writer import write_shards
 from msn.data.sources import Source, folder_source, list_source
 from msn.errors import UserError
+from msn.schema import as_argument
 
 
 def run(config: DictConfig) -> None:
@@ -42,7 +42,7 @@ def run(config: DictConfig) -> None:
             labels = f"{len(source.classes)} classes" if known else f"no labels ({source.why})"
             without = f" ({len(source) - images} left out)" if images < len(source) else ""
             print(f"{images} images{without}, {labels}, in {len(shards)} shards: {folder}")
-    print(f"train on them: python train.py data=shards {shlex.quote(f'data.root={out}')}")
+    print(f"train on them: python train.py data=shards {as_argument('data.root', out)}")
 
 
 def _visible(out: Path) -> list[Path]:

@@ -13,6 +13,7 @@ from msn.data.datamodule import MSNDataModule
 from msn.evaluation.backbones import FrozenBackbone
 from msn.evaluation.features import check_feature
 from msn.evaluation.lowshot import Protocol, evaluate
+from msn.schema import as_argument
 from msn.training.loggers import TensorBoardRun, WandbRun
 from msn.training.module import MSNModule
 from msn.weights import save_backbone
@@ -87,7 +88,8 @@ def _report(directory: RunDirectory, device: torch.device) -> None:
         path = directory.path / REPORT_FILE
         write_report([record], path, images=REPORT_IMAGES, device=device)
     except Exception:
-        log.exception("no report: python -m msn report runs=[%s] tries again", directory.path)
+        argument = as_argument("runs", directory.path)
+        log.exception("no report: python -m msn report %s tries again", argument)
     else:
         print(f"report: {path}")
 

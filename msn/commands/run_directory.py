@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from msn.errors import UserError
 from msn.files import write_atomically
+from msn.schema import as_argument
 from msn.training.judge import VERDICTS_FILE
 from msn.training.loggers import ID_FILE
 from msn.weights.reading import newest_valid_checkpoint
@@ -226,7 +227,8 @@ def _is_unfinished(path: Path, resume: str, *, is_training: bool) -> bool:
         raise UserError(f"{path} is not empty and holds no run: choose another run.dir")
     if status == "finished":
         no_report = is_training and not (path / "report.html").exists()
-        hint = f"; python -m msn report runs=[{path}] makes its report" if no_report else ""
+        report = f"; python -m msn report {as_argument('runs', path)} makes its report"
+        hint = report if no_report else ""
         raise UserError(f"{path} holds a finished run: choose another run.name or run.dir{hint}")
     if not is_training and (path / CHECKPOINTS).exists():
         raise UserError(f"{path} holds a training run: choose another run.dir")

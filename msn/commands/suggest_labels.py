@@ -2,7 +2,6 @@
 
 import csv
 import io
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +33,7 @@ from msn.files import placed_at, write_bytes
 from msn.images.depth import check_depth, trained_depth
 from msn.images.kinds import BadImageError
 from msn.method.network import ProjectionHead
-from msn.schema import make
+from msn.schema import as_argument, make
 from msn.weights import Weights, read_weights
 from msn.weights.reading import newest_valid_checkpoint
 from msn.weights.weights import check_heads
@@ -85,9 +84,9 @@ def run(config: DictConfig) -> None:
     _write(out, pools.train, choice)
     print(f"{budget} of {len(pools.train)} images to label: {out / TABLE_FILE}")
     print(f"contact sheet: {out / SHEET_FILE}")
-    keys = {"checkpoint": settings["checkpoint"], "data": "list", "data.root": out / TABLE_FILE}
-    arguments = shlex.join(f"{key}={value}" for key, value in keys.items())
-    print(f"fill in its column label, then: python eval_lowshot.py {arguments}")
+    checkpoint = as_argument("checkpoint", settings["checkpoint"])
+    table = as_argument("data.root", out / TABLE_FILE)
+    print(f"fill in its column label, then: python eval_lowshot.py {checkpoint} data=list {table}")
     if not settings["compare_seeds"] or not data.use_labels:
         return
     if pools.labelled is None or pools.held_out is None:

@@ -37,6 +37,7 @@ from msn.evaluation.lowshot import Protocol
 from msn.evaluation.table import versions
 from msn.images.depth import RECORDED
 from msn.method.distributed import process_index
+from msn.schema import as_argument
 from msn.training.checkpointing import check_same_run, identity_of, step_of
 from msn.training.launch import (
     agree,
@@ -179,7 +180,7 @@ def _fit(
         where = (
             "goes on from its last checkpoint" if has_one else "begins again: nothing is saved yet"
         )
-        return f"; the same command with run.dir={directory.path} {where}"
+        return f"; the same command with {as_argument('run.dir', directory.path)} {where}"
 
     with in_one_line(
         lambda: plan.less_memory(
@@ -254,11 +255,12 @@ def _leave(stop: Preempted) -> NoReturn:
     elif path is None:
         said = "before the first step; the same command begins where this one did"
     elif is_finished:
-        said = f"the run is finished, without its report: python -m msn report runs=[{path}]"
+        report = f"python -m msn report {as_argument('runs', path)}"
+        said = f"the run is finished, without its report: {report}"
     else:
         said = (
             "after the last step, which is saved; the same command with its run.name or run.dir "
-            f"makes the table, or python eval_lowshot.py checkpoint={path}"
+            f"makes the table, or python eval_lowshot.py {as_argument('checkpoint', path)}"
         )
     if process_index() == 0:
         print(f"interrupted: {said}", flush=True)

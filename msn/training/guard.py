@@ -16,6 +16,7 @@ from msn.errors import UserError
 from msn.files import write_checkpoint
 from msn.method import optim
 from msn.method.optim import FiniteCheck
+from msn.schema import as_argument
 from msn.training.module import MSNModule
 from msn.training.strategy import whole_state
 from msn.training.trainer import data_of
@@ -224,7 +225,8 @@ class Guard(Callback):
                 path = self._dump(trainer, module, seen)
                 raise UserError(
                     f"{self.max_skipped} steps in a row were not finite, the last one step "
-                    f"{seen.step}; weights are those before them: python -m msn replay dump={path}"
+                    f"{seen.step}; weights are those before them: python -m msn replay "
+                    f"{as_argument('dump', path)}"
                 )
 
     def _dump(self, trainer: Trainer, module: MSNModule, seen: _Seen) -> Path:

@@ -1,5 +1,8 @@
 """Paths and names stay what a person typed; Hydra's own words keep their meaning."""
 
+import os
+import subprocess
+
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
@@ -9,6 +12,7 @@ from msn.__main__ import main
 from msn.commands.command_line import parse_flags, quote_paths
 from msn.commands.entry import compose
 from msn.errors import UserError
+from msn.schema import as_argument
 
 # After the equals sign, and what is composed of it.
 AS_THEY_ARE = [
@@ -39,6 +43,31 @@ def test_names_and_paths_stay_text(value):
     for key in ("run.name", "data.root", "+run.name", "++init"):
         assert read(f"{key}={value}") == value
     assert read(f"checkpoint={value}") == (["a"] if is_list else value)
+
+
+@pytest.mark.parametrize("key", ["runs", "data.root"])
+def test_what_a_message_says_to_paste_is_read_as_that_path(key, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = [
+        *AS_THEY_ARE,
+        "null",
+        "'x'",
+        '"x',
+        "~x",
+        "a:~/x",
+        "[a,b]",
+        "['a']",
+        "${seed}",
+        "~\\'\\",
+    ]
+    paths += ['it\'s, (a) [b] "c" \\d', "a\nb", "*", "--help", "!x", "`ls`", "a;b&c|d>e"]
+    line = " ".join(as_argument(key, path) for path in paths)
+    told = subprocess.run(["sh", "-c", f"printf '%s\\0' {line}"], capture_output=True, check=True)
+    words = os.fsdecode(told.stdout).split("\0")[:-1]
+    command = "report" if key == "runs" else "embed"
+    for path, word in zip(paths, words, strict=True):
+        node = OmegaConf.select(compose(command, [word]), key)
+        assert node == path
 
 
 def test_every_key_that_is_a_path_is_one():

@@ -52,7 +52,7 @@ def assert_same(ours, theirs):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_shards_train_and_hold_out_what_their_folder_does(layout, command, tmp_path):
-    root, out = tmp_path / "in", tmp_path / "out (1)"
+    root, out = tmp_path / "in", tmp_path / "out (1), [2]"
     for number, part in enumerate(LAYOUTS[layout]):
         make_folder(root / part, classes=3, images=5 - number)
     if layout == "train and test":

@@ -20,6 +20,7 @@ from benchmarks.kill_resume import CLOCKS, differing
 from msn.commands import train
 from msn.commands.command_line import without_readers
 from msn.files import read_rows
+from msn.schema import as_argument
 from msn.training.checkpointing import checkpoints, newest_checkpoint
 from msn.training.preemption import EXIT_CODE
 from tests.commands.conftest import TINY
@@ -133,16 +134,20 @@ def test_a_signal_after_the_last_step_names_the_way_to_finish(
 
     monkeypatch.setattr(train, "finish", interrupted)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    directory = tmp_path / "run"
+    directory = tmp_path / "it's, [1] (2)"
     where = [*TINY, "trainer.limit_train_batches=1", f"run.dir={directory}"]
     code, out, _ = run(*where)
     assert f"run directory: {directory}" in out
     if finished:
         assert code == 0
-        assert f"without its report: python -m msn report runs=[{directory}]" in out
+        argument = as_argument("runs", directory)
+        assert f"without its report: python -m msn report {argument}\n" in out
+        code, _, err = run(*where)
+        assert (code, f"python -m msn report {argument} makes its report" in err) == (2, True)
         return
     assert code == EXIT_CODE
-    assert f"makes the table, or python eval_lowshot.py checkpoint={directory}" in out
+    argument = as_argument("checkpoint", directory)
+    assert f"makes the table, or python eval_lowshot.py {argument}\n" in out
     monkeypatch.setattr(train, "finish", lambda s, d, *_: d.write_status("finished"))
     assert run(*where)[0] == 0
     assert json.loads((directory / "run.json").read_text())["status"] == "finished"
