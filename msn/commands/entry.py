@@ -232,16 +232,7 @@ def build(config: DictConfig, key: str, kind: type = object, **runtime: Any) -> 
     Raises:
         UserError: if a setting is unknown, missing, of a wrong type or out of its range.
     """
-    settings = to_plain(config, key)
-    if not isinstance(settings, dict) or "_target_" not in settings:
-        raise UserError(f"{key} must be a group of keys with a _target_, got {settings}")
-    name = settings["_target_"]
-    try:
-        target = hydra.utils.get_object(name) if isinstance(name, str) else None
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{key}._target_={name}: {one_line(error)}") from None
-    if not callable(target) or settings.get("_partial_"):
-        raise UserError(f"{key}._target_={name}: must name a class or a function to call")
+    settings, target = to_plain(config, key), find_target(config, key, kind)
     ours = str(getattr(target, "__module__", "")).startswith("msn.")
     if ours:
         plain = {name: value for name, value in settings.items() if not name.startswith("_")}
@@ -259,8 +250,29 @@ def build(config: DictConfig, key: str, kind: type = object, **runtime: Any) -> 
             raise UserError(f"{key}: {one_line(cause)}") from None
         raise cause from None
     if not isinstance(made, kind):
-        raise UserError(f"{key}._target_={name}: makes no {kind.__name__}")
+        raise UserError(f"{key}._target_={settings['_target_']}: makes no {kind.__name__}")
     return made
+
+
+def find_target(config: DictConfig, key: str, kind: type = object) -> Callable[..., Any]:
+    """The class or function that the `_target_` at a key names.
+
+    Raises:
+        UserError: if there is none, or a class of another kind.
+    """
+    settings = OmegaConf.select(config, key)
+    if not isinstance(settings, DictConfig) or "_target_" not in settings:
+        raise UserError(f"{key} must be a group of keys with a _target_, got {settings}")
+    name = settings["_target_"]
+    try:
+        target: Any = hydra.utils.get_object(name) if isinstance(name, str) else None
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{key}._target_={name}: {one_line(error)}") from None
+    if not callable(target) or settings.get("_partial_"):
+        raise UserError(f"{key}._target_={name}: must name a class or a function to call")
+    if isinstance(target, type) and not issubclass(target, kind):
+        raise UserError(f"{key}._target_={name}: makes no {kind.__name__}")
+    return target
 
 
 def to_plain(config: DictConfig, key: str | None = None) -> dict[str, Any]:

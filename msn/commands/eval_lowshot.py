@@ -1,6 +1,8 @@
 """`python eval_lowshot.py checkpoint=...`: label few, measure honestly, for any backbone."""
 
 import os
+import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,9 +12,9 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
-from msn.commands.entry import build, to_plain
+from msn.commands.entry import build, find_target, to_plain
 from msn.commands.run_directory import choose_run_directory, forget_directory
-from msn.data.datamodule import resolve_workers
+from msn.data.datamodule import MSNDataModule, resolve_workers
 from msn.data.dataset import LabelledImages
 from msn.data.pools import PoolSettings, build_pools
 from msn.data.sources import ArraySource
@@ -210,7 +212,7 @@ def _processes() -> Iterator[tuple[int, int]]:
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"  # gradients do not
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    with meeting():
+    with meeting(_leave):
         dist.init_process_group(backend)
     try:
         yield dist.get_rank(), dist.get_world_size()
@@ -218,8 +220,20 @@ def _processes() -> Iterator[tuple[int, int]]:
         dist.destroy_process_group()
 
 
+def _leave(number: int) -> None:
+    """End the process, which waits for others."""
+    print(f"interrupted by {signal.Signals(number).name}: nothing has begun", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(128 + number)
+
+
 def without_views(config: DictConfig) -> DictConfig:
-    """The configuration without what only pretraining needs of the data."""
+    """The configuration without what only pretraining needs of the data.
+
+    Raises:
+        UserError: see `refuse_other_target`.
+    """
+    refuse_other_target(config)
     unused = ("views", "seed")
     reduced = OmegaConf.masked_copy(config, [str(key) for key in config if key != "data"])
     used = [str(key) for key in config.data if key not in unused]
@@ -227,6 +241,17 @@ def without_views(config: DictConfig) -> DictConfig:
     merged = OmegaConf.merge(reduced, {"data": data})
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def refuse_other_target(config: DictConfig) -> None:
+    """Only training builds what `data._target_` names; elsewhere another one would do nothing.
+
+    Raises:
+        UserError: if it names anything but our own data module.
+    """
+    if find_target(config, "data", MSNDataModule) is not MSNDataModule:
+        name = config.data._target_
+        raise UserError(f"data._target_={name}: only training takes another one; leave it out")
 
 
 def _labelled_sets(data: dict[str, Any]) -> tuple[LabelledImages, LabelledImages]:

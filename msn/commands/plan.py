@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from msn.commands.entry import build, one_line
+from msn.commands.entry import build, find_target, one_line
 from msn.commands.plan_settings import (
     check_settings,
     check_trainer,
@@ -85,6 +85,7 @@ def run(config: DictConfig, settings: dict[str, Any], console: Console) -> Plan:
         UserError: if a setting is wrong, or the speed can neither be measured here nor is stated.
     """
     check_settings(settings)
+    find_target(config, "data", MSNDataModule)
     module = _outline(config, settings)
     plan = _plan(config, settings, module)
     _show_memory(plan, console)

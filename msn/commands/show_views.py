@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from msn.commands.entry import to_plain
+from msn.commands.eval_lowshot import refuse_other_target
 from msn.data.batched_views import make_batched_views
 from msn.data.dataset import ImageBatch, TrainingSet
 from msn.data.pools import Pools, PoolSettings, build_pools
@@ -34,6 +35,7 @@ def run(config: DictConfig) -> None:
     Raises:
         UserError: if a setting or a path is wrong, or no image can be read.
     """
+    refuse_other_target(config)
     settings = to_plain(config)
     out = _picture_path(settings["out"])
     images = _whole("images", settings["images"], 1)

@@ -106,7 +106,13 @@ def _run(config: DictConfig, settings: dict[str, Any], preemption: Preemption) -
         chosen.hand_down()
         return chosen
 
-    directory = choose() if is_inherited() else agree(trainer, module, choose)
+    def leave(number: int) -> None:
+        try:
+            _leave(preemption.asked_by(number))
+        except SystemExit as end:
+            os._exit(int(end.code or 0))  # as torch waits, in the main thread
+
+    directory = choose() if is_inherited() else agree(trainer, module, choose, leave)
     with closed_loggers(trainer):
         with directory.given_back_on_failure():
             _set_up(config, directory, trainer, data, module, preemption=preemption)

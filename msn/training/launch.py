@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -35,7 +36,7 @@ _MEETING = ("MASTER_ADDR", "MASTER_PORT")
 SAY_AFTER, GIVE_UP_AFTER = 30.0, 600.0
 """Seconds of waiting for other processes until it is said, and until the process ends."""
 _RANK_AND_WORLD = (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"))
-_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Launch(NamedTuple):
@@ -122,8 +123,12 @@ def cluster_environment(environment: Mapping[str, str]) -> ClusterEnvironment:
 
 
 @contextlib.contextmanager
-def meeting() -> Iterator[None]:
+def meeting(leave: Callable[[int], None]) -> Iterator[None]:
     """Within, processes wait for one another: said after a while, ended in one line at last.
+
+    Args:
+        leave: says that a signal of this number came meanwhile, and ends the process. Another
+            thread calls it: while torch waits, no handler of Python runs.
 
     Raises:
         UserError: if they cannot meet at their address.
@@ -131,33 +136,70 @@ def meeting() -> Iterator[None]:
     env = os.environ
     place = f"{env.get('MASTER_ADDR', '?')}:{env.get('MASTER_PORT', '?')} (MASTER_ADDR:MASTER_PORT)"
     rank, world = (env.get(name, env.get(slurm, "?")) for name, slurm in _RANK_AND_WORLD)
-    met = threading.Event()
-
-    def watch() -> None:
-        if met.wait(SAY_AFTER):
-            return
-        who = f"process {rank} of {world} (WORLD_SIZE) waits for the others at {place}"
-        print(f"{who}; it gives up after {GIVE_UP_AFTER:.0f} s", file=sys.stderr, flush=True)
-        if not met.wait(GIVE_UP_AFTER - SAY_AFTER):
-            print(f"error: {who} in vain for {GIVE_UP_AFTER:.0f} s", file=sys.stderr, flush=True)
-            os._exit(2)  # torch's wait cannot be interrupted
-
-    threading.Thread(target=watch, daemon=True).start()
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():
-        # No Python handler runs while torch waits; nothing is lost if a signal ends the process.
-        handlers = {number: signal.signal(number, signal.SIG_DFL) for number in _STOPPING}
+    who = f"process {rank} of {world} (WORLD_SIZE) waits for the others at {place}"
+    ears, mouth = socket.socketpair()
+    watcher = threading.Thread(target=_watch, args=(ears, who, leave), daemon=True)
+    watcher.start()
+    came: list[int] = []
     try:
-        yield
-    except dist.DistError as error:
+        with _signals_to(mouth, came):
+            yield
+    except BaseException as error:
+        if came:  # which has torn torch from its wait
+            watcher.join()
+        if not isinstance(error, dist.DistError):
+            raise
         reason = str(error).splitlines()[0]
         raise UserError(
             f"process {rank} of {world} does not meet the others at {place}: {reason}"
         ) from None
     finally:
-        met.set()
-        for number, handler in handlers.items():
+        mouth.close()
+        watcher.join()
+
+
+def _watch(ears: socket.socket, who: str, leave: Callable[[int], None]) -> None:
+    """Hear of signals, one byte each, until the other end is closed, but not for ever."""
+    said = False
+    ears.settimeout(SAY_AFTER)
+    with ears:
+        while True:
+            try:
+                heard = ears.recv(1)
+            except TimeoutError:
+                if said:
+                    line = f"error: {who} in vain for {GIVE_UP_AFTER:.0f} s"
+                    print(line, file=sys.stderr, flush=True)
+                    os._exit(2)  # torch's wait cannot be interrupted
+                line = f"{who}; it gives up after {GIVE_UP_AFTER:.0f} s"
+                print(line, file=sys.stderr, flush=True)
+                said = True
+                ears.settimeout(GIVE_UP_AFTER - SAY_AFTER)
+                continue
+            if not heard:
+                return
+            if heard[0] in _STOPPING:
+                leave(heard[0])
+
+
+@contextlib.contextmanager
+def _signals_to(mouth: socket.socket, came: list[int]) -> Iterator[None]:
+    """Within, Python's own code writes the numbers of signals to a socket; ignored ones stay so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    mouth.setblocking(False)
+    before = {number: signal.getsignal(number) for number in _STOPPING}
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+    fd = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+    for number in before:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(fd)
 
 
 def join_launched_processes(environment: MutableMapping[str, str]) -> None:
@@ -210,13 +252,19 @@ def starts_processes(trainer: Trainer) -> bool:
     return environment is not None and not environment.creates_processes_externally
 
 
-def agree(trainer: Trainer, module: LightningModule, decide: Callable[[], T]) -> T:
+def agree(
+    trainer: Trainer,
+    module: LightningModule,
+    decide: Callable[[], T],
+    leave: Callable[[int], None],
+) -> T:
     """Let the first of the started processes decide, and give all of them the answer.
 
     Args:
         trainer: of the run; its process group is set up for this, if it has one.
         module: which it will train.
         decide: called in the first process alone.
+        leave: see `meeting`.
 
     Raises:
         UserError: in all processes, where `decide` raised it or an OSError.
@@ -224,7 +272,7 @@ def agree(trainer: Trainer, module: LightningModule, decide: Callable[[], T]) ->
     if trainer.world_size == 1 or starts_processes(trainer):
         return decide()
     trainer.strategy.connect(module)
-    with meeting():
+    with meeting(leave):
         trainer.strategy.setup_environment()
     answer: tuple[list[T], str | None] = ([], None)
     if trainer.is_global_zero:

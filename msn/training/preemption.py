@@ -104,6 +104,10 @@ class Preemption(Callback):
         if self._is_own:
             self.uninstall()
 
+    def asked_by(self, number: int) -> Preempted:
+        """How to stop after a signal of this number where nothing has begun yet."""
+        return Preempted(None, requeue=self._requeues(_SIGNALS[signal.Signals(number)]))
+
     def check(self) -> None:
         """Stop if a signal came after the last step.
 

@@ -16,6 +16,7 @@ from msn.__main__ import run_named
 from msn.commands import run_directory
 from msn.commands.entry import MISTAKES, compose, one_line, run_command
 from msn.commands.train import run as train
+from msn.data.datamodule import MSNDataModule
 from msn.method.vit import VisionTransformer
 from tests.commands.conftest import TINY, no_reader
 
@@ -365,6 +366,45 @@ def test_wrong_settings_of_eval_lowshot(command, tmp_path, arguments, message):
     assert code == 2
     assert message in one_line_of(err)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "plan=true", "planning.rate=1e12", "planning.images=100"],
+        ["eval_lowshot", "checkpoint=no"],
+        ["suggest_labels", "checkpoint=no", "budget=3"],
+        ["show_views", "out=x.png"],
+    ],
+)
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("[]", "data._target_=[]: must name a class or a function to call"),
+        ("no.such.thing", "data._target_=no.such.thing: "),
+        ("builtins.dict", "data._target_=builtins.dict: makes no MSNDataModule"),
+    ],
+)
+def test_a_wrong_target_of_the_data_is_refused_by_all_commands(
+    command, tmp_path, monkeypatch, arguments, target, message
+):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command(*arguments, f"data._target_={target}")
+    assert code == 2
+    assert message in one_line_of(err)
+    assert list(tmp_path.iterdir()) == []
+
+
+class OwnData(MSNDataModule):
+    """A user's own."""
+
+
+def test_only_training_takes_data_of_ones_own(command, tmp_path):
+    target = f"data._target_={__name__}.OwnData"
+    code, _, err = command("eval_lowshot", "checkpoint=no", target)
+    assert (code, "only training takes another one" in one_line_of(err)) == (2, True)
+    code, out, err = command("train", *TINY, "trainer.limit_train_batches=1", target, "plan=true")
+    assert (code, "backbone, parameters" in out) == (0, True), err
 
 
 def test_verify_refuses_what_is_no_golden_file(command, tmp_path):

@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from types import SimpleNamespace
 
@@ -111,31 +112,27 @@ def test_waiting_for_others_is_said_and_ends(monkeypatch, capfd):
         monkeypatch.setenv(name, value)
 
     def wait():
-        with meeting():
+        with meeting(pytest.fail):
             time.sleep(20)
 
     assert in_child(wait) == 2
     said, error = capfd.readouterr().err.strip().splitlines()
     assert said.startswith("process 0 of 2 (WORLD_SIZE) waits for the others at h:1 (MASTER_ADDR")
     assert error.startswith("error: process 0 of 2 (WORLD_SIZE) waits")
-    assert in_child(meeting().__enter__) == 0
+    assert in_child(meeting(pytest.fail).__enter__) == 0
 
 
 def test_processes_agree_within_a_meeting(monkeypatch):
     monkeypatch.setattr(launch, "starts_processes", lambda trainer: False)
-    handlers = []
+    left = []
     strategy = SimpleNamespace(
         connect=lambda module: None,
-        setup_environment=lambda: handlers.append(signal.getsignal(signal.SIGTERM)),
+        setup_environment=lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.5)),
         broadcast=lambda answer: answer,
     )
     trainer = SimpleNamespace(world_size=2, strategy=strategy, is_global_zero=True)
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
-    try:
-        assert launch.agree(trainer, None, lambda: "here") == "here"
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert handlers == [signal.SIG_DFL]
+    assert launch.agree(trainer, None, lambda: "here", left.append) == "here"
+    assert left == [signal.SIGTERM]
 
 
 def test_no_started_process_outlives_an_error():
@@ -146,13 +143,48 @@ def test_no_started_process_outlives_an_error():
         assert started.poll() == -signal.SIGTERM
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_the_waiting(number):
-    """Python's handlers do not run within torch's wait: none of Python's is set there."""
-    before = signal.getsignal(number)
-    with meeting():
-        assert signal.getsignal(number) == signal.SIG_DFL
-    assert signal.getsignal(number) == before
+def waiting(ready):
+    """Wait for a second process that never comes, in torch's own code, until a signal says 75."""
+    with meeting(lambda number: os._exit(75)):
+        threading.Timer(0.3, os.write, (ready, b"1")).start()
+        dist.init_process_group("gloo", rank=0, world_size=2)
+
+
+@pytest.mark.parametrize("number", launch._STOPPING)
+def test_a_signal_ends_the_waiting(number, monkeypatch, free_port):
+    """Python's handlers do not run within torch's wait."""
+    handler = signal.getsignal(number)
+    monkeypatch.setenv("MASTER_PORT", free_port)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    reading, ready = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.signal(number, signal.SIG_DFL)
+            waiting(ready)
+        finally:
+            os._exit(1)
+    assert os.read(reading, 1) == b"1"
+    os.kill(child, number)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
+    assert signal.getsignal(number) == handler
+
+
+def test_an_ignored_signal_stays_ignored_while_waiting():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with meeting(pytest.fail):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def test_a_port_that_is_taken_is_one_line(monkeypatch):
@@ -164,6 +196,6 @@ def test_a_port_that_is_taken_is_one_line(monkeypatch):
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         with (
             pytest.raises(UserError, match=f"does not meet the others at 127.0.0.1:{port}"),
-            meeting(),
+            meeting(pytest.fail),
         ):
             dist.init_process_group("gloo", rank=0, world_size=2)
