@@ -31,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from msn.commands.entry import compose, to_plain
 from msn.commands.plan import forecast
-from msn.commands.step import Case, MsnStep, ViewMaker, case_of, step_flops
+from msn.commands.step import Case, TrainingStep, ViewMaker, case_of, step_flops
 from msn.training.cost import measure_matrix_rate, synchronise
 
 ROOT = Path(__file__).parents[1]
@@ -104,8 +104,8 @@ def verify() -> dict[str, Any]:
 def equal() -> dict[str, Any]:
     """Three float32 steps on the device beside three on the CPU, same weights and views."""
     case = _case("msn_vits16", 8)._replace(precision="32-true", compile=False)
-    here = MsnStep(case._replace(device="cpu"))
-    there = MsnStep(case)
+    here = TrainingStep(case._replace(device="cpu"))
+    there = TrainingStep(case)
     there.module.network.load_state_dict(here.module.network.state_dict())
     there.views = type(here.views)(*(view.to(DEVICE) for view in here.views))
     losses = []
@@ -132,7 +132,7 @@ def step(name: str) -> Callable[[], dict[str, Any]]:
         if DEVICE.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        method = MsnStep(case)
+        method = TrainingStep(case)
         method.step()
         synchronise(DEVICE)
         first = time.perf_counter() - start
@@ -162,7 +162,7 @@ def views() -> dict[str, Any]:
     """Views of a batch that lies on the device: device time, host time, launches."""
     found = {}
     for batch in (8,) if SMALL else (64, 128, 256, 1024):
-        make_views = ViewMaker(_case("msn_vits16", batch))
+        make_views = ViewMaker(_case("msn_vits16", batch), torch.bfloat16)
         seconds = _median(make_views, 10)
         synchronise(DEVICE)
         start = time.perf_counter()
@@ -180,7 +180,7 @@ def views() -> dict[str, Any]:
 
 def trace() -> dict[str, Any]:
     """Where an S/16 step's time goes: kernels by time, and the share in which none runs."""
-    method = MsnStep(_case("msn_vits16", 128))
+    method = TrainingStep(_case("msn_vits16", 128))
     for _ in range(3):
         method.step()
     kernels, wall = _profiled(method.step, 3)

@@ -27,8 +27,8 @@ from benchmarks.yardstick import Numbers, Yardstick
 from msn.commands.step import (
     WARM_UP,
     Case,
-    MsnStep,
     Step,
+    TrainingStep,
     case_of,
     median_parts,
     product_type,
@@ -71,18 +71,18 @@ class YardstickStep:
 
     def step(self) -> None:
         """One plain step."""
-        self.model.step(self.optimizer, tuple(self.views), self.kept, self.numbers)
+        self.model.step(self.optimizer, self.views[:3], self.kept, self.numbers)
 
 
 def lightly_step(case: Case) -> LightlyStep:
     """lightly's step, where it is installed."""
-    views = tuple(random_views(case))
+    views = random_views(case)[:3]
     return LightlyStep(case.model, case.method, views, torch.device(case.device))
 
 
 # Travel by name to the processes, so each must be a class or function of a module.
 METHODS: dict[str, Callable[[Case], Step]] = {
-    "msn": MsnStep,
+    "msn": TrainingStep,
     "eager_yardstick": YardstickStep,
     "lightly": lightly_step,
 }

@@ -16,26 +16,25 @@ from msn.commands.plan_settings import (
     count_processes,
     planned_device,
 )
-from msn.commands.step import Case, MsnStep, product_type, seconds_per_step, step_flops
+from msn.commands.step import Case, TrainingStep, product_type, seconds_per_step
 from msn.data.datamodule import MSNDataModule
 from msn.data.views import ViewSettings
 from msn.errors import UserError
+from msn.training.base import PretrainingModule
 from msn.training.cost import (
-    Flops,
     Memory,
-    forecast_memory,
+    Operations,
     measure_matrix_rate,
     memory_installed,
     suggest_chunk_size,
 )
-from msn.training.module import MSNModule
 from msn.training.strategy import compilation
 from msn.training.trainer import resolve_precision
 
 _IMAGENET_IMAGES = 1_281_167
 _BEYOND_REASON = 2  # times a device's memory: no swap and no error of the forecast is so large
 _SMALLER = {
-    "weights": "lower model.embed_dim, model.depth or method.num_prototypes",
+    "weights": "lower model.embed_dim, model.depth or, of MSN, method.num_prototypes",
     "views": "lower data.global_batch_size, or the number or size of data.views",
     "activations": "set chunk_size=N, or lower the number or size of data.views or model.embed_dim",
 }
@@ -50,7 +49,7 @@ class Plan(NamedTuple):
     """The numbers that are printed."""
 
     parameters: dict[str, int]
-    flops: Flops
+    flops: Operations
     """Of one image."""
     memory: Memory
     processes: int
@@ -130,19 +129,22 @@ def refuse_beyond_reason(config: DictConfig, settings: dict[str, Any]) -> None:
         )
 
 
-def _outline(config: DictConfig, settings: dict[str, Any]) -> MSNModule:
+def _outline(config: DictConfig, settings: dict[str, Any]) -> PretrainingModule:
     """The module without its numbers, once it is sure that views and batch fit it."""
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            module = build(config, "module", MSNModule)
+            module = build(config, "module", PretrainingModule)
     except (RuntimeError, TypeError, OverflowError) as error:  # torch cannot count so many
         raise UserError(f"model or method: too large ({one_line(error)})") from None
-    module.check_views(ViewSettings(**settings["data"]["views"]))
-    module.check_batch(settings["data"]["global_batch_size"])
+    module.check_settings(
+        ViewSettings(**settings["data"]["views"]),
+        batch_size=settings["data"]["global_batch_size"],
+        accumulated=settings["trainer"]["accumulate_grad_batches"],
+    )
     return module
 
 
-def _plan(config: DictConfig, settings: dict[str, Any], module: MSNModule) -> Plan:
+def _plan(config: DictConfig, settings: dict[str, Any], module: PretrainingModule) -> Plan:
     trainer, global_batch_size = settings["trainer"], settings["data"]["global_batch_size"]
     device = planned_device(trainer["accelerator"])
     processes = count_processes(trainer, device)
@@ -157,8 +159,8 @@ def _plan(config: DictConfig, settings: dict[str, Any], module: MSNModule) -> Pl
     if limit is not None:
         images = min(images, limit * global_batch_size)
     return Plan(
-        parameters=_parameters(module),
-        flops=Flops(*(part / batch_size for part in step_flops(case))),
+        parameters=module.parameter_counts(),
+        flops=module.operations(ViewSettings(**case.views)),
         memory=forecast(module, case, processes, sharded),
         processes=processes,
         sharded=sharded and processes > 1,
@@ -168,15 +170,15 @@ def _plan(config: DictConfig, settings: dict[str, Any], module: MSNModule) -> Pl
     )
 
 
-def forecast(module: MSNModule, case: Case, processes: int = 1, sharded: bool = False) -> Memory:
+def forecast(
+    module: PretrainingModule, case: Case, processes: int = 1, sharded: bool = False
+) -> Memory:
     """Memory of a training's step, see `training.cost.forecast_memory`."""
     wish = compilation(case.compile)
-    return forecast_memory(
-        module.network,
+    return module.forecast_memory(
         ViewSettings(**case.views),
         batch_size=case.batch_size,
         chunk_size=case.chunk_size,
-        patch_drop=case.method["patch_drop"],
         precision=case.precision,
         compiled=case.device == "cuda" if wish is None else wish,
         processes=processes,
@@ -184,7 +186,7 @@ def forecast(module: MSNModule, case: Case, processes: int = 1, sharded: bool = 
     )
 
 
-def _peaks(module: MSNModule, plan: Plan) -> dict[int | None, float]:
+def _peaks(module: PretrainingModule, plan: Plan) -> dict[int | None, float]:
     """Forecast peak without chunks and with each power of two that is less than the batch."""
     chunks = [2**k for k in range(plan.case.batch_size.bit_length())]
     return {
@@ -196,7 +198,7 @@ def _peaks(module: MSNModule, plan: Plan) -> dict[int | None, float]:
 
 
 def less_memory(
-    settings: dict[str, Any], module: MSNModule, device: torch.device, processes: int
+    settings: dict[str, Any], module: PretrainingModule, device: torch.device, processes: int
 ) -> str:
     """What a training whose step has run out of memory may lower, by the forecast.
 
@@ -255,15 +257,6 @@ def _case(settings: dict[str, Any], batch_size: int, device: torch.device) -> Ca
     )
 
 
-def _parameters(module: MSNModule) -> dict[str, int]:
-    network = module.network
-    return {
-        "backbone": sum(p.numel() for p in network.anchor.trunk.parameters()),
-        "projection head": sum(p.numel() for p in network.anchor.head.parameters()),
-        "prototypes": network.prototypes.numel(),
-    }
-
-
 def _memory_of(device: torch.device) -> float | None:
     """Bytes of a device of this machine; None if there is no such device."""
     if device.type == "cpu":
@@ -301,7 +294,7 @@ def _show_memory(plan: Plan, console: Console) -> None:
     table = _table(f"Plan: {plan.epochs} epochs of {plan.images:,} images")
     for name, count in plan.parameters.items():
         table.add_row(f"{name}, parameters", f"{count / 1e6:.2f} M")
-    for name in ("target", "rand", "focal", "total"):
+    for name in (*plan.flops._fields, "total"):
         table.add_row(f"{name}, GFLOP per image", f"{getattr(plan.flops, name) / 1e9:.1f}")
     table.add_section()
     cut = ", the network cut over them" if plan.sharded else ""
@@ -339,7 +332,7 @@ def _advice(peaks: dict[int | None, float], limit: float | None) -> str:
 
 
 def measure_rate(
-    case: Case, flops: Flops, forecast: Callable[[Case], Memory], room: float
+    case: Case, flops: Operations, forecast: Callable[[Case], Memory], room: float
 ) -> tuple[float, int]:
     """Operations/s of one device of this machine in training steps.
 
@@ -380,5 +373,5 @@ def _batch_that_fits(case: Case, forecast: Callable[[Case], Memory], room: float
 
 
 def _seconds_per_step(case: Case, device: torch.device) -> float:
-    method = MsnStep(case)
+    method = TrainingStep(case)
     return min([seconds_per_step(method, 1, device) for _ in range(3)][1:])  # the first compiles

@@ -14,8 +14,8 @@ from msn.evaluation.backbones import FrozenBackbone
 from msn.evaluation.features import check_feature
 from msn.evaluation.lowshot import Protocol, evaluate
 from msn.schema import as_argument
+from msn.training.base import PretrainingModule
 from msn.training.loggers import TensorBoardRun, WandbRun
-from msn.training.module import MSNModule
 from msn.weights import save_backbone
 
 log = logging.getLogger(__name__)
@@ -29,17 +29,17 @@ def finish(
     directory: RunDirectory,
     trainer: Trainer,
     data: MSNDataModule,
-    module: MSNModule,
+    module: PretrainingModule,
     protocol: Protocol,
 ) -> None:
-    """Export the target trunk, evaluate it where there are labels, mark the run as finished.
+    """Export the backbone, evaluate it where there are labels, mark the run as finished.
 
     Every process makes this call and extracts its share of the features; the first one writes.
 
     Raises:
         OSError: if a file cannot be written.
     """
-    trunk = module.network.target.trunk.eval()
+    trunk = module.network.backbone.eval()
     first = trainer.is_global_zero
     # After a fit Lightning has moved the module to the CPU; the device is free for the evaluation.
     device = trainer.strategy.root_device
@@ -70,15 +70,15 @@ def finish(
     print(f"run directory: {directory.path}")
 
 
-def evaluated(module: MSNModule, protocol: Protocol) -> FrozenBackbone:
-    """The target trunk as the table will see it.
+def evaluated(module: PretrainingModule, protocol: Protocol) -> FrozenBackbone:
+    """The trained trunk as the table will see it.
 
     Raises:
         UserError: if it has no such feature, or its patch does not divide the images.
     """
-    trunk = module.network.target.trunk
+    trunk = module.network.backbone
     check_feature(protocol.features.feature, trunk.depth)
-    return FrozenBackbone("msn", trunk, protocol.features.image_size or trunk.img_size)
+    return FrozenBackbone(module.name, trunk, protocol.features.image_size or trunk.img_size)
 
 
 def _report(directory: RunDirectory, device: torch.device) -> None:
@@ -94,8 +94,10 @@ def _report(directory: RunDirectory, device: torch.device) -> None:
         print(f"report: {path}")
 
 
-def _meta(module: MSNModule) -> dict[str, Any]:
+def _meta(module: PretrainingModule) -> dict[str, Any]:
+    kind = module.description.get("kind")
     return {
+        **({} if kind is None else {"kind": kind}),
         "model": dict(module.settings["model"]),
         "method": module.settings["method"],
         "epoch": module.finished_epochs,

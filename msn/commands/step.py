@@ -20,12 +20,12 @@ from msn.data.views import Views, ViewSettings, view_settings
 from msn.errors import UserError
 from msn.method import optim
 from msn.method.optim import BufferGuard, FiniteCheck
-from msn.training.cost import Flops, flops_per_image, measure_matrix_rate, synchronise
-from msn.training.module import MSNModule
+from msn.training.base import PretrainingModule
+from msn.training.cost import Operations, measure_matrix_rate, synchronise
+from msn.training.module import MSNModule, build_module
 from msn.training.strategy import compilation
 from msn.training.trainer import resolve_precision
 
-PARTS = ("views", "target", "anchors", "loss", "backward", "optimiser", "ema")
 WARM_UP = 2  # steps before any is timed; the first one compiles
 _CUDA_SECONDS = 0.5  # on CUDA a measurement is as many steps as take about this long
 _CPU_BATCH, _CUDA_BATCH = 8, 128
@@ -85,20 +85,22 @@ def check_whole(name: str, value: Any, least: int) -> None:
         raise UserError(f"{name} must be a whole number >= {least}, got {value!r}")
 
 
-def step_flops(case: Case) -> Flops:
+def step_flops(case: Case) -> Operations:
     """Nominal operations of one step, see `msn.training.cost`."""
-    views = ViewSettings(**case.views)
-    an_image = flops_per_image(
+    with torch.device("meta"):
+        module = _module_of(case)
+    an_image = module.operations(ViewSettings(**case.views))
+    return type(an_image)(*(case.batch_size * part for part in an_image))
+
+
+def _module_of(case: Case) -> PretrainingModule:
+    return build_module(
         model=case.model,
-        head=case.method["head"],
-        num_prototypes=case.method["num_prototypes"],
-        patch_drop=case.method["patch_drop"],
-        rand_views=views.rand_views,
-        focal_views=views.focal_views,
-        rand_size=views.rand_size,
-        focal_size=views.focal_side,
+        method=case.method,
+        seed=0,
+        chunk_size=case.chunk_size,
+        compile=case.compile,
     )
-    return Flops(*(case.batch_size * part for part in an_image))
 
 
 class Step(Protocol):
@@ -108,38 +110,35 @@ class Step(Protocol):
         """Forward, backward, optimiser, EMA."""
 
 
-class MsnStep:
-    """The product's step, as `MSNModule` and Lightning take it."""
+class TrainingStep:
+    """The product's step, as a `PretrainingModule` and Lightning take it."""
 
     def __init__(self, case: Case) -> None:
         self.case, self.device = case, torch.device(case.device)
-        self.module = MSNModule(
-            model=case.model,
-            method=case.method,
-            seed=0,
-            chunk_size=case.chunk_size,
-            compile=case.compile,
-        ).to(self.device, weight_type(case.precision))
+        self.module = _module_of(case).to(self.device, weight_type(case.precision))
+        self.module.check_settings(
+            ViewSettings(**case.views), batch_size=case.batch_size, accumulated=1
+        )
         self.module.plan_schedule(epochs=_EPOCHS, steps_per_epoch=_STEPS_PER_EPOCH)
         self.module.network.train()
         # Which training has by default.
         self.check = self.module.finite_check = FiniteCheck(_MAX_SKIPPED)
         self.compiled = self.module.make_fast(self.device)
         self.optimizer = self.module.configure_optimizers()
-        self.views = random_views(case, dtype=product_type(case.precision))
+        self._dtype = product_type(case.precision)
+        if self.module.reads_pixels:
+            self._dtype = weight_type(case.precision)
+        self.views = random_views(case, dtype=self._dtype)
         self.make_views: ViewMaker | None = None
 
     def step(self) -> None:
         """As in training, the views already made."""
-        with self._autocast():
-            loss = self.module.training_step(self.views, 0)["loss"]
-        loss.backward()
+        self._forward(self.views).backward()
         self._finish_step()
-        self._update_target()
+        self._end_step()
 
     def parts(self) -> dict[str, float]:
         """Seconds of each part of one more step, waiting for the device after each of them."""
-        network, chunk = self.module.network, self.case.chunk_size
         seconds: dict[str, float] = {}
 
         def timed(name: str, run: Callable[[], Any]) -> Any:
@@ -151,19 +150,36 @@ class MsnStep:
             return result
 
         if self.make_views is None:  # decoded images take memory, so only where parts are asked for
-            self.make_views = ViewMaker(self.case)
-        target, rand, focal = timed("views", self.make_views)
-        kept = self.module.draw_kept_patches(rand)
+            self.make_views = ViewMaker(self.case, self._dtype)
+        views = timed("views", self.make_views)
+        if isinstance(self.module, MSNModule):
+            loss = self._msn_parts(self.module, views, timed)
+        else:
+            loss = timed("forward", lambda: self._forward(views))
+        timed("backward", loss.backward)
+        timed("optimiser", self._finish_step)
+        timed("ema", self._end_step)
+        if not isinstance(self.module, MSNModule):
+            seconds["optimiser"] += seconds.pop("ema")  # there is no target to move
+        return seconds
+
+    def _msn_parts(
+        self, module: MSNModule, views: Views, timed: Callable[[str, Callable[[], Any]], Any]
+    ) -> Tensor:
+        network, chunk = module.network, self.case.chunk_size
+        target, rand, focal, _ = views
+        kept = module.draw_kept_patches(rand)
         with self._autocast():
             wanted = timed("target", lambda: network.project_target(target, chunk))
             anchors = timed("anchors", lambda: network.project_anchors(rand, focal, kept, chunk))
-            terms = timed(
-                "loss", lambda: self.module.loss(anchors, wanted, network.prototypes, 0.25)
-            )
-        timed("backward", terms.loss.backward)
-        timed("optimiser", self._finish_step)
-        timed("ema", self._update_target)
-        return seconds
+            terms = timed("loss", lambda: module.loss(anchors, wanted, network.prototypes, 0.25))
+        loss: Tensor = terms.loss
+        return loss
+
+    def _forward(self, views: Views) -> Tensor:
+        with self._autocast():
+            loss: Tensor = self.module.training_step(views, 0)["loss"]
+        return loss
 
     def _finish_step(self) -> None:
         assert self.module.schedule is not None
@@ -173,9 +189,8 @@ class MsnStep:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _update_target(self) -> None:
-        assert self.module.schedule is not None
-        self.module.network.update_target(self.module.schedule.at(1).momentum, self.check.skip)
+    def _end_step(self) -> None:
+        self.module.after_step(1, self.check.skip)
         self._buffers.restore_if(self.check.skip)
 
     def _autocast(self) -> torch.autocast:
@@ -186,8 +201,8 @@ class MsnStep:
 class ViewMaker:
     """Makes the views of a batch of noise that lies decoded on the device."""
 
-    def __init__(self, case: Case) -> None:
-        self._settings, self._dtype = ViewSettings(**case.views), product_type(case.precision)
+    def __init__(self, case: Case, dtype: torch.dtype) -> None:
+        self._settings, self._dtype = ViewSettings(**case.views), dtype
         shape = (case.batch_size, _IMAGE_HEIGHT, _IMAGE_WIDTH, 3)
         pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
         source = ArraySource(where="noise", pixels=pixels, labels=None, classes=[])
@@ -198,7 +213,12 @@ class ViewMaker:
 
     def __call__(self) -> Views:
         """The views of the batch."""
-        return make_batched_views(self._batch, self._settings, dtype=self._dtype)
+        views = make_batched_views(self._batch, self._settings, dtype=self._dtype)
+        return views._replace(origin=_origin(len(self._batch.indices)))
+
+
+def _origin(images: int) -> BatchKey:
+    return BatchKey(0, 0, np.arange(images))
 
 
 def weight_type(precision: str) -> torch.dtype:
@@ -223,6 +243,7 @@ def random_views(case: Case, *, dtype: torch.dtype = torch.float32) -> Views:
         noise(batch, 3, large, large),
         noise(settings.rand_views, batch, 3, large, large),
         noise(settings.focal_views, batch, 3, small, small),
+        _origin(batch),
     )
 
 
@@ -243,7 +264,7 @@ def bench_step(settings: dict[str, Any], console: Console) -> list[dict[str, Any
     case = case_of(settings)
     device, dtype = torch.device(case.device), product_type(case.precision)
     measure_matrix_rate(device, dtype)  # takes its memory before the step fills the device
-    before, method = memory_of_process("VmRSS"), MsnStep(case)
+    before, method = memory_of_process("VmRSS"), TrainingStep(case)
     first = [seconds_per_step(method, 1, device) for _ in range(WARM_UP)]
     # Steps have reached their full size; the parts below make views, which is other memory.
     peak = peak_memory(device, before)
@@ -282,7 +303,7 @@ def repeats_of(seconds: float, device: torch.device) -> int:
 
 def median_parts(parts: list[dict[str, float]]) -> dict[str, float]:
     """The median of every part of some steps."""
-    return {name: statistics.median(part[name] for part in parts) for name in PARTS}
+    return {name: statistics.median(part[name] for part in parts) for name in parts[0]}
 
 
 def peak_memory(device: torch.device, before: int | None) -> int | None:
@@ -326,7 +347,7 @@ def step_rows(
         if case.device == "cuda"
         else f"CPU, {torch.get_num_threads()} threads",
         "model": case.model,
-        "patch_drop": case.method["patch_drop"],
+        "patch_drop": case.method.get("patch_drop", case.method.get("mask_ratio")),
         "chunk_size": case.chunk_size,
         "compile": case.compile,
     }
@@ -383,7 +404,7 @@ def show_step(rows: list[dict[str, Any]], case: Case, console: Console) -> None:
         )
     console.print(table)
     parts = Table(title="Where msn's step goes, each part waited for; ms")
-    for name in PARTS:
+    for name in first["parts"]:
         parts.add_column(name, justify="right")
-    parts.add_row(*(f"{1000 * first['parts'][name]:.1f}" for name in PARTS))
+    parts.add_row(*(f"{1000 * seconds:.1f}" for seconds in first["parts"].values()))
     console.print(parts)

@@ -38,6 +38,7 @@ from msn.evaluation.table import versions
 from msn.images.depth import RECORDED
 from msn.method.distributed import process_index
 from msn.schema import as_argument
+from msn.training.base import PretrainingModule
 from msn.training.checkpointing import check_same_run, identity_of, step_of
 from msn.training.launch import (
     agree,
@@ -48,7 +49,6 @@ from msn.training.launch import (
     starts_processes,
 )
 from msn.training.loggers import MetricsCSV, WandbRun
-from msn.training.module import MSNModule
 from msn.training.preemption import EXIT_CODE, Preempted, Preemption, requeue_slurm_job
 from msn.training.progress import build_progress
 from msn.weights import initialise, read_weights
@@ -92,7 +92,7 @@ def run(config: DictConfig) -> Path | None:
 def _run(config: DictConfig, settings: dict[str, Any], preemption: Preemption) -> Path:
     data: MSNDataModule = build(config, "data", MSNDataModule)
     plan.refuse_beyond_reason(config, settings)
-    module: MSNModule = build(config, "module", MSNModule)
+    module: PretrainingModule = build(config, "module", PretrainingModule)
     protocol: Protocol = build(config, "protocol", Protocol)
     check_baselines(settings["baselines"], protocol)
     evaluated(module, protocol)
@@ -140,7 +140,7 @@ def _set_up(
     directory: RunDirectory,
     trainer: Trainer,
     data: MSNDataModule,
-    module: MSNModule,
+    module: PretrainingModule,
     *,
     preemption: Preemption,
 ) -> None:
@@ -175,7 +175,7 @@ def _set_up(
 def _fit(
     settings: dict[str, Any],
     trainer: Trainer,
-    module: MSNModule,
+    module: PretrainingModule,
     data: MSNDataModule,
     directory: RunDirectory,
 ) -> None:
@@ -197,7 +197,7 @@ def _fit(
         trainer.fit(module, datamodule=data, ckpt_path=directory.resume_from)
 
 
-def _build_trainer(config: DictConfig, data: MSNDataModule, module: MSNModule) -> Trainer:
+def _build_trainer(config: DictConfig, data: MSNDataModule, module: PretrainingModule) -> Trainer:
     """The trainer, still without what needs the run directory."""
     launch = read_launch(os.environ)
     devices, num_nodes = fit_devices(
@@ -222,6 +222,7 @@ def _build_trainer(config: DictConfig, data: MSNDataModule, module: MSNModule) -
     steps = len(order)
     if config.trainer.limit_train_batches is not None:
         steps = min(steps, config.trainer.limit_train_batches)
+    steps = -(-steps // config.trainer.accumulate_grad_batches)
     module.plan_schedule(epochs=config.trainer.max_epochs, steps_per_epoch=steps)
     return trainer
 
@@ -284,7 +285,7 @@ def _is_multirun() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def _initialise(module: MSNModule, settings: dict[str, Any]) -> None:
+def _initialise(module: PretrainingModule, settings: dict[str, Any]) -> None:
     """Start from the weights of a file and say part by part what was taken."""
     path, heads = str(settings["init"]), settings["model"]["num_heads"]
     weights = read_weights(path, num_heads=heads, key=settings["init_key"])
@@ -305,17 +306,19 @@ def _describe_data(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe_run(
-    trainer: Trainer, directory: RunDirectory, data: MSNDataModule, module: MSNModule
+    trainer: Trainer, directory: RunDirectory, data: MSNDataModule, module: PretrainingModule
 ) -> None:
     if not trainer.is_global_zero:
         return
-    parameters = sum(p.numel() for p in module.network.anchor.trunk.parameters())
+    parameters = sum(p.numel() for p in module.network.backbone.parameters())
     views = data.views
+    seen = f"1 + {views.rand_views} views of {views.rand_size} px and "
+    seen += f"{views.focal_views} of {views.focal_side} px"
+    if views.num_views == 1:
+        seen = f"1 view of {views.rand_size} px"
     print(
         f"training on {len(data.pools.train)} images, batch {data.global_batch_size}, "
-        f"{trainer.max_epochs} epochs; backbone of {parameters / 1e6:.1f} M parameters; "
-        f"1 + {views.rand_views} views of {views.rand_size} px and "
-        f"{views.focal_views} of {views.focal_side} px"
+        f"{trainer.max_epochs} epochs; backbone of {parameters / 1e6:.1f} M parameters; {seen}"
     )
     if data.pools.held_out is None:
         print(f"no labels, so no low-shot table in the end: {data.pools.why}")
@@ -342,18 +345,16 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def _facts(trainer: Trainer, data: MSNDataModule, module: MSNModule) -> dict[str, Any]:
+def _facts(trainer: Trainer, data: MSNDataModule, module: PretrainingModule) -> dict[str, Any]:
     """Machine, sizes and versions, which the report shows beside the settings."""
     assert module.schedule is not None
-    steps = len(data.sampler(rank=trainer.global_rank, world_size=trainer.world_size))
-    limit = trainer.limit_train_batches
     return {
         "device": _device_name(trainer.strategy.root_device),
         "processes": trainer.world_size,
         "precision": str(trainer.precision),
         "training_images": len(data.pools.train),
-        "steps_per_epoch": min(steps, limit) if isinstance(limit, int) else int(steps * limit),
-        "parameters": sum(p.numel() for p in module.network.anchor.trunk.parameters()),
+        "steps_per_epoch": module.schedule.steps_per_epoch,
+        "parameters": sum(p.numel() for p in module.network.backbone.parameters()),
         "versions": versions(),
     }
 

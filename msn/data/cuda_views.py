@@ -70,7 +70,7 @@ def make_cuda_views(batch: ImageBatch, settings: ViewSettings, *, dtype: torch.d
 
     def make(rows: Tensor, size: int) -> Tensor:
         views = _make(batch.pixels, images, rows, size, dtype)
-        return views.view(-1, count, 3, size, size)
+        return views.view(len(rows) // count, count, 3, size, size)
 
     first = make(table[:large], settings.rand_size)
     return Views(first[0], first[1:], make(table[large:], settings.focal_side))

@@ -20,7 +20,7 @@ from msn.data.batched_views import make_batched_views
 from msn.data.dataset import ImageBatch, LabelledImages, TrainingSet
 from msn.data.pools import Pools, PoolSettings, build_pools
 from msn.data.reference_views import make_reference_views
-from msn.data.sampler import EpochSampler
+from msn.data.sampler import BatchKey, EpochSampler
 from msn.data.sources import ArraySource
 from msn.data.views import Views, view_settings
 from msn.data.workers import make_loader
@@ -201,15 +201,20 @@ class MSNDataModule(LightningDataModule):
     def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> Views:
         """Make the views on the device that holds the pixels, and record the batch."""
         self._record(batch)
-        return self.make_views(batch, self._view_dtype())
+        origin = BatchKey(batch.epoch, batch.batch, batch.indices.numpy())
+        return self.make_views(batch, self._view_dtype())._replace(origin=origin)
 
     def _view_dtype(self) -> torch.dtype:
-        """That of the network's first product, which rounds its input to it under autocast."""
+        """That of the network's first product, which rounds its input to it under autocast.
+
+        A method that predicts pixels gets them as exact as the network's weights.
+        """
         if self.trainer is None:
             return torch.float32
-        if self.trainer.precision == "bf16-mixed":
+        module = self.trainer.lightning_module
+        if self.trainer.precision == "bf16-mixed" and not getattr(module, "reads_pixels", False):
             return torch.bfloat16
-        return next(self.trainer.lightning_module.parameters()).dtype
+        return next(module.parameters()).dtype
 
     def make_views(self, batch: ImageBatch, dtype: torch.dtype = torch.float32) -> Views:
         """Make the views of a batch by the chosen back end."""

@@ -16,7 +16,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from msn.data.sampler import uniform
+from msn.data.sampler import BatchKey, uniform
 from msn.errors import UserError
 from msn.schema import Range, check_ranges, make, refuse_unknown
 
@@ -42,12 +42,14 @@ NO_CHANGE = np.array([1.0, 1.0, 1.0, 0.0], np.float32)
 class Views(NamedTuple):
     """The views of B images, normalised, in the model's dtype.
 
-    `target` [B, 3, S, S], `rand` [R, B, 3, S, S] and `focal` [F, B, 3, s, s].
+    `target` [B, 3, S, S], `rand` [R, B, 3, S, S] and `focal` [F, B, 3, s, s]; `origin` says which
+    images of the training set they are of, where that is known.
     """
 
     target: Tensor
     rand: Tensor
     focal: Tensor
+    origin: BatchKey | None = None
 
 
 _Chance = Annotated[float, Range(0, 1)]
@@ -86,8 +88,6 @@ class ViewSettings:
 
     def __post_init__(self) -> None:
         check_ranges("data.views", self)
-        if self.rand_views + self.focal_views == 0:
-            raise UserError("data.views.rand_views + data.views.focal_views is 0: must be >= 1")
         for name, size in {"rand_size": self.rand_size, "focal_size": self.focal_side}.items():
             if size < 1 or size % self.patch_size:
                 raise UserError(
@@ -191,6 +191,22 @@ def draw_parameters(
     blurred = rest[..., 8] < settings.blur_probability
     columns["blur"][:] = np.where(blurred, low + (high - low) * rest[..., 9], 0.0)
     return ViewParameters(table)
+
+
+_NO_VIEW = -1  # keeps the noise's draws apart from those of the views
+
+
+def draw_noise(*, seed: int, epoch: int, indices: np.ndarray, count: int) -> np.ndarray:
+    """Draw numbers in [0, 1) that choose patches of each image, float32 [B, count].
+
+    Args:
+        seed: of the run.
+        epoch: counts from 0.
+        indices: of the images in the data set, int [B].
+        count: numbers per image; a row depends on its own image alone.
+    """
+    draws = uniform(seed, epoch, np.asarray(indices)[:, None], _NO_VIEW, np.arange(count))
+    return draws.astype(np.float32)
 
 
 def _draw_boxes(

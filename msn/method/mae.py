@@ -4,15 +4,17 @@ Legend: B images, N patches, M kept patches, D width of the trunk, E width of th
 p patch side in px. Section numbers are those of that paper.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from msn.errors import UserError
 from msn.method.block import Block
+from msn.method.network import Network
 from msn.method.positions import sincos_positions
 from msn.method.vit import VisionTransformer
 
@@ -28,7 +30,22 @@ class Reconstruction(NamedTuple):
     """1 where a patch was masked, 0 where it was kept, [B, N]."""
 
 
-class MAE(nn.Module):
+class Errors(NamedTuple):
+    """What training looks at, all in float32 or more, patches in order."""
+
+    loss: Tensor
+    """Mean squared error over masked patches, scalar."""
+    patches: Tensor
+    """Mean squared error of each patch, [B, N]."""
+    of_means: Tensor
+    """The same of a prediction that knows each patch's mean and nothing else, [B, N]."""
+    mask: Tensor
+    """1 where a patch was masked, 0 where it was kept, [B, N]."""
+    class_tokens: Tensor
+    """Of the trunk after the last norm, [B, D]."""
+
+
+class MAE(Network):
     """Trunk and decoder (section 3); after pretraining the decoder is thrown away.
 
     Args:
@@ -66,6 +83,21 @@ class MAE(nn.Module):
         nn.init.xavier_uniform_(self.trunk.patch_embed.proj.weight.view(self.trunk.embed_dim, -1))
         nn.init.normal_(self.trunk.cls_token, std=0.02)
 
+    @property
+    def backbone(self) -> VisionTransformer:
+        """The trunk."""
+        return self.trunk
+
+    @property
+    def learner(self) -> nn.Module:
+        """Trunk and decoder."""
+        return self
+
+    @property
+    def stacks(self) -> list[nn.ModuleList]:
+        """Blocks of trunk and decoder."""
+        return [self.trunk.blocks, self.decoder.blocks]
+
     def forward(self, images: Tensor, noise: Tensor) -> Reconstruction:
         """Reconstruct the patches whose noise is greatest.
 
@@ -76,13 +108,47 @@ class MAE(nn.Module):
         Raises:
             UserError: if images are of another size than the trunk's.
         """
+        kept, mask = self._choose(images, noise)
+        prediction = self.decoder(self.encode(images, kept), kept)
+        return Reconstruction(self.loss(images, prediction, mask), prediction, mask)
+
+    def learn(self, images: Tensor, noise: Tensor, chunk_size: int | None = None) -> Errors:
+        """The same pass with the errors of all patches in place of their pixels.
+
+        Args:
+            images: as of `forward`.
+            noise: as of `forward`.
+            chunk_size: images per pass under activation checkpointing; as no image looks at
+                another, chunks change memory, not numbers. None takes all at once.
+
+        Raises:
+            UserError: if images are of another size than the trunk's.
+        """
+        kept, mask = self._choose(images, noise)
+        run: Callable[..., tuple[Tensor, Tensor, Tensor]] = self._errors
+        if chunk_size is not None and torch.is_grad_enabled():  # nothing in it is random
+            run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+        size = len(images) if chunk_size is None else chunk_size
+        parts = [run(*part) for part in zip(images.split(size), kept.split(size), strict=True)]
+        patches, of_means, class_tokens = (torch.cat(part) for part in zip(*parts, strict=True))
+        loss = (patches * mask).sum() / mask.sum()
+        return Errors(loss, patches, of_means, mask, class_tokens)
+
+    def _errors(self, images: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        tokens = self.encode(images, kept)
+        prediction = self.decoder(tokens, kept)
+        wanted, of_means = self._wanted(images, prediction.dtype)
+        errors = (prediction.to(wanted.dtype) - wanted).square().mean(dim=-1)
+        return errors, of_means, tokens[:, 0].detach()
+
+    def _choose(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Patches that are kept, [B, M], and the mask, [B, N]."""
         side = self.trunk.img_size
         if images.shape[-2:] != (side, side):
             raise UserError(f"images must be {side} x {side} px, got {tuple(images.shape[-2:])}")
-        kept = noise.argsort(dim=1)[:, : self.num_kept]
-        mask = torch.ones_like(noise).scatter_(1, kept, 0)
-        prediction = self.decoder(self.encode(images, kept), kept)
-        return Reconstruction(self.loss(images, prediction, mask), prediction, mask)
+        # Stable, so that equal numbers fall alike on every device.
+        kept = noise.argsort(dim=1, stable=True)[:, : self.num_kept]
+        return kept, torch.ones_like(noise).scatter_(1, kept, 0)
 
     def encode(self, images: Tensor, kept: Tensor | None) -> Tensor:
         """Class token and kept patches after the last norm, [B, 1 + M, D]; None keeps all."""
@@ -91,13 +157,20 @@ class MAE(nn.Module):
 
     def loss(self, images: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
         """Squared error per patch, averaged over the masked patches of the batch, in float32."""
-        wide = torch.promote_types(prediction.dtype, torch.float32)
-        wanted = patchify(images, self.trunk.patch_size).to(wide)
-        if self.norm_pix_loss:
-            variance, mean = torch.var_mean(wanted, dim=-1, keepdim=True)
-            wanted = (wanted - mean) / (variance + 1e-6).sqrt()
-        errors = (prediction.to(wide) - wanted).square().mean(dim=-1)  # [B, N]
+        wanted, _ = self._wanted(images, prediction.dtype)
+        errors = (prediction.to(wanted.dtype) - wanted).square().mean(dim=-1)  # [B, N]
         return (errors * mask).sum() / mask.sum()
+
+    def _wanted(self, images: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Pixels to predict, [B, N, p * p * 3], and the error of each patch's mean, [B, N]."""
+        wide = torch.promote_types(dtype, torch.float32)
+        wanted = patchify(images, self.trunk.patch_size).to(wide)
+        variance, mean = torch.var_mean(wanted, dim=-1, keepdim=True)
+        of_means = variance * ((wanted.shape[-1] - 1) / wanted.shape[-1])
+        if self.norm_pix_loss:
+            wanted = (wanted - mean) / (variance + 1e-6).sqrt()
+            of_means = of_means / (variance + 1e-6)
+        return wanted, of_means[..., 0]
 
 
 class Decoder(nn.Module):

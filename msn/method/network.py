@@ -6,6 +6,7 @@ width, K prototypes.
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -18,6 +19,30 @@ from torch.utils.checkpoint import checkpoint
 from msn.errors import UserError
 from msn.method.distributed import BatchNorm
 from msn.method.vit import VisionTransformer, init_linear
+
+
+class Network(nn.Module, ABC):
+    """What training must know of a method's network, whatever the method."""
+
+    @property
+    @abstractmethod
+    def backbone(self) -> VisionTransformer:
+        """The trunk that is evaluated and exported."""
+
+    @property
+    @abstractmethod
+    def learner(self) -> nn.Module:
+        """What is trained with weight decay and whose gradient is clipped, if any is."""
+
+    @property
+    def undecayed(self) -> list[nn.Parameter]:
+        """What is trained besides, neither decayed nor clipped."""
+        return []
+
+    @property
+    @abstractmethod
+    def stacks(self) -> list[nn.ModuleList]:
+        """Stacks of blocks; each block is compiled, and cut over processes (FSDP2), by itself."""
 
 
 class Projections(NamedTuple):
@@ -113,7 +138,7 @@ class Encoder(nn.Module):
         return [self.head(torch.cat(tokens, dim=1)) for tokens in zip(*parts, strict=True)]
 
 
-class MSN(nn.Module):
+class MSN(Network):
     """The network of Masked Siamese Networks: everything that has parameters.
 
     Args:
@@ -137,6 +162,26 @@ class MSN(nn.Module):
         width = int(head["output_dim"])
         self.prototypes = nn.Parameter(torch.empty(num_prototypes, width))
         nn.init.uniform_(self.prototypes, -1 / math.sqrt(width), 1 / math.sqrt(width))
+
+    @property
+    def backbone(self) -> VisionTransformer:
+        """The target's trunk."""
+        return self.target.trunk
+
+    @property
+    def learner(self) -> nn.Module:
+        """The anchor encoder."""
+        return self.anchor
+
+    @property
+    def undecayed(self) -> list[nn.Parameter]:
+        """The prototypes."""
+        return [self.prototypes]
+
+    @property
+    def stacks(self) -> list[nn.ModuleList]:
+        """Blocks of both trunks."""
+        return [self.anchor.trunk.blocks, self.target.trunk.blocks]
 
     def forward(
         self,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from msn.errors import UserError
 from msn.method.distributed import all_reduce_sum, num_processes, process_index, whole
-from msn.method.network import MSN
-from msn.method.schedules import ScheduleValues
+from msn.method.network import Network
+from msn.method.schedules import MAEScheduleValues, ScheduleValues
 
 
 class FiniteCheck:
@@ -70,31 +70,31 @@ class BufferGuard:
             buffer.copy_(torch.where(skip > 0, before, buffer))
 
 
-def parameter_groups(network: MSN) -> list[dict[str, Any]]:
+def parameter_groups(network: Network) -> list[dict[str, Any]]:
     """Split what is trained into decayed and never decayed parameters.
 
-    Biases, norms (every 1-D tensor) and prototypes are never decayed; class token and position
-    embeddings are, as in the released code.
+    Biases, norms (every 1-D tensor) and prototypes are never decayed; class and mask token and
+    learned position embeddings are, as in the released code of MSN and of MAE.
 
     Returns:
         Groups of AdamW, each with the keys `params` and `use_weight_decay`.
     """
-    trained = list(network.anchor.parameters())
+    trained = [p for p in network.learner.parameters() if p.requires_grad]
     decayed = [parameter for parameter in trained if parameter.ndim > 1]
     free = [parameter for parameter in trained if parameter.ndim <= 1]
     return [
         {"params": decayed, "use_weight_decay": True},
-        {"params": [*free, network.prototypes], "use_weight_decay": False},
+        {"params": [*free, *network.undecayed], "use_weight_decay": False},
     ]
 
 
 def build_optimizer(
-    network: MSN, *, betas: tuple[float, float], eps: float, fused: bool
+    network: Network, *, betas: tuple[float, float], eps: float, fused: bool
 ) -> torch.optim.AdamW:
-    """AdamW over anchor and prototypes; learning rate and decay come from `set_values` each step.
+    """AdamW over all that is trained; learning rate and decay come from `set_values` each step.
 
     Args:
-        network: its anchor and prototypes are trained, never its target.
+        network: its `learner` and what is `undecayed` are trained; of MSN never the target.
         betas: both in [0, 1).
         eps: > 0.
         fused: one kernel for all parameters; parameters must lie where they will be trained.
@@ -120,7 +120,9 @@ def check_adamw(*, betas: tuple[float, float], eps: float) -> None:
         raise UserError(f"method.eps must be > 0, got {eps}")
 
 
-def set_values(optimizer: torch.optim.Optimizer, values: ScheduleValues) -> None:
+def set_values(
+    optimizer: torch.optim.Optimizer, values: ScheduleValues | MAEScheduleValues
+) -> None:
     """Put a step's learning rate and weight decay into the optimiser."""
     for group in optimizer.param_groups:
         group["lr"] = values.lr

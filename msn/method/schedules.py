@@ -95,16 +95,10 @@ class Schedule:
         }.items():
             _check(name, value, 0 < value <= 1, "in (0, 1]")
         _check("schedule_stretch", schedule_stretch, schedule_stretch >= 1, ">= 1")
-        _check("warmup_epochs", warmup_epochs, warmup_epochs >= 0, ">= 0")
         self.steps_per_epoch = steps_per_epoch
         self.ramp_steps = schedule_stretch * epochs * steps_per_epoch
         self.total_steps = int(self.ramp_steps)
-        self.warmup_steps = int(warmup_epochs * steps_per_epoch)
-        if self.warmup_steps >= epochs * steps_per_epoch and warmup_epochs > 0:
-            raise UserError(
-                f"a warm-up of {warmup_epochs} epochs does not fit a training of {epochs} epochs: "
-                f"lower method.warmup_epochs or raise trainer.max_epochs"
-            )
+        self.warmup_steps = _warmup_steps(warmup_epochs, epochs, steps_per_epoch)
         self._lr = (start_lr, lr, final_lr)
         self._weight_decay = (weight_decay, final_weight_decay)
         self._momentum = (momentum, final_momentum)
@@ -136,6 +130,77 @@ class Schedule:
                 step, start=self._sharpen[0], final=self._sharpen[1], total_steps=self.ramp_steps
             ),
         )
+
+
+class MAEScheduleValues(NamedTuple):
+    """What is in force in one step of masked autoencoders."""
+
+    lr: float
+    weight_decay: float
+
+
+class MAESchedule:
+    """The schedules of masked autoencoders (arXiv 2111.06377, Table 8): a warm-up, then a cosine.
+
+    As in the released code step 0 uses progress 0, so it trains with `start_lr`.
+
+    Args:
+        start_lr: learning rate at step 0, >= 0.
+        lr: peak learning rate, > 0; absolute, never scaled with the batch.
+        final_lr: at the end, >= 0.
+        warmup_epochs: >= 0, may be fractional.
+        weight_decay: constant, >= 0.
+        epochs: epochs of training, >= 1.
+        steps_per_epoch: of the optimiser, >= 1.
+
+    Raises:
+        UserError: if a number is out of its range, or the warm-up does not fit the training.
+    """
+
+    def __init__(
+        self,
+        *,
+        start_lr: float,
+        lr: float,
+        final_lr: float,
+        warmup_epochs: float,
+        weight_decay: float,
+        epochs: int,
+        steps_per_epoch: int,
+    ) -> None:
+        _check("lr", lr, lr > 0, "> 0")
+        _check("start_lr", start_lr, start_lr >= 0, ">= 0")
+        _check("final_lr", final_lr, final_lr >= 0, ">= 0")
+        _check("weight_decay", weight_decay, weight_decay >= 0, ">= 0")
+        self.steps_per_epoch = steps_per_epoch
+        self.total_steps = epochs * steps_per_epoch
+        self.warmup_steps = _warmup_steps(warmup_epochs, epochs, steps_per_epoch)
+        self._lr = (start_lr, lr, final_lr)
+        self._weight_decay = weight_decay
+
+    def at(self, step: int) -> MAEScheduleValues:
+        """Values in force in a step, counted from 0."""
+        start, peak, final = self._lr
+        lr = warmup_cosine(
+            step,
+            start=start,
+            peak=peak,
+            final=final,
+            warmup_steps=self.warmup_steps,
+            total_steps=self.total_steps,
+        )
+        return MAEScheduleValues(lr, self._weight_decay)
+
+
+def _warmup_steps(warmup_epochs: float, epochs: int, steps_per_epoch: int) -> int:
+    _check("warmup_epochs", warmup_epochs, warmup_epochs >= 0, ">= 0")
+    steps = int(warmup_epochs * steps_per_epoch)
+    if steps >= epochs * steps_per_epoch and warmup_epochs > 0:
+        raise UserError(
+            f"a warm-up of {warmup_epochs} epochs does not fit a training of {epochs} epochs: "
+            f"lower method.warmup_epochs or raise trainer.max_epochs"
+        )
+    return steps
 
 
 def _check(name: str, value: float, holds: bool, allowed: str) -> None:

@@ -53,7 +53,8 @@ class Gallery(NamedTuple):
 
 def galleries(learned: Learned) -> list[Gallery]:
     """All galleries that can be made of a run."""
-    found = [_views(learned)]
+    is_mae = learned.settings["method"].get("kind") == "mae"  # which has no anchors
+    found = [] if is_mae else [_views(learned)]
     if learned.assignments is not None:
         found.append(_prototypes(learned, learned.assignments))
     return [*found, _attention(learned)]

@@ -150,6 +150,12 @@ def _data(record: RunRecord) -> str:
 
 
 def _method(method: Mapping[str, Any]) -> str:
+    if method.get("kind") == "mae":
+        decoder = method["decoder"]
+        return (
+            f"masked autoencoder: mask ratio {method['mask_ratio']:g}, decoder of width "
+            f"{decoder['embed_dim']} and depth {decoder['depth']}, lr {method['lr']:g}"
+        )
     sinkhorn = "Sinkhorn" if method["use_sinkhorn"] else "no Sinkhorn"
     return (
         f"{method['num_prototypes']:,} prototypes, {sinkhorn}, me-max {method['me_max_weight']:g}, "

@@ -30,6 +30,16 @@ from msn.weights.reading import checkpoints, epoch_and_step, newest_checkpoint
 log = logging.getLogger(__name__)
 
 
+def ends_step(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether the optimiser has stepped at the end of this batch; batches may be accumulated."""
+    return (batch_idx + 1) % accumulated(trainer) == 0 or trainer.is_last_batch
+
+
+def accumulated(trainer: Trainer) -> int:
+    """Batches per optimiser step."""
+    return int(vars(trainer)["accumulate_grad_batches"])
+
+
 class DurableCheckpointIO(CheckpointIO):
     """Write plain-data checkpoints atomically and read them without running their code.
 
@@ -160,7 +170,7 @@ class PeriodicCheckpoint(Checkpoint):
             remove_stale(self.directory)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        self._steps_per_epoch = int(trainer.num_training_batches)
+        self._steps_per_epoch = -(-int(trainer.num_training_batches) // accumulated(trainer))
         if self._random_states is not None:
             restore_random_state(self._random_states, trainer.global_rank)
             self._random_states = None
@@ -178,7 +188,7 @@ class PeriodicCheckpoint(Checkpoint):
     def on_train_batch_end(  # noqa: D102
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        due = self._is_due(trainer)
+        due = ends_step(trainer, batch_idx) and self._is_due(trainer)
         # In an epoch's last step the epoch end, which comes at once, is the place to save.
         if due and not trainer.is_last_batch:
             self.save(trainer, finished_epochs=trainer.current_epoch)
@@ -348,6 +358,9 @@ def identity_of(settings: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in pairs.items()
         if key in _SINGLE or any(key.startswith(f"{group}.") for group in _WHOLE)
     }
+    several = pairs.get("trainer.accumulate_grad_batches", 1)
+    if several != 1:  # files from before it was allowed do not name it
+        identity["trainer.accumulate_grad_batches"] = several
     return {**identity, "trainer.strategy": "fsdp2" if sharded else "auto"}
 
 

@@ -12,14 +12,16 @@ counts as speed, and recomputation under `chunk_size` counts as slowness.
 import os
 import time
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from msn.data.views import ViewSettings
+from msn.method.mae import MAE
 from msn.method.masking import num_kept_patches
-from msn.method.network import MSN
+from msn.method.network import MSN, Network
 
 
 class Flops(NamedTuple):
@@ -36,6 +38,47 @@ class Flops(NamedTuple):
     def total(self) -> float:
         """Of the whole step for one image."""
         return self.target + self.rand + self.focal
+
+
+class MAEFlops(NamedTuple):
+    """Of one image in one training step of masked autoencoders, forward and backward."""
+
+    encoder: float
+    """The trunk, on the patches that are kept."""
+    decoder: float
+    """With its projection to pixels, on all patches."""
+
+    @property
+    def total(self) -> float:
+        """Of the whole step for one image."""
+        return self.encoder + self.decoder
+
+
+Operations = Flops | MAEFlops
+
+
+def mae_flops_per_image(
+    *, model: Mapping[str, Any], decoder: Mapping[str, Any], num_kept: int
+) -> MAEFlops:
+    """Nominal operations that one image costs in a training step of masked autoencoders.
+
+    The trunk costs what an anchor view of `num_kept` patches costs without a head. The decoder of
+    width E costs, forward: 2 (1 + num_kept) D E (embedding) + depth (24 L E^2 + 4 L^2 E) (blocks)
+    + 2 L E 3 patch_size^2 (pixels).
+
+    Args:
+        model: the numbers of `VisionTransformer`.
+        decoder: embed_dim, depth, num_heads of `msn.method.mae.Decoder`.
+        num_kept: patches that the trunk sees.
+    """
+    width, depth = int(decoder["embed_dim"]), int(decoder["depth"])
+    length = 1 + (int(model["img_size"]) // int(model["patch_size"])) ** 2
+    embedding = 2.0 * (1 + num_kept) * int(model["embed_dim"]) * width
+    blocks = depth * (24 * length * width**2 + 4 * length**2 * width)
+    pixels = 2 * length * width * 3 * int(model["patch_size"]) ** 2
+    return MAEFlops(
+        encoder=3 * trunk_flops(model, num_kept), decoder=3 * (embedding + blocks + pixels)
+    )
 
 
 def flops_per_image(
@@ -139,18 +182,85 @@ def forecast_memory(
         processes: that train together, each on a device of its own.
         sharded: whether the network is cut over them (`msn.training.strategy`); else it is DDP's.
     """
-    size = 8 if precision == "64-true" else 2 if precision == "bf16-true" else 4
-    held = _held_bytes(network, size, processes, sharded)
+    size = _bytes_a_number(precision)
     view_bytes = bytes_of_views(views, batch_size, 2 if precision == "bf16-mixed" else size)
     images = batch_size if chunk_size is None else min(chunk_size, batch_size)
     kept, last, passing = _trunk_bytes(network, views, patch_drop, precision, compiled)
-    kept = images * kept + _cast_bytes(network.anchor.trunk, precision)
-    last, workspace = images * last, images * passing
     rows = batch_size * (views.rand_views + views.focal_views)
-    beyond = _head_and_loss_bytes(network, rows) + _cast_bytes(network.anchor.head, precision)
+    return _total(
+        _held_bytes(network, size, processes, sharded),
+        view_bytes,
+        kept=images * kept + _cast_bytes(network.anchor.trunk, precision),
+        last=images * last,
+        workspace=images * passing,
+        beyond=_head_and_loss_bytes(network, rows) + _cast_bytes(network.anchor.head, precision),
+        chunked=chunk_size is not None,
+    )
+
+
+def forecast_mae_memory(
+    network: MAE,
+    *,
+    batch_size: int,
+    chunk_size: int | None,
+    precision: str,
+    compiled: bool,
+    processes: int,
+    sharded: bool,
+) -> Memory:
+    """As `forecast_memory`, of masked autoencoders, whose view is the target alone."""
+    size, trunk, decoder = _bytes_a_number(precision), network.trunk, network.decoder
+    images = batch_size if chunk_size is None else min(chunk_size, batch_size)
+    patches, pixels = (trunk.img_size // trunk.patch_size) ** 2, 3 * trunk.patch_size**2
+    seen, whole = images * (1 + network.num_kept), images * (1 + patches)
+    half = 2 if precision == "bf16-mixed" else size
+    kept = float(images * network.num_kept * pixels * half)
+    workspace = 0.0
+    for tokens, blocks, norm, model in (
+        (seen, trunk.blocks, trunk.norm, trunk.model_config),
+        (whole, decoder.blocks, decoder.norm, {"mlp_ratio": 4.0}),
+    ):
+        width = norm.normalized_shape[0]
+        block, passing = _block_bytes(tokens * width, model, precision, compiled)
+        kept += len(blocks) * block + tokens * width * (size + half)  # and the norm
+        workspace = max(workspace, passing)
+    numbers = images * patches * pixels
+    return _total(
+        _held_bytes(network, size, processes, sharded),
+        float(batch_size * 3 * trunk.img_size**2 * size),
+        kept=kept + _cast_bytes(network, precision),
+        # What the prediction is off by, which is kept, and pixels as they are and as wanted.
+        last=3.0 * numbers * size,
+        workspace=workspace,
+        beyond=0.0,
+        chunked=chunk_size is not None,
+    )
+
+
+def _total(
+    held: "_Held",
+    view_bytes: float,
+    *,
+    kept: float,
+    last: float,
+    workspace: float,
+    beyond: float,
+    chunked: bool,
+) -> Memory:
+    """The peak of a step from its parts.
+
+    Args:
+        held: all that has the size of the network.
+        view_bytes: of the batch.
+        kept: before the last block, of a chunk if there are any.
+        last: of what comes last, of a chunk.
+        workspace: passing in the backward pass of a block.
+        beyond: of head and loss, which see the whole batch.
+        chunked: whether there are chunks.
+    """
     standing = held.weights + held.optimiser + held.buckets + view_bytes
     # The backward pass has left head, loss and last block when it comes to a whole block.
-    if chunk_size is None:  # gradients grow while activations go
+    if not chunked:  # gradients grow while activations go
         most = max(kept + max(last + beyond, workspace), held.gradients)
     else:  # head and loss come before the chunks, gradients stand beside every chunk but the first
         most = max(beyond, kept + max(last, workspace) + held.gradients)
@@ -163,6 +273,10 @@ def forecast_memory(
         workspace=workspace,
         peak=standing + most,
     )
+
+
+def _bytes_a_number(precision: str) -> int:
+    return 8 if precision == "64-true" else 2 if precision == "bf16-true" else 4
 
 
 def bytes_of_views(views: ViewSettings, images: int, size: int) -> int:
@@ -202,18 +316,18 @@ class _Held(NamedTuple):
     """In which DDP sends gradients: Lightning leaves them a copy, there from the first step on."""
 
 
-def _held_bytes(network: MSN, size: int, processes: int, sharded: bool) -> _Held:
+def _held_bytes(network: Network, size: int, processes: int, sharded: bool) -> _Held:
     every = size * sum(p.numel() for p in network.parameters())
     trained = size * sum(p.numel() for p in network.parameters() if p.requires_grad)
     if processes == 1 or not sharded:
         return _Held(every, 2 * trained, trained, trained if processes > 1 else 0)
     # FSDP2 gathers block by block, the next one while one computes, and leaves what is outside the
     # blocks whole from its first use to the end of the backward pass. Not measured on a device.
-    trunk = network.anchor.trunk
-    block = size * sum(p.numel() for p in trunk.blocks[0].parameters())
-    in_blocks = block * len(trunk.blocks)
-    whole = every - 2 * in_blocks + 2 * block
-    whole_gradients = trained - in_blocks + block
+    blocks = [[*block.parameters()] for block in chain(*network.stacks)]
+    block = size * max(sum(p.numel() for p in own) for own in blocks)
+    inside = [p for own in blocks for p in own]
+    whole = every - size * sum(p.numel() for p in inside) + 2 * block
+    whole_gradients = trained - size * sum(p.numel() for p in inside if p.requires_grad) + block
     return _Held(
         weights=every / processes + whole,
         optimiser=2 * trained / processes,
@@ -235,18 +349,32 @@ def _trunk_bytes(
         Kept before the last block, kept by it, and passing in a block's backward pass.
     """
     trunk = network.anchor.trunk
-    width, ratio = trunk.embed_dim, trunk.mlp_ratio
+    width = trunk.embed_dim
     large, small = (side // trunk.patch_size for side in (views.rand_size, views.focal_side))
     kept = num_kept_patches(large**2, patch_drop)
     first = trunk.num_prefix_tokens
     groups = [(views.rand_views, first + kept), (views.focal_views, first + small**2)]
-    # The MLP's layer and its GELU; or gate and value, the gate's SiLU, the product.
-    hidden = ratio * (4 if trunk.model_config.get("mlp") == "swiglu" else 2)
-    # Turned queries and keys; what attention and MLP add, before the layer scale.
-    more = 2 * (trunk.rope is not None) + 2 * ("layer_scale" in trunk.model_config)
     tokens = sum(count * length for count, length in groups)
     size = 8 if precision == "64-true" else 4
     patches = tokens * 3 * trunk.patch_size**2 * (2 if precision == "bf16-mixed" else size)
+    block, passing = _block_bytes(tokens * width, trunk.model_config, precision, compiled)
+    if precision == "bf16-mixed":
+        # The last block takes its scores in float32, eager from a copy of the normed tokens.
+        last = tokens * width * (8 if compiled else 12)
+    else:
+        last = tokens * width * size * 3  # tokens and their norm
+    return (trunk.depth - 1) * block + patches, last, passing
+
+
+def _block_bytes(
+    numbers: int, model: Mapping[str, Any], precision: str, compiled: bool
+) -> tuple[float, float]:
+    """Bytes of a block for tokens of so many numbers: kept, and passing in its backward pass."""
+    ratio = float(model["mlp_ratio"])
+    # The MLP's layer and its GELU; or gate and value, the gate's SiLU, the product.
+    hidden = ratio * (4 if model.get("mlp") == "swiglu" else 2)
+    # Turned queries and keys; what attention and MLP add, before the layer scale.
+    more = 2 * (model.get("position") == "rope") + 2 * ("layer_scale" in model)
     if precision == "bf16-mixed":
         # In half precision the normed inputs of qkv and MLP, q, k, v, the mixed values (each
         # group's and all together), the hidden layer and its GELU: the compiler makes the GELU
@@ -256,16 +384,11 @@ def _trunk_bytes(
         # projection in half precision. Checked against what autograd keeps under bf16 autocast on
         # a CPU; not measured on CUDA.
         second = 2 if compiled else 4
-        block = tokens * width * (4 + second + 2 * (2 + 3 + 2 + hidden + more))
-        passing = tokens * width * 2 * (hidden + 4)
-        # The last block takes its scores in float32, eager from a copy of the normed tokens.
-        last = tokens * width * (8 if compiled else 12)
-    else:
-        block = tokens * width * size * (2 + 2 + 3 + 2 + hidden + more)
-        # Gradients of the residual stream, the hidden layer and its GELU, which is gone itself.
-        passing = tokens * width * size * (hidden - ratio + 2)
-        last = tokens * width * size * 3  # tokens and their norm
-    return (trunk.depth - 1) * block + patches, last, passing
+        block = numbers * (4 + second + 2 * (2 + 3 + 2 + hidden + more))
+        return block, numbers * 2 * (hidden + 4)
+    size = 8 if precision == "64-true" else 4
+    # Gradients of the residual stream, the hidden layer and its GELU, which is gone itself.
+    return numbers * size * (2 + 2 + 3 + 2 + hidden + more), numbers * size * (hidden - ratio + 2)
 
 
 def _cast_bytes(module: nn.Module, precision: str) -> float:

@@ -7,20 +7,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from msn.data.sampler import BatchKey
 from msn.data.views import Views
 from msn.errors import UserError
 from msn.files import write_checkpoint
-from msn.method import optim
 from msn.method.optim import FiniteCheck
 from msn.schema import as_argument
-from msn.training.module import MSNModule
+from msn.training.base import PretrainingModule
+from msn.training.checkpointing import accumulated, ends_step
+from msn.training.module import build_module
 from msn.training.strategy import whole_state
 from msn.training.trainer import data_of
 
+_VIEWS = ("target", "rand", "focal")
 _TYPES = {"64-true": torch.float64}
 _AUTOCAST = {"bf16-mixed": torch.bfloat16}
 
@@ -36,13 +40,13 @@ class Reproduction(NamedTuple):
     loss: float
     """Mean over the joined batch."""
     grad_norm: float
-    """Of the anchor encoder; not finite where that of the prototypes is not."""
+    """Of what is clipped, or would be; not finite where another gradient is not."""
     weights: list[str]
     """Parameters that were not finite before the step."""
     first: str | None
     """The first module whose output is not finite, in the order of the forward pass."""
     images: list[int]
-    """Images of the training set that have a projection that is not finite."""
+    """Images of the training set of which the network gives something that is not finite."""
 
     @property
     def finite(self) -> bool:
@@ -63,38 +67,28 @@ def reproduce(path: Path, *, device: torch.device, chunk_size: int | None) -> Re
     """
     parts = _read(path)
     first = parts[0]
-    module = MSNModule(**first["settings"], chunk_size=chunk_size, compile=False)
+    module = build_module(**first["settings"], chunk_size=chunk_size, compile=False)
     network = module.network
     network.load_state_dict(first["network"])
     network.to(device, _TYPES.get(first["precision"], torch.float32)).train()
     weights = [n for n, value in network.named_parameters() if not value.isfinite().all()]
-    views = {
-        name: torch.cat([part["views"][name] for part in parts], dim=0 if name == "target" else 1)
-        for name in ("target", "rand", "focal")
-    }
-    kept = first["kept"]
-    if kept is not None and kept.ndim > 1:  # a choice of its own for each image
-        kept = torch.cat([part["kept"] for part in parts], dim=1)
+    target, rand, focal = (
+        torch.cat([part["views"][name] for part in parts], dim=0 if name == "target" else 1)
+        for name in _VIEWS
+    )
+    views = Views(target.to(device), rand.to(device), focal.to(device))
     with _watch(network) as bad, _autocast(first["precision"], device):
-        out = network(
-            *(views[name].to(device) for name in ("target", "rand", "focal")),
-            None if kept is None else kept.to(device),
-            chunk_size,
-        )
-        terms = module.loss(
-            out.anchor, out.target, network.prototypes, first["sharpen_temperature"]
-        )
-    terms.loss.backward()
-    assert network.prototypes.grad is not None
-    norm = optim.clip_encoder(network.anchor, None) + 0 * network.prototypes.grad.norm()
-    spoilt = ~(out.anchor.isfinite().all(-1).all(0) & out.target.isfinite().all(-1))  # [B]
+        loss, spoilt = module.repeat_step(views, parts)
+    loss.backward()
+    norm, *others = module.gradient_norms()
+    norm = norm + 0 * sum(others)
     images = torch.tensor([image for part in parts for image in part["images"]])
     return Reproduction(
         step=first["step"],
         epoch=first["epoch"],
         batch=first["batch"],
         recorded=[(part["loss"], part["grad_norm"]) for part in parts],
-        loss=terms.loss.item(),
+        loss=loss.item(),
         grad_norm=norm.item(),
         weights=weights,
         first=bad[0] if bad else None,
@@ -165,6 +159,7 @@ class _Seen(NamedTuple):
     step: int
     epoch: int
     batch: int
+    """The last one, if several were accumulated."""
     figures: Tensor  # in_row, loss and gradient norm of this process, bad [processes]
     copied: torch.cuda.Event | None
 
@@ -190,22 +185,24 @@ class Guard(Callback):
         self._seen: deque[_Seen] = deque()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        assert isinstance(pl_module, MSNModule)
+        assert isinstance(pl_module, PretrainingModule)
         pl_module.finite_check = FiniteCheck(self.max_skipped)
 
     def on_train_batch_end(  # noqa: D102
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, MSNModule)
+        assert isinstance(pl_module, PretrainingModule)
+        if not ends_step(trainer, batch_idx):
+            return
         self._seen.append(_see(trainer, pl_module, batch_idx))
         lag = _LAG_ON_CUDA if self._seen[-1].copied is not None else 0
         self._read(trainer, pl_module, lag)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        assert isinstance(pl_module, MSNModule)
+        assert isinstance(pl_module, PretrainingModule)
         self._read(trainer, pl_module, 0)
 
-    def _read(self, trainer: Trainer, module: MSNModule, lag: int) -> None:
+    def _read(self, trainer: Trainer, module: PretrainingModule, lag: int) -> None:
         while len(self._seen) > lag:
             seen = self._seen.popleft()
             if seen.copied is not None:
@@ -229,13 +226,10 @@ class Guard(Callback):
                     f"{as_argument('dump', path)}"
                 )
 
-    def _dump(self, trainer: Trainer, module: MSNModule, seen: _Seen) -> Path:
+    def _dump(self, trainer: Trainer, module: PretrainingModule, seen: _Seen) -> Path:
         """All that a step needs: weights are still those before it, and its batch is made again."""
         _, loss, norm, *bad = seen.figures.tolist()
         views = _views(trainer, module, seen)
-        # As when the step was taken; the counter has moved on, on CUDA by more than one.
-        kept = module.draw_kept_patches(views.rand, step=seen.step - 1)
-        assert module.schedule is not None
         content: dict[str, Any] = {
             "format": DUMP_FORMAT,
             "step": seen.step,
@@ -248,10 +242,10 @@ class Guard(Callback):
             "grad_norm": norm,
             "bad": bad,
             "precision": str(trainer.precision),
-            "sharpen_temperature": module.schedule.at(seen.step - 1).sharpen_temperature,
+            # As when the step was taken; the counter has moved on, on CUDA by more than one.
+            **module.step_inputs(views, seen.step - 1),
             "settings": module.settings,
-            "views": {name: view.cpu() for name, view in views._asdict().items()},
-            "kept": None if kept is None else kept.cpu(),
+            "views": {name: getattr(views, name).cpu() for name in _VIEWS},
         }
         state = whole_state(module.network)
         if trainer.is_global_zero:
@@ -261,7 +255,7 @@ class Guard(Callback):
         return path.with_name("rank-0.pt")
 
 
-def _see(trainer: Trainer, module: MSNModule, batch_idx: int) -> _Seen:
+def _see(trainer: Trainer, module: PretrainingModule, batch_idx: int) -> _Seen:
     check = module.finite_check
     assert check is not None
     own = [check.in_row, module.loss_value.float(), module.grad_norm.float()]
@@ -276,16 +270,24 @@ def _see(trainer: Trainer, module: MSNModule, batch_idx: int) -> _Seen:
     return _Seen(trainer.global_step, epoch, batch_idx, host, copied)
 
 
+def _key(trainer: Trainer, seen: _Seen) -> BatchKey:
+    """This process's images of a step; those of accumulated batches stand together."""
+    data, several = data_of(trainer), accumulated(trainer)
+    sampler = data.sampler(rank=trainer.global_rank, world_size=trainer.world_size)
+    first = seen.batch // several * several
+    keys = sampler.keys(seen.epoch)[first : seen.batch + 1]
+    return keys[-1]._replace(indices=np.concatenate([key.indices for key in keys]))
+
+
 def _images(trainer: Trainer, seen: _Seen) -> list[int]:
-    """This process's images of a batch, by their numbers in the training set."""
-    data = data_of(trainer)
-    sampler = data.sampler(rank=trainer.global_rank, world_size=trainer.world_size)
-    return sampler.keys(seen.epoch)[seen.batch].indices.tolist()
+    """This process's images of a step, by their numbers in the training set."""
+    return _key(trainer, seen).indices.tolist()
 
 
-def _views(trainer: Trainer, module: MSNModule, seen: _Seen) -> Views:
-    data = data_of(trainer)
+def _views(trainer: Trainer, module: PretrainingModule, seen: _Seen) -> Views:
+    data, key = data_of(trainer), _key(trainer, seen)
     sampler = data.sampler(rank=trainer.global_rank, world_size=trainer.world_size)
-    batch = data.loader(sampler).dataset[sampler.keys(seen.epoch)[seen.batch]]
+    batch = data.loader(sampler).dataset[key]
     assert isinstance(module.dtype, torch.dtype)
-    return data.make_views(data.transfer_batch_to_device(batch, module.device, 0), module.dtype)
+    batch = data.transfer_batch_to_device(batch, module.device, 0)
+    return data.make_views(batch, module.dtype)._replace(origin=key)

@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from msn.errors import UserError
 from msn.files import read_rows, write_atomically
+from msn.training.base import PretrainingModule
 from msn.training.module import MSNModule
 from msn.training.monitors import Monitors
 from msn.training.trainer import callbacks_of
@@ -43,6 +44,9 @@ UNIFORM_ENTROPY = 0.95
 TOO_ALIKE, TOO_ALIKE_AT_FIRST, TOO_ALIKE_PERPLEXITY = 0.97, 0.5, 0.5
 # Cross-entropy above the targets' own entropy, as a share of log K.
 AT_FLOOR = 0.02
+# Masked autoencoders: error on masked patches over that of each patch's mean, which is 1 for
+# predictions that know the mean alone.
+MAE_DIVERGED, MEANS_ONLY = 1.2, 0.97
 # Share of the time that steps wait for data.
 DATA_BOUND = 0.5
 
@@ -67,6 +71,16 @@ class Facts(NamedTuple):
     """Whether training started from random weights."""
 
 
+class MAEFacts(NamedTuple):
+    """What the rules know of a run of masked autoencoders."""
+
+    width: int
+    """Of the features."""
+    warmup_epochs: float
+    lr: float
+    """Peak."""
+
+
 class Verdict(NamedTuple):
     """What a row of monitors means."""
 
@@ -86,6 +100,7 @@ KINDS = (
     *FAILURES,
     "views too alike",
     "few prototypes",
+    "means only",
     "warming up",
     "loss at its floor",
     "learning",
@@ -124,7 +139,32 @@ def judge(
     return verdict._replace(line=verdict.line + _data_bound(row))
 
 
-def is_patient(facts: Facts, epoch: int, step: int) -> bool:
+def judge_mae(rows: Sequence[Row], facts: MAEFacts, *, epoch: int, step: int) -> Verdict:
+    """Judge an epoch of masked autoencoders; arguments as of `judge`."""
+    row = mean_row(rows)
+    loss, of_means = row["train/loss"], row["reconstruction/error_of_means"]
+    told = f"error on masked patches {loss:.3f} where means alone give {of_means:.3f}"
+    rank = f"effective rank {row['features/rankme']:.1f} of {facts.width}"
+    if not _is_finite(rows):
+        verdict = Verdict(
+            "diverged", f"diverged: loss or gradient is not a finite number; {_slower(facts)}"
+        )
+    elif is_patient(facts, epoch, step):
+        verdict = Verdict("warming up", "warming up: too early to tell")
+    elif loss >= MAE_DIVERGED * of_means:
+        verdict = Verdict("diverged", f"diverged: {told}; {_slower(facts)}")
+    elif loss >= MEANS_ONLY * of_means:
+        verdict = Verdict(
+            "means only",
+            f"reconstructs the mean only: {told}; train longer, raise method.lr (now "
+            f"{facts.lr:g}) or lower method.mask_ratio",
+        )
+    else:
+        verdict = Verdict("learning", f"learning: {told}, {rank}")
+    return verdict._replace(line=verdict.line + _data_bound(row))
+
+
+def is_patient(facts: Facts | MAEFacts, epoch: int, step: int) -> bool:
     """Whether it is too early for any verdict but that the run diverged."""
     epochs = max(PATIENCE_EPOCHS, PATIENCE_WARMUP * facts.warmup_epochs)
     return epoch < epochs or step < PATIENCE_STEPS
@@ -152,7 +192,7 @@ def _is_finite(rows: Sequence[Row]) -> bool:
     return all(math.isfinite(row[name]) for row in rows for name in names if name in row)
 
 
-def _slower(facts: Facts) -> str:
+def _slower(facts: Facts | MAEFacts) -> str:
     return f"lower method.lr (now {facts.lr:g}) or lengthen method.warmup_epochs"
 
 
@@ -296,7 +336,7 @@ class Judge(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget verdicts on epochs that a resumed run takes again."""
-        assert isinstance(pl_module, MSNModule)
+        assert isinstance(pl_module, PretrainingModule)
         self._facts = facts_of(pl_module, epochs=trainer.max_epochs or 0)
         if trainer.is_global_zero:
             kept = read_verdicts(self._path)
@@ -308,11 +348,7 @@ class Judge(Callback):
         if not rows:  # resumed at the very end of an epoch
             return
         epoch, step = trainer.current_epoch + 1, trainer.global_step
-        self.latest = judge(
-            rows, self._facts, epoch=epoch, step=step, first_agreement=self._first_agreement
-        )
-        if self._first_agreement is None and not is_patient(self._facts, epoch, step):
-            self._first_agreement = agreement(mean_row(rows), self._facts)
+        self.latest = self._judged(rows, epoch, step)
         if trainer.is_global_zero:
             values = (str(step), str(epoch), self.latest.kind, self.latest.line)
             self._rows.append(dict(zip(_COLUMNS, values, strict=True)))
@@ -324,6 +360,14 @@ class Judge(Callback):
                 f"stopped after epoch {epoch} (on_collapse=stop): {self.latest.line}; "
                 f"its record is in {self._path.parent}"
             )
+
+    def _judged(self, rows: Sequence[Row], epoch: int, step: int) -> Verdict:
+        facts, first = self._facts, self._first_agreement
+        if isinstance(facts, MAEFacts):
+            return judge_mae(rows, facts, epoch=epoch, step=step)
+        if first is None and not is_patient(facts, epoch, step):
+            self._first_agreement = agreement(mean_row(rows), facts)
+        return judge(rows, facts, epoch=epoch, step=step, first_agreement=first)
 
     def _write(self) -> None:
         """Write all verdicts; on a full disk training goes on, the next epoch tries again."""
@@ -348,9 +392,12 @@ class Judge(Callback):
         self._first_agreement = state_dict["first_agreement"]
 
 
-def facts_of(module: MSNModule, *, epochs: int) -> Facts:
+def facts_of(module: PretrainingModule, *, epochs: int) -> Facts | MAEFacts:
     """What the rules must know of a run."""
-    method = module.settings["method"]
+    method, width = module.settings["method"], int(module.settings["model"]["embed_dim"])
+    warmup_epochs, lr = float(method["warmup_epochs"]), float(method["lr"])
+    if not isinstance(module, MSNModule):
+        return MAEFacts(width=width, warmup_epochs=warmup_epochs, lr=lr)
     prior = module.loss.log_prior
     num_prototypes = int(method["num_prototypes"])
     return Facts(
@@ -358,11 +405,11 @@ def facts_of(module: MSNModule, *, epochs: int) -> Facts:
         prior_perplexity=num_prototypes
         if prior is None
         else float((-(prior.exp() * prior).sum()).exp()),
-        width=int(module.settings["model"]["embed_dim"]),
-        warmup_epochs=float(method["warmup_epochs"]),
+        width=width,
+        warmup_epochs=warmup_epochs,
         use_sinkhorn=bool(method["use_sinkhorn"]),
         me_max_weight=float(method["me_max_weight"]),
-        lr=float(method["lr"]),
+        lr=lr,
         epochs=epochs,
         from_scratch=module.checkpoint_info.get("init") is None,
     )

@@ -1,12 +1,10 @@
-"""The thin LightningModule: which call happens when; the method itself is in `msn.method`."""
+"""The thin Lightning module of MSN, and which one a method takes; methods are in `msn.method`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from msn.data.views import Views, ViewSettings
 from msn.errors import UserError
@@ -15,30 +13,46 @@ from msn.method.distributed import num_processes, process_index, whole
 from msn.method.loss import MSNLoss, power_law_prior
 from msn.method.masking import PatchDrop, draw_key, num_kept_patches
 from msn.method.network import MSN, ProjectionHead
-from msn.method.optim import BufferGuard, FiniteCheck
 from msn.method.schedules import Schedule
 from msn.method.vit import VisionTransformer
 from msn.schema import refuse_unknown, take
-from msn.training.strategy import compilation, make_fast, shard, whole_state
+from msn.training.base import PretrainingModule, check_patch_size
+from msn.training.cost import Flops, Memory, flops_per_image, forecast_memory
+from msn.training.mae_module import KIND, MAEModule
 
-CHECKPOINT_FORMAT = 1
 _SEEDS = (1 << 63) - 1  # the largest that every generator takes
 
 
-class MSNModule(LightningModule):
-    """MSN pretraining under Lightning's automatic optimisation.
+def build_module(
+    *,
+    model: Mapping[str, Any],
+    method: Mapping[str, Any],
+    seed: int,
+    chunk_size: int | None,
+    compile: bool | str,
+) -> PretrainingModule:
+    """The module of a method: that of masked autoencoders if `method.kind` is mae, else MSN's.
 
-    Args:
-        model: the six numbers of `msn.method.vit.VisionTransformer`.
-        method: every number of the method: keywords of `MSNLoss`, `Schedule`, `PatchDrop` and
-            `optim.build_optimizer`, and num_prototypes, head, prior_exponent, clip_grad_norm.
-        seed: decides, with the step, which patches are dropped.
-        chunk_size: images per trunk pass under activation checkpointing; None takes all at once.
-        compile: compile the blocks: true, false, or "auto" (on CUDA).
+    The arguments are those of `PretrainingModule`.
 
     Raises:
         UserError: if a key is unknown or missing, or a value is out of its range.
     """
+    module = MAEModule if method.get("kind") == KIND else MSNModule
+    return module(model=model, method=method, seed=seed, chunk_size=chunk_size, compile=compile)
+
+
+class MSNModule(PretrainingModule):
+    """MSN pretraining.
+
+    `method` holds the keywords of `MSNLoss`, `Schedule`, `PatchDrop` and `optim.build_optimizer`,
+    and num_prototypes, head, prior_exponent, clip_grad_norm; `seed` decides, with the step, which
+    patches are dropped.
+    """
+
+    name = "msn"
+    network: MSN
+    schedule: Schedule | None
 
     def __init__(
         self,
@@ -49,105 +63,48 @@ class MSNModule(LightningModule):
         chunk_size: int | None,
         compile: bool | str,
     ) -> None:
-        super().__init__()
-        self._compilation = compilation(compile)
-        if chunk_size is not None and chunk_size < 1:
-            raise UserError(f"chunk_size must be >= 1 image or null, got {chunk_size}")
+        super().__init__(
+            model=model, method=method, seed=seed, chunk_size=chunk_size, compile=compile
+        )
+        own = take("method", method, method_settings)
+        self.loss = MSNLoss(prior=method_settings(**own), **take("method", method, MSNLoss))
+        self.patch_drop = PatchDrop(**take("method", method, PatchDrop))
+        self.clip_grad_norm = own["clip_grad_norm"]
+
+    def _build_network(self) -> MSN:
+        model, method = self.settings["model"], self.settings["method"]
         refuse_unknown("model", model, VisionTransformer)
         refuse_unknown("method", method, *_METHOD_PARTS, derived=_DERIVED)
         own = take("method", method, method_settings)
         refuse_unknown("method.head", own["head"], ProjectionHead)
-        self.settings: dict[str, Any] = {"model": dict(model), "method": dict(method), "seed": seed}
-        self.network = MSN(
+        return MSN(
             model=take("model", model, VisionTransformer),
             head=take("method.head", own["head"], ProjectionHead),
             num_prototypes=own["num_prototypes"],
         )
-        prior = method_settings(**own)
-        self.loss = MSNLoss(prior=prior, **take("method", method, MSNLoss))
-        self.patch_drop = PatchDrop(**take("method", method, PatchDrop))
-        optim.check_adamw(**take("method", method, optim.check_adamw))
-        self.clip_grad_norm = own["clip_grad_norm"]
-        self.chunk_size = chunk_size
-        self.schedule: Schedule | None = None
-        self.checkpoint_info: dict[str, Any] = {}
-        self.grad_norm = self.loss_value = torch.zeros(())
-        self.finite_check: FiniteCheck | None = None  # see `msn.training.guard`
 
-    def plan_schedule(self, *, epochs: int, steps_per_epoch: int) -> None:
-        """Fix the training's length; fails early where the warm-up does not fit.
-
-        Raises:
-            UserError: if a schedule's number is out of range or the warm-up is too long.
-        """
+    def plan_schedule(self, *, epochs: int, steps_per_epoch: int) -> None:  # noqa: D102
         numbers = take("method", self.settings["method"], Schedule, derived=_DERIVED)
         self.schedule = Schedule(**numbers, epochs=epochs, steps_per_epoch=steps_per_epoch)
 
-    def configure_model(self) -> None:
-        """Cut the network over the processes where the strategy wants that."""
-        if self.device_mesh is not None and not isinstance(self.network, FSDPModule):
-            shard(self.network, self.device_mesh["data_parallel"])
-
-    def make_whole(self) -> None:
-        """Put a network that was cut together again, on every process."""
-        if isinstance(self.network, FSDPModule):
-            state = whole_state(self.network)
-            device = self.device
-            method = self.settings["method"]
-            self.network = MSN(
-                model=take("model", self.settings["model"], VisionTransformer),
-                head=take("method.head", method["head"], ProjectionHead),
-                num_prototypes=method["num_prototypes"],
-            ).to(device, state["prototypes"].dtype)
-            self.network.load_state_dict(state)
-
-    def check_views(self, views: ViewSettings) -> None:
-        """Fail early on views that the network cannot take.
-
-        Raises:
-            UserError: if they are cut for another patch, or a rand view would keep no patch.
-        """
+    def check_settings(self, views: ViewSettings, *, batch_size: int, accumulated: int) -> None:
+        """See the base; BatchNorm cannot normalise over one image, no batch can be accumulated."""
+        if accumulated != 1:
+            raise UserError(
+                "trainer.accumulate_grad_batches must be 1: BatchNorm, me-max and Sinkhorn would "
+                "see fragments of the batch; chunk_size=N fits a whole batch into less memory "
+                "exactly"
+            )
+        if views.rand_views + views.focal_views == 0:
+            raise UserError("data.views.rand_views + data.views.focal_views is 0: must be >= 1")
         patch_size = self.network.anchor.trunk.patch_size
-        if views.patch_size != patch_size:
-            raise UserError(
-                f"data.views.patch_size={views.patch_size}: must be model.patch_size={patch_size}"
-            )
+        check_patch_size(views, patch_size)
         num_kept_patches((views.rand_size // patch_size) ** 2, self.patch_drop.patch_drop)
-
-    def check_batch(self, images: int) -> None:
-        """Fail early on a batch over which BatchNorm cannot normalise.
-
-        Args:
-            images: of all processes, whose views of a size make the statistics together.
-
-        Raises:
-            UserError: if there is one image, hence one target view.
-        """
-        if images < 2 and self.network.anchor.head.config["use_batch_norm"]:
+        if batch_size < 2 and self.network.anchor.head.config["use_batch_norm"]:
             raise UserError(
-                f"data.global_batch_size={images}: BatchNorm in the projection head needs at least "
-                "2 images; method.head.use_batch_norm=false does without"
+                f"data.global_batch_size={batch_size}: BatchNorm in the projection head needs at "
+                "least 2 images; method.head.use_batch_norm=false does without"
             )
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW over anchor and prototypes in one fused kernel."""
-        numbers = take("method", self.settings["method"], optim.check_adamw)
-        return optim.build_optimizer(self.network, **numbers, fused=True)
-
-    def on_fit_start(self) -> None:
-        """Compile the blocks where the network now lies."""
-        self.make_fast(self.device)
-
-    def make_fast(self, device: torch.device) -> bool:
-        """Prepare the network for steps on a device, see `msn.training.strategy.make_fast`."""
-        return make_fast(self.network, device, wanted=self._compilation)
-
-    def on_train_epoch_start(self) -> None:
-        """Put the target into train mode too: its head normalises by its own batches (A.1).
-
-        Lightning keeps whatever mode a module was left in.
-        """
-        self.network.train()
 
     def training_step(self, batch: Views, batch_idx: int) -> dict[str, Any]:
         """Loss of one batch of views; its terms go to the monitors as they are, on the device."""
@@ -179,61 +136,70 @@ class MSNModule(LightningModule):
         )
         return None if kept is None else kept.to(rand.device, non_blocking=True)
 
-    def configure_gradient_clipping(  # noqa: D102
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        self.grad_norm = optim.clip_encoder(self.network.anchor, self.clip_grad_norm)
-        if self.finite_check is not None:
-            assert self.network.prototypes.grad is not None
-            prototype_norm = whole(self.network.prototypes.grad.norm())
-            numbers = [self.loss_value, self.grad_norm, prototype_norm]
-            # What torch's fused kernels read: they skip the step where it is not 0.
-            vars(optimizer)["found_inf"] = self.finite_check.judge(numbers)
+    def gradient_norms(self) -> list[Tensor]:
+        """The anchor's, which is clipped, and the prototypes'."""
+        assert self.network.prototypes.grad is not None
+        return [
+            optim.clip_encoder(self.network.anchor, self.clip_grad_norm),
+            whole(self.network.prototypes.grad.norm()),
+        ]
 
-    def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Any,
-        optimizer_closure: Callable[[], Any] | None = None,
-    ) -> None:
-        """Set the step's rates, step, then move the target: once per optimiser step, after it."""
+    def after_step(self, step: int, skip: Tensor | None) -> None:
+        """Move the target, unless the step was not taken."""
         assert self.schedule is not None
-        values = self.schedule.at(self.global_step)
-        optim.set_values(optimizer, values)
-        before = None if self.finite_check is None else BufferGuard(self.network)
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.network.zero_grad()  # not left to stand beside the next step's activations
-        if self.finite_check is None or before is None:
-            self.network.update_target(values.momentum)
-            return
-        self.network.update_target(values.momentum, self.finite_check.skip)
-        before.restore_if(self.finite_check.skip)
+        self.network.update_target(self.schedule.at(step).momentum, skip)
 
-    @property
-    def finished_epochs(self) -> int:
-        """Epochs whose every step is done; Lightning counts one only after its checkpoint."""
-        if self.schedule is None:  # of weights that no trainer has planned anything for
-            return self.current_epoch
-        return self.global_step // self.schedule.steps_per_epoch
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Describe the weights in plain data, so that other programs need not guess."""
-        checkpoint["msn"] = {
-            "format": CHECKPOINT_FORMAT,
-            "epoch": self.finished_epochs,
-            "head": dict(self.network.anchor.head.config),
-            **self.settings,
-            **self.checkpoint_info,
+    def step_inputs(self, batch: Views, step: int) -> dict[str, Any]:
+        """Patches that are kept, and how far targets are sharpened."""
+        assert self.schedule is not None
+        kept = self.draw_kept_patches(batch.rand, step=step)
+        return {
+            "kept": None if kept is None else kept.cpu(),
+            "sharpen_temperature": self.schedule.at(step).sharpen_temperature,
         }
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the licence that the run's first weights came with."""
-        if licence := checkpoint.get("msn", {}).get("licence"):
-            self.checkpoint_info["licence"] = licence
+    def repeat_step(self, views: Views, inputs: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+        """See the base; spoilt are images with a projection that is not finite."""
+        kept = inputs[0]["kept"]
+        if kept is not None and kept.ndim > 1:  # a choice of its own for each image
+            kept = torch.cat([part["kept"] for part in inputs], dim=1)
+        if kept is not None:
+            kept = kept.to(views.target.device)
+        out = self.network(views.target, views.rand, views.focal, kept, self.chunk_size)
+        terms = self.loss(
+            out.anchor, out.target, self.network.prototypes, inputs[0]["sharpen_temperature"]
+        )
+        finite = out.anchor.isfinite().all(-1).all(0) & out.target.isfinite().all(-1)
+        return terms.loss, ~finite
+
+    def parameter_counts(self) -> dict[str, int]:  # noqa: D102
+        return {
+            "backbone": sum(p.numel() for p in self.network.anchor.trunk.parameters()),
+            "projection head": sum(p.numel() for p in self.network.anchor.head.parameters()),
+            "prototypes": self.network.prototypes.numel(),
+        }
+
+    def operations(self, views: ViewSettings) -> Flops:  # noqa: D102
+        method = self.settings["method"]
+        return flops_per_image(
+            model=self.settings["model"],
+            head=method["head"],
+            num_prototypes=method["num_prototypes"],
+            patch_drop=method["patch_drop"],
+            rand_views=views.rand_views,
+            focal_views=views.focal_views,
+            rand_size=views.rand_size,
+            focal_size=views.focal_side,
+        )
+
+    def forecast_memory(self, views: ViewSettings, **how: Any) -> Memory:  # noqa: D102
+        drop = self.settings["method"]["patch_drop"]
+        return forecast_memory(self.network, views, patch_drop=drop, **how)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The head; files without a kind are MSN's."""
+        return {"head": dict(self.network.anchor.head.config)}
 
 
 def method_settings(

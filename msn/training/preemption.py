@@ -16,7 +16,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from msn.method.distributed import num_processes, process_index
-from msn.training.checkpointing import PeriodicCheckpoint
+from msn.training.checkpointing import PeriodicCheckpoint, ends_step
 from msn.training.trainer import callbacks_of, override
 
 log = logging.getLogger(__name__)
@@ -124,6 +124,8 @@ class Preemption(Callback):
     def on_train_batch_end(  # noqa: D102
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if not ends_step(trainer, batch_idx):
+            return
         asked = self._agreed()
         if asked and trainer.is_last_batch:
             self.received = asked  # the epoch end, which comes at once, is the place to save

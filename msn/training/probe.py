@@ -1,4 +1,4 @@
-"""Probe of the target's features while they are trained; nothing is learnt from it."""
+"""Probe of the backbone's features while they are trained; nothing is learnt from it."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
@@ -11,13 +11,13 @@ from torch import Tensor
 from msn.data.datamodule import MSNDataModule
 from msn.data.dataset import LabelledImages, TrainingSet
 from msn.data.sampler import BatchKey
-from msn.data.views import IMAGENET_MEAN, IMAGENET_STD
+from msn.data.views import IMAGENET_MEAN, IMAGENET_STD, Views
 from msn.evaluation.features import forward_feature
 from msn.evaluation.neighbours import alignment, knn_predictions, rankme, uniformity
 from msn.method.distributed import gathered
 from msn.method.vit import VisionTransformer
 from msn.schema import Range, check_ranges
-from msn.training.module import MSNModule
+from msn.training.base import PretrainingModule
 from msn.training.trainer import data_of
 from msn.weights.backbone import image_transform
 
@@ -71,10 +71,10 @@ class Probe(Callback):
         epoch, interval = trainer.current_epoch + 1, self.settings.every_n_epochs
         if interval is None or epoch % interval and epoch != trainer.max_epochs:
             return
-        assert isinstance(pl_module, MSNModule)
+        assert isinstance(pl_module, PretrainingModule)
         if self._images is None:
             self._images = self._choose(data_of(trainer), pl_module)
-        trunk = pl_module.network.target.trunk
+        trunk = pl_module.network.backbone
         # All processes probe alike: a sharded trunk needs every one of them.
         with (
             torch.no_grad(),
@@ -86,11 +86,11 @@ class Probe(Callback):
         for logger in trainer.loggers:
             logger.log_metrics({"epoch": epoch - 1, **self.latest}, step=trainer.global_step)
 
-    def _choose(self, data: MSNDataModule, module: MSNModule) -> "_Labelled | _Pairs":
+    def _choose(self, data: MSNDataModule, module: PretrainingModule) -> "_Labelled | _Pairs":
         labelled = data.labelled_sets()
         if labelled is None:
             return _draw_pairs(data, module.device)
-        size = module.network.target.trunk.img_size
+        size = module.network.backbone.img_size
         wanted = (self.settings.references, self.settings.held_out)
         references, held_out = (
             _draw(images, most, size, module.device)
@@ -151,14 +151,19 @@ def _draw(images: LabelledImages, most: int, size: int, device: torch.device) ->
 
 
 def _draw_pairs(data: MSNDataModule, device: torch.device) -> _Pairs:
-    """Target view and an anchor view (whole) of some training images."""
+    """Target view of some training images, and an anchor view (whole) or one of another epoch."""
     images = TrainingSet(
         data.pools.train, data.views, seed=data.seed, reduce=not data.use_reference
     )
     chosen = np.linspace(0, len(images) - 1, min(PAIRS, len(images))).round().astype(np.int64)
-    batch = data.transfer_batch_to_device(images[BatchKey(0, 0, chosen)], device, 0)
-    views = data.make_views(batch)
-    return _Pairs(views.target, (views.rand if len(views.rand) else views.focal)[0])
+
+    def views_of(epoch: int) -> Views:
+        batch = images[BatchKey(epoch, 0, chosen)]
+        return data.make_views(data.transfer_batch_to_device(batch, device, 0))
+
+    views = views_of(0)
+    anchors = views.rand if len(views.rand) else views.focal
+    return _Pairs(views.target, anchors[0] if len(anchors) else views_of(1).target)
 
 
 def _features(trunk: VisionTransformer, images: Tensor) -> Tensor:

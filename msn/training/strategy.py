@@ -3,18 +3,20 @@
 import ctypes
 import logging
 import sys
+from itertools import chain
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from msn.compilers import missing_compiler
 from msn.errors import UserError
 from msn.method.distributed import whole
-from msn.method.network import MSN
+from msn.method.mae import MAE
+from msn.method.network import Network
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +34,7 @@ def compilation(setting: bool | str) -> bool | None:
     raise UserError(f"compile must be true, false or auto, got {setting!r}")
 
 
-def make_fast(network: MSN, device: torch.device, *, wanted: bool | None) -> bool:
+def make_fast(network: Network, device: torch.device, *, wanted: bool | None) -> bool:
     """Prepare a network that lies on its device for training.
 
     Args:
@@ -53,12 +55,13 @@ def make_fast(network: MSN, device: torch.device, *, wanted: bool | None) -> boo
     return compiles
 
 
-def compile_blocks(network: MSN, *, backend: str = "inductor") -> None:
-    """Compile every block of both trunks in place; parameter names stay as they are.
+def compile_blocks(network: Network, *, backend: str = "inductor") -> None:
+    """Compile every block in place; parameter names stay as they are.
 
-    All blocks share the same few graphs: one with gradients for the anchor, one without for the
-    target, and the same two where class tokens alone are wanted; under `chunk_size` as many again
-    if the last chunk is smaller. Shapes are fixed, for a step's views always have the same ones.
+    All blocks share the same few graphs: of MSN one with gradients for the anchor, one without for
+    the target, and the same two where class tokens alone are wanted; of MAE one for the trunk and
+    one for the decoder; under `chunk_size` as many again if the last chunk is smaller. Shapes are
+    fixed, for a step's views always have the same ones.
 
     Args:
         network: before or after it was moved to its device.
@@ -66,9 +69,8 @@ def compile_blocks(network: MSN, *, backend: str = "inductor") -> None:
     """
     # DDP's buckets would cut each block's graph in two; blocks are small and need no such overlap.
     torch._dynamo.config.optimize_ddp = False
-    for encoder in (network.anchor, network.target):
-        for block in encoder.trunk.blocks:
-            block.compile(backend=backend, dynamic=False)
+    for block in chain(*network.stacks):
+        block.compile(backend=backend, dynamic=False)
 
 
 def keep_freed_memory() -> None:
@@ -103,8 +105,8 @@ class ShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
 
-def shard(network: MSN, mesh: DeviceMesh) -> None:
-    """Cut a network in place: every block of both trunks by itself, the rest together.
+def shard(network: Network, mesh: DeviceMesh) -> None:
+    """Cut a network in place: every block by itself, the rest together.
 
     Optimiser and EMA work on the parts, element by element, and so give the same numbers.
 
@@ -112,13 +114,14 @@ def shard(network: MSN, mesh: DeviceMesh) -> None:
         network: on any device.
         mesh: one axis, over all processes.
     """
-    for encoder in (network.anchor, network.target):
-        for block in encoder.trunk.blocks:
-            fully_shard(block, mesh=mesh)
+    for block in chain(*network.stacks):
+        fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)
+    if isinstance(network, MAE):  # whose training enters elsewhere than by `forward`
+        register_fsdp_forward_method(network, "learn")
 
 
-def whole_state(network: MSN) -> dict[str, Tensor]:
+def whole_state(network: Network) -> dict[str, Tensor]:
     """The network's state with whole tensors on the host; a collective if it is cut."""
     state: dict[str, Any] = network.state_dict()
     return {name: whole(value).cpu() for name, value in state.items()}

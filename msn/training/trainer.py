@@ -60,7 +60,7 @@ def build_trainer(
         deterministic: use deterministic kernels alone, for bit-equal reruns on CUDA.
         log_every_n_steps: >= 1.
         limit_train_batches: steps per epoch, for a trial, >= 1; None takes all.
-        accumulate_grad_batches: 1; anything else is refused.
+        accumulate_grad_batches: batches per optimiser step, >= 1; the method may refuse others.
         callbacks: of the run.
         loggers: of the run.
         run_dir: where everything of the run goes.
@@ -73,8 +73,8 @@ def build_trainer(
         num_nodes=num_nodes,
         log_every_n_steps=log_every_n_steps,
         limit_train_batches=limit_train_batches,
+        accumulate_grad_batches=accumulate_grad_batches,
     )
-    _refuse_accumulation(accumulate_grad_batches)
     return _trainer(
         max_epochs=max_epochs,
         accelerator=accelerator,
@@ -85,6 +85,7 @@ def build_trainer(
         deterministic=deterministic,
         log_every_n_steps=log_every_n_steps,
         limit_train_batches=limit_train_batches,
+        accumulate_grad_batches=accumulate_grad_batches,
         callbacks=list(callbacks),
         logger=list(loggers),
         default_root_dir=str(run_dir),
@@ -133,14 +134,6 @@ def _check_at_least_one(**numbers: int | None) -> None:
     for name, value in numbers.items():
         if value is not None and value < 1:
             raise UserError(f"trainer.{name} must be >= 1, got {value}")
-
-
-def _refuse_accumulation(batches: int) -> None:
-    if batches != 1:
-        raise UserError(
-            "trainer.accumulate_grad_batches must be 1: BatchNorm, me-max and Sinkhorn would see "
-            "fragments of the batch; chunk_size=N fits a whole batch into less memory exactly"
-        )
 
 
 def resolve_precision(precision: str, accelerator: str) -> str:

@@ -6,13 +6,60 @@ import torch
 from torch import Tensor, nn
 
 from msn.errors import UserError
-from msn.method.network import MSN
+from msn.method.mae import MAE
+from msn.method.network import MSN, Network
 from msn.method.positions import resize_position_embeddings
 from msn.method.vit import LAYER_NORM_EPS, VisionTransformer
 from msn.weights.weights import Weights, differences, summary
 
 
-def initialise(network: MSN, weights: Weights) -> list[tuple[str, str]]:
+def initialise(network: Network, weights: Weights) -> list[tuple[str, str]]:
+    """Load what fits of a file into a fresh network; see `initialise_msn` and `initialise_mae`.
+
+    Args:
+        network: freshly built; changed in place.
+        weights: as `read_weights` gives them.
+
+    Returns:
+        A table of (part, what happened to it): loaded, resized, initialised or ignored.
+
+    Raises:
+        UserError: if the trunks differ in more than the image size; the network is unchanged then.
+    """
+    if isinstance(network, MSN):
+        return initialise_msn(network, weights)
+    assert isinstance(network, MAE)
+    return initialise_mae(network, weights)
+
+
+def initialise_mae(network: MAE, weights: Weights) -> list[tuple[str, str]]:
+    """Load the trunk with the file's positions, which stay as they are, and a decoder that fits.
+
+    Arguments, result and errors are those of `initialise`.
+    """
+    resized = _check_fits(network.trunk, weights)
+    _load_trunk(network.trunk, weights.trunk)
+    rows = [
+        ("trunk", resized or f"loaded from {weights.source}"),
+        ("positions", "the file's, and not trained from here on"),
+        *_noted(network.trunk, weights),
+        ("decoder", _load_part(network.decoder, weights.decoder)),
+    ]
+    unused = {"head": weights.head, "prototypes": weights.prototypes}
+    rows += [(part, "ignored") for part, found in unused.items() if found is not None]
+    rows += [(name, "ignored") for name in _grouped(weights.ignored)]
+    return rows
+
+
+def _noted(trunk: VisionTransformer, weights: Weights) -> list[tuple[str, str]]:
+    """What is told of a trunk that was loaded."""
+    ours = trunk.model_config.get("layer_norm_eps", LAYER_NORM_EPS)
+    theirs = weights.model.get("layer_norm_eps", LAYER_NORM_EPS)
+    rows = [("LayerNorm's eps", f"{ours:g} here, {theirs:g} in the file")] if ours != theirs else []
+    return rows + [("note", note) for note in weights.notes]
+
+
+def initialise_msn(network: MSN, weights: Weights) -> list[tuple[str, str]]:
     """Load trunk, and head and prototypes where they are there and fit, into a fresh network.
 
     The anchor gets the file's own anchor where it has one, else the target's weights as the target
@@ -36,13 +83,14 @@ def initialise(network: MSN, weights: Weights) -> list[tuple[str, str]]:
     _load_trunk(network.target.trunk, weights.trunk)
     _load_trunk(network.anchor.trunk, anchor_trunk or weights.trunk)
     rows = [("target trunk", note), ("anchor trunk", note + own)]
-    ours = network.target.trunk.model_config.get("layer_norm_eps", LAYER_NORM_EPS)
-    theirs = weights.model.get("layer_norm_eps", LAYER_NORM_EPS)
-    if ours != theirs:
-        rows.append(("LayerNorm's eps", f"{ours:g} here, {theirs:g} in the file"))
-    rows += [("note", note) for note in weights.notes]
-    rows.append(("target head", _load_head(network.target.head, weights.head)))
-    rows.append(("anchor head", _load_head(network.anchor.head, anchor_head or weights.head)))
+    rows += _noted(network.target.trunk, weights)
+    if weights.decoder is not None:  # of masked autoencoders, whose positions are fixed
+        places = network.anchor.trunk.pos_embed
+        trained = places is not None and places.requires_grad
+        rows.append(("positions", "the file's" + (", and trained from here on" * trained)))
+        rows.append(("decoder", "ignored"))
+    rows.append(("target head", _load_part(network.target.head, weights.head)))
+    rows.append(("anchor head", _load_part(network.anchor.head, anchor_head or weights.head)))
     rows.append(("prototypes", _load_prototypes(network.prototypes, weights.prototypes)))
     rows += [(name, "ignored") for name in _grouped(weights.ignored)]
     return rows
@@ -78,13 +126,13 @@ def _load_trunk(trunk: VisionTransformer, tensors: Mapping[str, Tensor]) -> None
     trunk.load_state_dict(tensors, strict=True)
 
 
-def _load_head(head: nn.Module, tensors: Mapping[str, Tensor] | None) -> str:
+def _load_part(part: nn.Module, tensors: Mapping[str, Tensor] | None) -> str:
     if tensors is None:
         return "initialised (the file has none)"
-    wrong = differences(tensors, head.state_dict())
+    wrong = differences(tensors, part.state_dict())
     if wrong:
         return f"initialised (the file's does not fit: {summary(wrong[:1])})"
-    head.load_state_dict(tensors, strict=True)
+    part.load_state_dict(tensors, strict=True)
     return "loaded"
 
 

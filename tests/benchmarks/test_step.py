@@ -14,7 +14,7 @@ from rich.console import Console
 from benchmarks import step
 from benchmarks.step_worker import MethodFailed, Worker, serve
 from msn.commands.entry import compose, to_plain
-from msn.commands.step import PARTS, case_of
+from msn.commands.step import case_of
 from msn.errors import UserError
 
 TINY = [
@@ -65,7 +65,11 @@ class FakeWorker:
     def ask(self, question, number=1):
         if self.broken.get(self.name) == question:
             raise MethodFailed(f"{self.name}: out of memory")
-        answers = {"parts": dict.fromkeys(PARTS, 0.1), "peak_bytes": 5, "compiled": False}
+        answers = {
+            "parts": dict.fromkeys(("views", "backward"), 0.1),
+            "peak_bytes": 5,
+            "compiled": False,
+        }
         return answers.get(question, 1.0)
 
     def close(self):

@@ -9,7 +9,7 @@ from rich.console import Console
 from msn.commands import plan
 from msn.commands.entry import compose, to_plain
 from msn.commands.plan_settings import count_processes
-from msn.commands.step import Case, MsnStep
+from msn.commands.step import Case, TrainingStep
 from msn.errors import UserError
 from msn.training.cost import Flops, Memory
 
@@ -106,7 +106,7 @@ def test_measured_steps_that_run_out_of_memory_leave_the_memory_table_and_a_line
     def step(self):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(MsnStep, "step", step)
+    monkeypatch.setattr(TrainingStep, "step", step)
     code, out, err = command("train", "plan=true", "model.depth=2")
     assert code == 2
     assert "peak, GiB" in out

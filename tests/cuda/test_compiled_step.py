@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from msn.commands.step import MsnStep
+from msn.commands.step import TrainingStep
 from msn.method.block import Block
 from tests.cuda.conftest import case
 
@@ -18,7 +18,7 @@ def check_compiled_step(gpu, made, graphs):
     counters.clear()
     gpu.strict = False
     with fake_inductor(gpu):
-        method = MsnStep(made._replace(compile=True))
+        method = TrainingStep(made._replace(compile=True))
         assert method.compiled
         for step in range(3):
             gpu.reset()

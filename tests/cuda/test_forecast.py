@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from msn.commands.step import MsnStep
+from msn.commands.step import TrainingStep
 from msn.data.views import ViewSettings
 from msn.training.cost import forecast_memory
 from tests.cuda.conftest import case
@@ -17,7 +17,7 @@ def check_forecast(gpu, made):
     torch._dynamo.reset()
     gpu.strict = False
     with fake_inductor(gpu) if made.compile else nullcontext():
-        method = MsnStep(made)
+        method = TrainingStep(made)
         method.step()
         gpu.reset()
         method.step()

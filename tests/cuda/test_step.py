@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
-from msn.commands.step import MsnStep
+from msn.commands.step import TrainingStep
 from msn.method.distributed import BatchNorm
 from msn.method.loss import MSNLoss
 from msn.method.optim import FiniteCheck
@@ -20,7 +20,7 @@ TYPED = ("addmm", "convolution", "gelu", "gelu_backward", "_scaled_dot_product_f
 def check_step(gpu, made):
     """Take two steps and look at the second one: in the first one states come to the device."""
     gpu.strict = False
-    method = MsnStep(made)
+    method = TrainingStep(made)
     method.step()
     gpu.reset()
     gpu.strict = True
@@ -79,7 +79,7 @@ MUTATIONS = {
     "blocking copy": (BatchNorm, "forward", look_at_statistics, "blocking copy"),
     "host constant": (MSNLoss, "_log_prior", forget_the_device, "on the host"),
     "float32 constant": (BatchNorm, "forward", scale_in_float32, "float32"),
-    "refused dtype": (MsnStep, "_autocast", no_autocast, "dtype"),
+    "refused dtype": (TrainingStep, "_autocast", no_autocast, "dtype"),
 }
 
 

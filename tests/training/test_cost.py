@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.step_worker import Worker
 from msn.commands.entry import compose, to_plain
-from msn.commands.step import Case, MsnStep, case_of
+from msn.commands.step import Case, TrainingStep, case_of
 from msn.commands.verify import load_golden
 from msn.data.views import ViewSettings
 from msn.method.network import MSN
@@ -165,7 +165,7 @@ def test_vit_b16_with_1024_images_is_forecast_to_fit_12_gb_in_chunks_of_32(chunk
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_step_of_vit_b16_with_1024_images_takes_less_than_12_gb():
-    worker = Worker("msn", MsnStep, vit_b16_of_12_gb())
+    worker = Worker("msn", TrainingStep, vit_b16_of_12_gb())
     try:
         worker.ask("steps", 2)
         assert worker.ask("peak_bytes") < 12e9
@@ -217,7 +217,7 @@ def peak_of(folder, model, **changes):
         }
     )
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        method_step = MsnStep(case)
+        method_step = TrainingStep(case)
         for _ in range(2):
             method_step.step()
     profiler.export_chrome_trace(str(folder / "trace.json"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from msn.commands.entry import compose, to_plain
-from msn.commands.step import MsnStep, case_of
+from msn.commands.step import TrainingStep, case_of
 from msn.data.views import ViewSettings
 from msn.training.cost import forecast_memory
 
@@ -19,7 +19,7 @@ def case(**changes):
 
 
 def test_no_host_synchronisation_in_a_compiled_step():
-    method = MsnStep(case(batch_size=16))
+    method = TrainingStep(case(batch_size=16))
     for _ in range(3):
         method.step()
     assert method.compiled
@@ -35,7 +35,7 @@ def test_the_forecast_is_within_15_percent_of_the_peak(batch_size, chunk_size):
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     measured = case(batch_size=batch_size, chunk_size=chunk_size)
-    method = MsnStep(measured)
+    method = TrainingStep(measured)
     for _ in range(2):
         method.step()
     forecast = forecast_memory(

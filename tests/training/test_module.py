@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from msn.commands.entry import compose
 from msn.commands.verify import _compare_final, build, load_golden, load_network, step_views
-from msn.data.views import Views
+from msn.data.views import Views, ViewSettings
 from msn.errors import UserError
 from msn.training.module import MSNModule
 from msn.training.trainer import build_trainer, resolve_precision
@@ -118,9 +118,11 @@ def test_masks_are_a_function_of_seed_and_step():
     assert module.draw_kept_patches(rand).shape == (12,)
 
 
-def test_accumulation_is_refused_and_says_what_to_use(tmp_path):
+def test_accumulation_is_refused_and_says_what_to_use():
+    module = module_of(load_golden(GOLDEN["default"]).config)
+    views = ViewSettings(**compose("train", []).data.views)
     with pytest.raises(UserError, match="chunk_size"):
-        trainer_of(tmp_path, accumulate_grad_batches=2)
+        module.check_settings(views, batch_size=8, accumulated=2)
 
 
 def test_checkpoints_hold_plain_data_and_describe_themselves(tmp_path):

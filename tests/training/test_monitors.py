@@ -13,13 +13,11 @@ import torch.nn.functional as F
 from msn.evaluation.neighbours import rankme
 from msn.method.loss import MSNLoss
 from msn.training.monitors import (
-    IMAGES_PER_PROTOTYPE,
-    StepClock,
-    StepMeans,
-    Window,
+    prototype_use,
     step_scalars,
     strongest_prototypes,
 )
+from msn.training.statistics import IMAGES_PER_PROTOTYPE, StepClock, StepMeans, Window
 
 LOSS = MSNLoss(
     temperature=0.1,
@@ -83,8 +81,8 @@ def test_a_window_s_figures_are_those_of_its_images_put_together(step):
     strongest = terms.targets.argmax(-1)
     features = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)) + 1
     window = Window(5, 4)
-    window.add(terms, strongest, 3 * features, processes=1)
-    window.add(terms, strongest, -features, processes=1)
+    window.add(prototype_use(terms, strongest), 3 * features, processes=1)
+    window.add(prototype_use(terms, strongest), -features, processes=1)
     figures = window.figures()
     rows = F.normalize(torch.cat([features, -features]), dim=1)
     assert figures["features/rankme"].item() == pytest.approx(rankme(rows), rel=1e-5)
@@ -102,7 +100,7 @@ def test_a_window_s_figures_are_those_of_its_images_put_together(step):
 def test_features_of_one_direction_have_rank_one_and_no_spread(step):
     terms, _, _ = step
     window = Window(5, 4)
-    window.add(terms, terms.targets.argmax(-1), torch.ones(6, 4), processes=1)
+    window.add(prototype_use(terms, terms.targets.argmax(-1)), torch.ones(6, 4), processes=1)
     figures = window.figures()
     assert figures["features/rankme"].item() == pytest.approx(1, abs=1e-3)
     assert figures["features/std"].item() == pytest.approx(0, abs=1e-3)
@@ -113,7 +111,7 @@ def test_a_window_forgets_old_images_and_never_shrinks_to_a_handful(step):
     window = Window(5, 4)
     held = []
     for _ in range(60):
-        window.add(terms, terms.targets.argmax(-1), torch.randn(6, 4), processes=1)
+        window.add(prototype_use(terms, terms.targets.argmax(-1)), torch.randn(6, 4), processes=1)
         buckets = (window.older, window.newer)
         held.append(sum(bucket.images for bucket in buckets if bucket is not None))
     assert max(held) < 2 * IMAGES_PER_PROTOTYPE * 5 + 2 * 6
@@ -146,7 +144,7 @@ def figures(anchor, target, prototypes, rank=0, world=1):
     means, window = StepMeans(), Window(prototypes.shape[0], target.shape[1])
     for _ in range(2):
         means.add(step_scalars(terms, nearest, strongest, rand_views=1))
-        window.add(terms, strongest, target[mine], processes=world)
+        window.add(prototype_use(terms, strongest), target[mine], processes=world)
     return {name: float(value) for name, value in (means.take() | window.figures()).items()}
 
 
