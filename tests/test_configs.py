@@ -36,7 +36,46 @@ RELEASED = {
 EXPERIMENTS = sorted(path.stem for path in (config_directory() / "experiment").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+MAE = [name for name in EXPERIMENTS if name.startswith("mae_")]
+MSN = [name for name in EXPERIMENTS if name not in MAE]
+
+
+@pytest.mark.parametrize("experiment", MAE)
+def test_every_experiment_of_masked_autoencoders_builds(experiment):
+    config = compose("train", [f"experiment={experiment}"])
+    with torch.device("meta"):
+        module = build(config, "module")
+    views = ViewSettings(**config.data.views)
+    module.check_settings(views, batch_size=config.data.global_batch_size, accumulated=2)
+    assert views.num_views == 1
+    assert (list(views.rand_scale), config.data.views.blur_probability) == ([0.2, 1.0], 0)
+    module.plan_schedule(epochs=config.trainer.max_epochs, steps_per_epoch=10)
+    assert module.schedule.at(0).lr == 0
+    side, patches = views.rand_size, (views.rand_size // views.patch_size) ** 2
+    errors = module.network.learn(
+        torch.empty(2, 3, side, side, device="meta"), torch.empty(2, patches, device="meta")
+    )
+    assert errors.patches.shape == (2, patches)
+    assert module.network.num_kept == patches // 4
+    text = (config_directory() / "experiment" / f"{experiment}.yaml").read_text()
+    assert f"mask_ratio {config.method.mask_ratio}" in text
+    assert f"ffective batch {config.data.global_batch_size:,}" in text
+    assert f"{config.trainer.max_epochs} epochs" in text
+
+
+@pytest.mark.parametrize("experiment", ["mae_vitb16", "mae_vitl16", "mae_vith14"])
+def test_masked_autoencoders_are_the_paper_s(experiment):
+    """arXiv 2111.06377, Table 8."""
+    config = compose("train", [f"experiment={experiment}"])
+    method, batch = config.method, config.data.global_batch_size
+    assert (batch, config.trainer.max_epochs, method.warmup_epochs) == (4096, 1600, 40)
+    assert method.lr == pytest.approx(1.5e-4 * batch / 256)
+    assert (list(method.betas), method.weight_decay) == ([0.9, 0.95], 0.05)
+    assert dict(method.decoder) == {"embed_dim": 512, "depth": 8, "num_heads": 16}
+    assert (method.norm_pix_loss, config.data.views.flip_probability) == (True, 0.5)
+
+
+@pytest.mark.parametrize("experiment", MSN)
 def test_every_experiment_builds_and_its_parts_fit(experiment):
     config = compose("train", [f"experiment={experiment}"])
     assert config.run.experiment == experiment
@@ -102,7 +141,7 @@ def test_the_method_s_numbers_are_those_of_the_released_file():
     assert config.trainer.max_epochs == 800
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", MSN)
 def test_the_head_comment_of_an_experiment_says_what_is_composed(experiment):
     text = (config_directory() / "experiment" / f"{experiment}.yaml").read_text()
     config = compose("train", [f"experiment={experiment}"])

@@ -45,6 +45,15 @@ PANELS = (
         "the floor is no failure; floor and loss fall together while targets sharpen.",
     ),
     Panel(
+        "Reconstruction",
+        {
+            "reconstruction/error_of_means": "error of the means alone",
+            "reconstruction/error_std": "spread over patches",
+        },
+        "Masked autoencoders: what predicting each masked patch's mean would give, which the loss "
+        "must fall below, and how far patches differ.",
+    ),
+    Panel(
         "Prototypes in use",
         {"collapse/prototypes_used": "used", "collapse/prototype_perplexity": "perplexity"},
         "Prototypes that are the strongest of some image, and their effective number. Near 1: "
