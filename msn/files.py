@@ -4,6 +4,7 @@ import contextlib
 import csv
 import errno
 import hashlib
+import io
 import logging
 import os
 import secrets
@@ -207,10 +208,12 @@ def read_rows(path: Path, *, text: Collection[str] = ()) -> list[dict[str, str]]
     """
     if not path.is_file():
         return []
+    text_of_file = path.read_bytes().decode(errors="replace")
+    if "\0" in text_of_file:
+        log.warning("%s: zero bytes, as of a machine that stopped, are left out", path)
+        text_of_file = text_of_file.replace("\0", "")
     try:
-        with path.open(newline="", encoding="utf-8", errors="replace") as file:
-            # A machine that stopped may have left zeros.
-            rows = list(csv.DictReader(line.replace("\0", "") for line in file))
+        rows = list(csv.DictReader(io.StringIO(text_of_file, newline="")))
     except csv.Error as error:
         raise UserError(f"{path}: cannot be read as CSV ({error})") from None
     whole = [row for row in rows if _is_whole(row, text)]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -33,6 +33,7 @@ from msn.training.trainer import resolve_precision
 
 _IMAGENET_IMAGES = 1_281_167
 _BEYOND_REASON = 2  # times a device's memory: no swap and no error of the forecast is so large
+_FEW_PROTOTYPES = 2
 _SMALLER = {
     "weights": "lower model.embed_dim, model.depth or, of MSN, method.num_prototypes",
     "views": "lower data.global_batch_size, or the number or size of data.views",
@@ -119,13 +120,20 @@ def refuse_beyond_reason(config: DictConfig, settings: dict[str, Any]) -> None:
     processes = max(1, count_processes(settings["trainer"], device))  # fewer: the trainer refuses
     batch_size = max(1, settings["data"]["global_batch_size"] // processes)
     sharded = settings["trainer"]["strategy"] == "fsdp2"
-    memory = forecast(module, _case(settings, batch_size, device), processes, sharded)
+    case = _case(settings, batch_size, device)
+    memory = forecast(module, case, processes, sharded)
     limit = _memory_installed(device)
     if limit is not None and memory.peak > _BEYOND_REASON * limit:
+        few = OmegaConf.merge(config, {"method": {"num_prototypes": _FEW_PROTOTYPES}})
+        assert isinstance(few, DictConfig)
+        without = forecast(_outline(few, settings), case, processes, sharded).peak
         largest = max(("weights", "views", "activations"), key=lambda part: getattr(memory, part))
+        lower = _SMALLER[largest]
+        if 2 * without < memory.peak:
+            lower = f"lower method.num_prototypes={settings['method']['num_prototypes']}"
         raise UserError(
             f"a step would take {memory.peak / 2**30:,.0f} GiB and there are {limit / 2**30:,.0f}: "
-            f"{_SMALLER[largest]}, or take more devices; plan=true says more"
+            f"{lower}, or take more devices; plan=true says more"
         )
 
 

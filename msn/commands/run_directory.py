@@ -25,6 +25,7 @@ from msn.weights.reading import newest_valid_checkpoint
 log = logging.getLogger(__name__)
 
 STATUS_FILE = "run.json"
+CONFIG_FILE = "config.yaml"
 LOCK_FILE = "run.lock"
 CHECKPOINTS = "checkpoints"
 # What a run that begins again from nothing must not go on with.
@@ -80,6 +81,8 @@ class RunDirectory:
                 status = read_status(path).get("status", "missing")
                 if status in ("damaged", "missing"):
                     log.warning("%s is %s: it is written again", path / STATUS_FILE, status)
+                if not (path / CONFIG_FILE).exists():
+                    log.warning("%s is missing: it is written again", path / CONFIG_FILE)
                 newest = newest_valid_checkpoint(reserved.checkpoints)
                 reserved = replace(reserved, resume_from=newest)
         return reserved
@@ -111,7 +114,7 @@ class RunDirectory:
         # First: it says that a run stands here, also where the next file finds the disk full.
         self.write_status("unfinished")
         text = OmegaConf.to_yaml(config, resolve=True)
-        write_atomically(self.path / "config.yaml", lambda file: file.write(text.encode()))
+        write_atomically(self.path / CONFIG_FILE, lambda file: file.write(text.encode()))
 
     def begin_again(self) -> None:
         """Keep aside what an unfinished run without a whole checkpoint has left, and say it.
@@ -189,8 +192,14 @@ def forget_directory() -> None:
 
 
 def read_status(path: Path) -> dict[str, Any]:
-    """What run.json of a run directory says, empty where there is none."""
+    """What run.json of a run directory says, empty where there is none.
+
+    Raises:
+        UserError: if it is no file.
+    """
     file = path / STATUS_FILE
+    if file.exists() and not file.is_file():
+        raise UserError(f"{file} is not a file: remove it, or choose another run.dir")
     if not file.is_file():
         return {}
     try:

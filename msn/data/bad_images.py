@@ -95,6 +95,10 @@ class BadImageLedger:
             new = new or self._take(fresh)
         return new
 
+    def knows(self, path: str) -> bool:
+        """Whether the image of this name has been found to be unreadable."""
+        return any(image.path == path for image in self.known.values())
+
     def check(self) -> None:
         """End the run where too much is unreadable, over all processes.
 

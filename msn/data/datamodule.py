@@ -127,9 +127,12 @@ class MSNDataModule(LightningDataModule):
         if self.pools.labelled is None or self.pools.held_out is None:
             return None
         if self._labelled is None:  # the same ones each time: they know what has been said
+            strict = self.ledger.strict
             self._labelled = (
-                LabelledImages(self.pools.labelled, "training", strict=self.ledger.strict),
-                LabelledImages(self.pools.held_out, "held-out", strict=self.ledger.strict),
+                LabelledImages(
+                    self.pools.labelled, "training", strict=strict, said=self.ledger.knows
+                ),
+                LabelledImages(self.pools.held_out, "held-out", strict=strict),
             )
         return self._labelled
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -270,6 +271,7 @@ class LabelledImages(Dataset[Image.Image]):
         images: images of a source with labels.
         what: name used in messages.
         strict: whether one that cannot be read is an error instead.
+        said: whether an image of this name has been logged before.
 
     Attributes:
         labels: class numbers, LongTensor [n].
@@ -277,11 +279,18 @@ class LabelledImages(Dataset[Image.Image]):
         classes: names of the classes.
     """
 
-    def __init__(self, images: Subset, what: str, *, strict: bool = False) -> None:
+    def __init__(
+        self,
+        images: Subset,
+        what: str,
+        *,
+        strict: bool = False,
+        said: Callable[[str], bool] | None = None,
+    ) -> None:
         labels = images.labels
         if labels is None:
             raise UserError(f"{images.source.where}: has no labels")
-        self.images, self.what, self.strict = images, what, strict
+        self.images, self.what, self.strict, self._said = images, what, strict, said
         self.labels = torch.from_numpy(labels)
         self.classes = images.source.classes
         # Shared with workers, of which there are new ones for every reading.
@@ -332,6 +341,8 @@ class LabelledImages(Dataset[Image.Image]):
             raise UserError(strict_message(self.name(i), error))
         if not self._reported[i]:
             self._reported[i] = True
+            if self._said is not None and self._said(self.name(i)):
+                return
             log.warning("replaced an unreadable %s image: %s (%s)", self.what, self.name(i), error)
 
     def name(self, i: int) -> str:

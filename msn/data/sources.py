@@ -167,8 +167,8 @@ def find_depth(source: Source, depth: str | Depth) -> Depth | None:
     """The depth of a set: what was set, or with `auto` what a sample of the images needs.
 
     Unsigned values give the least number of bits, 8 at least, that holds the largest; where there
-    are negative ones, the least and the largest are black and white; where all is black, it is 16
-    bits. The answer is said once.
+    are negative ones, the least and the largest are black and white, and so are 0 and 1 alone;
+    where all is black, it is 16 bits. The answer is said once.
 
     Returns:
         None where `auto` finds no image of more than 8 bits.

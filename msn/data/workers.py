@@ -70,13 +70,18 @@ def make_loader(
     # Each batch on its way in shared memory is an open file, here and in its worker.
     batches = num_workers * (options.get("prefetch_factor") or 2)
     shared = free >= 2 * (_FILES_BESIDE + _FILES_A_WORKER * num_workers + batches)
-    return DataLoader(
+    return _Loader(
         images,
         num_workers=num_workers,
         collate_fn=_Send(collate or stack),
         worker_init_fn=partial(_prepare, may_share=shared),
         **options,
     )
+
+
+class _Loader(DataLoader[Any]):
+    def check_worker_number_rationality(self) -> None:
+        """Nothing: more workers than cores are a person's wish."""
 
 
 def _prepare(number: int, *, may_share: bool) -> None:

@@ -93,8 +93,8 @@ class _FewLabels(FeatureProtocol):
             return sets
         if len(train) < self.knn_neighbours:
             raise UserError(
-                f"protocol.knn_neighbours={self.knn_neighbours}: there are only {len(train)} "
-                "labelled images; null does without kNN"
+                f"protocol.knn_neighbours={self.knn_neighbours}: must be at most the number of "
+                f"labelled images, {len(train)}; null does without kNN"
             )
         return [*sets, all_labels(train)]
 

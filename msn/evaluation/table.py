@@ -127,14 +127,21 @@ def note(rows: Sequence[Row]) -> str:
         parts.append(f"+- standard deviation over {numbers} sets of labelled images")
     parts += _strengths(rows)
     if replaced := max((row.get("replaced_images", 0) for row in rows), default=0):
-        parts.append(f"{replaced} labelled images cannot be read: others of their class stand in")
+        parts.append(
+            f"{_images(replaced, 'labelled')} cannot be read: others of the class stand in"
+        )
     if unreadable := max((row.get("unreadable_test_images", 0) for row in rows), default=0):
-        parts.append(f"{unreadable} held-out images cannot be read and count as wrong")
+        verb = "counts" if unreadable == 1 else "count"
+        parts.append(f"{_images(unreadable, 'held-out')} cannot be read and {verb} as wrong")
     if any("cross_validated" in row for row in rows):
         parts.append("cv: lambda cross-validated inside each labelled set, never on test images")
     if any(not row.get("converged", True) for row in rows):
         parts.append("NOT CONVERGED: raise protocol.logistic.max_evaluations")
     return "; ".join(parts) + "."
+
+
+def _images(count: int, kind: str) -> str:
+    return f"{count} {kind} image{'' if count == 1 else 's'}"
 
 
 def _strengths(rows: Sequence[Row]) -> list[str]:

@@ -185,11 +185,13 @@ def recorded_depth(about: Mapping[str, Any]) -> Depth | None:
 def depth_for(values: tuple[int, int]) -> Depth:
     """What the least and the largest value of a set need: bits, or with negative values both.
 
-    Zeros alone tell nothing: 16 bits.
+    Zeros alone tell nothing: 16 bits. Zeros and ones are a mask, black and white.
     """
     low, high = values
     if low == high == 0:
         return 16
+    if (low, high) == (0, 1):
+        return [0, 1]
     return max(_BITS[0], high.bit_length()) if low >= 0 else [low, max(high, low + 1)]
 
 

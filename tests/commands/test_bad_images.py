@@ -11,6 +11,19 @@ RUN = [*TINY[:5], "trainer.max_epochs=1", "trainer.accelerator=cpu", "data=folde
 RUN += ["data.global_batch_size=50", "data.num_workers=2", "data.use_labels=false"]
 
 
+def test_an_image_is_named_once_in_training_and_evaluation(command, tmp_path, caplog):
+    root = make_folder(tmp_path / "in", classes=2, images=12)
+    for name in ("class_0/3.jpg", "class_1/8.jpg"):
+        DAMAGE["truncated"](root / name)
+    run = [*RUN[:-1], "data.global_batch_size=8", "data.hold_out=0.2", "protocol.shots=[1]"]
+    run += ["protocol.knn_neighbours=3", "protocol.splits=1", "baselines=[]", "report=false"]
+    code, out, err = command("train", *run, f"data.root={root}", f"run.dir={tmp_path / 'run'}")
+    assert code == 0, err
+    for name in ("class_0/3.jpg", "class_1/8.jpg"):
+        assert caplog.text.count(name) == 1
+    assert "others of the class stand in" in " ".join(out.split())
+
+
 # Who may not open a file is shown in tests/data/test_bad_images.py: root may open everything.
 @pytest.mark.slow
 def test_one_percent_of_every_kind(command, tmp_path):

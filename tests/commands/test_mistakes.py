@@ -125,7 +125,7 @@ SETTINGS = [
     ("protocol.splits", 10**8, "protocol.splits must be in [1, 10000]"),
     ("protocol.seed", -1, "protocol.seed must be in [0, 2^32)"),
     ("method.sinkhorn_iterations", 10**8, "method.sinkhorn_iterations must be in [1, 1000]"),
-    ("method.num_prototypes", 10**12, "GiB and there are"),
+    ("method.num_prototypes", 10**12, "lower method.num_prototypes=1000000000000, or take"),
     ("method.num_prototypes", 10**18, "too large"),
     ("model.embed_dim", 3 * 10**6, "lower model.embed_dim"),
     ("model.mlp_ratio", 1e30, "too large"),

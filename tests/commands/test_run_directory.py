@@ -115,6 +115,24 @@ def test_what_a_killed_process_or_a_full_disk_left_is_taken_up(tmp_path, monkeyp
         chosen(path)
 
 
+def test_a_run_json_that_is_a_folder_is_a_line(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    write_checkpoint(tmp_path / "checkpoints" / "epoch-1-step-3.ckpt", {})
+    (tmp_path / "run.json").mkdir()
+    with pytest.raises(UserError, match="run.json is not a file: remove it, or choose another"):
+        chosen(tmp_path)
+
+
+def test_a_lost_configuration_is_said(tmp_path, caplog):
+    run = chosen(tmp_path / "run").reserve()
+    run.create(OmegaConf.create())
+    chosen(tmp_path / "run").reserve()
+    assert caplog.text == ""
+    (tmp_path / "run" / "config.yaml").unlink()
+    chosen(tmp_path / "run").reserve()
+    assert caplog.text.count("config.yaml is missing: it is written again") == 1
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "\0\0", "[" * 100_000])
 def test_a_damaged_run_json_is_said_and_written_again(tmp_path, caplog, content):
     (tmp_path / "run.json").write_text(content)

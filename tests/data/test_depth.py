@@ -72,6 +72,15 @@ def test_signed_values_are_spread_from_the_least_to_the_largest(tmp_path):
     assert np.asarray(pools.train.source.rgb(13))[-1, -1].tolist() == [255] * 3
 
 
+def test_masks_of_zeros_and_ones_are_black_and_white(tmp_path, caplog):
+    caplog.set_level("INFO", "msn")
+    pools = pools_of(deep_folder(tmp_path, TWELVE // 2048, ".png"))
+    assert pools.train.source.depth == [0, 1]
+    assert "data.depth=[0,1], so that 1 is white" in caplog.text
+    brightest = [int(np.asarray(pools.train.source.rgb(i)).max()) for i in range(16)]
+    assert sorted(set(brightest)) == [0, 255]
+
+
 def test_held_out_images_are_read_as_those_that_train(tmp_path):
     deep_folder(tmp_path / "train", TWELVE)
     deep_folder(tmp_path / "val", TWELVE // 8)

@@ -32,6 +32,11 @@ class Rows(Dataset):
         return torch.full((3, 4), float(i)), i, i % 2 == 0, f"row {i}"
 
 
+def test_more_workers_than_cores_are_no_warning(recwarn):
+    iter(make_loader(Rows(), num_workers=3 * (os.cpu_count() or 1), batch_size=1))
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 def no_room(*_):
     raise RuntimeError(NO_ROOM)
 
