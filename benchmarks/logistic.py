@@ -23,6 +23,7 @@ from benchmarks.script import run_script
 from msn.commands.eval_lowshot import choose_device
 from msn.errors import UserError
 from msn.evaluation.logistic import fit_logistic
+from msn.schema import whole_number
 from msn.weights.tensors import open_weights
 
 DEFAULTS = {
@@ -118,18 +119,13 @@ def _check(config: Mapping[str, Any]) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise UserError(f"{key}={value}: must be a number > 0")
     for key, least in (("seed", 0), ("max_evaluations", 1)):
-        value = config[key]
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise UserError(f"{key}={value}: must be a whole number >= {least}")
+        whole_number(key, config[key], least)
 
 
 def _problem(config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     if config["features"] is not None:
         return _read(Path(str(config["features"])))
-    sizes = {key: config[key] for key in ("n", "d", "classes")}
-    for key, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 2:
-            raise UserError(f"{key}={value}: must be a whole number >= 2")
+    sizes = {key: whole_number(key, config[key], 2) for key in ("n", "d", "classes")}
     generator = torch.Generator().manual_seed(config["seed"])
     rows = torch.randn(sizes["n"], sizes["d"], generator=generator)
     return F.normalize(rows, dim=1), torch.arange(sizes["n"]) % sizes["classes"]

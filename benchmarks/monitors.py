@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.script import run_script
 from msn.commands.entry import build, compose
-from msn.errors import UserError
+from msn.schema import whole_number
 from msn.training.cost import synchronise
 from msn.training.judge import Judge
 from msn.training.module import MSNModule
@@ -48,8 +48,7 @@ def run(settings: dict[str, Any], console: Console) -> list[dict[str, Any]]:
         UserError: if a setting is wrong.
     """
     for name, least in {"epochs": 1, "steps": _WARM_UP + 1}.items():
-        if not isinstance(settings[name], int) or settings[name] < least:
-            raise UserError(f"{name} must be a whole number >= {least}, got {settings[name]}")
+        whole_number(name, settings[name], least)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     found = _train(settings)

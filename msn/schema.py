@@ -154,6 +154,17 @@ def _with_keywords(target: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(target, "Settings", target)
 
 
+def whole_number(name: str, value: Any, least: int) -> int:
+    """A setting that must be a whole number of at least so much.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"{name} must be a whole number >= {least}, got {value!r}")
+    return value
+
+
 def flat(prefix: str, settings: Any) -> list[tuple[str, Any]]:
     """Nested settings as pairs of a full key ("data.views.rand_views") and its value."""
     if not isinstance(settings, Mapping):

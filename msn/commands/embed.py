@@ -41,6 +41,7 @@ from msn.files import write_atomically, write_bytes, writing_to
 from msn.images.depth import RECORDED, check_depth, trained_depth
 from msn.images.kinds import BadImageError
 from msn.progress import Progress
+from msn.schema import whole_number
 from msn.weights import Backbone, load_backbone
 from msn.weights.tensors import open_weights, save_tensors
 
@@ -136,9 +137,7 @@ class _Images(Dataset[tuple[Tensor, str]]):
 
 
 def _check(settings: dict[str, Any], out: Path) -> None:
-    batch_size = settings["batch_size"]
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise UserError(f"batch_size must be a whole number >= 1, got {batch_size!r}")
+    whole_number("batch_size", settings["batch_size"], 1)
     if out.is_dir():
         raise UserError(f"out={out} is a directory; it must be a file such as features.safetensors")
     if out.suffix not in WRITERS:

@@ -16,7 +16,7 @@ from msn.data.pools import refuse_shared
 from msn.data.shard_writer import write_shards
 from msn.data.sources import Source, folder_source, list_source
 from msn.errors import UserError
-from msn.schema import as_argument
+from msn.schema import as_argument, whole_number
 
 
 def run(config: DictConfig) -> None:
@@ -27,9 +27,7 @@ def run(config: DictConfig) -> None:
     """
     settings = to_plain(config)
     root, out = str(settings["root"]), Path(str(settings["out"]))
-    count = settings["images_per_shard"]
-    if not isinstance(count, int) or isinstance(count, bool):
-        raise UserError(f"images_per_shard={count}: must be a whole number >= 1")
+    count = whole_number("images_per_shard", settings["images_per_shard"], 1)
     _refuse_used(out)
     # All are found before one is written: a mistake in the second leaves nothing behind.
     parts = _parts(root, out, settings)

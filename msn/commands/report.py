@@ -15,6 +15,7 @@ from msn.errors import UserError
 from msn.files import write_bytes
 from msn.reporting.record import CONFIG_FILE, RunRecord, read_record
 from msn.reporting.report import build_report
+from msn.schema import whole_number
 
 REPORT_FILE = "report.html"
 # Of a pretraining run's configuration.
@@ -32,9 +33,7 @@ def run(config: DictConfig) -> None:
     paths = [Path(str(path)) for path in (runs if isinstance(runs, list) else [runs])]
     if not paths:
         raise UserError("runs=[]: name at least one run directory")
-    images = settings["images"]
-    if isinstance(images, bool) or not isinstance(images, int) or images < 0:
-        raise UserError(f"images={images}: must be a whole number >= 0")
+    images = whole_number("images", settings["images"], 0)
     records = [open_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
     out = settings["out"]
     out = (paths[0] if len(paths) == 1 else Path()) / REPORT_FILE if out is None else Path(str(out))

@@ -21,7 +21,7 @@ from msn.errors import UserError
 from msn.files import write_bytes
 from msn.method.masking import PatchDrop, draw_key
 from msn.reporting.pictures import views_sheet
-from msn.schema import make, take
+from msn.schema import make, take, whole_number
 from msn.training.cost import bytes_of_views, memory_installed
 
 log = logging.getLogger(__name__)
@@ -38,8 +38,11 @@ def run(config: DictConfig) -> None:
     refuse_other_target(config)
     settings = to_plain(config)
     out = _picture_path(settings["out"])
-    images = _whole("images", settings["images"], 1)
-    epoch, seed = _whole("epoch", settings["epoch"], 0), _whole("seed", settings["seed"], 0)
+    images = whole_number("images", settings["images"], 1)
+    epoch, seed = (
+        whole_number("epoch", settings["epoch"], 0),
+        whole_number("seed", settings["seed"], 0),
+    )
     data = settings["data"]
     views = view_settings(data["views"])
     _refuse_beyond_reason(images, views)
@@ -89,16 +92,10 @@ def _refuse_beyond_reason(images: int, views: ViewSettings) -> None:
         )
 
 
-def _whole(name: str, value: Any, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise UserError(f"{name}={value}: must be a whole number >= {low}")
-    return value
-
-
 def _order(pools: Pools, global_batch_size: int, seed: int) -> EpochSampler:
     """The training's order; a folder too small to train on can be looked at all the same."""
     count = len(pools.train)
-    size = min(_whole("data.global_batch_size", global_batch_size, 1), count)
+    size = min(whole_number("data.global_batch_size", global_batch_size, 1), count)
     return EpochSampler(num_images=count, global_batch_size=size, seed=seed, rank=0, world_size=1)
 
 

@@ -17,9 +17,9 @@ from msn.data.dataset import Subset, TrainingSet
 from msn.data.sampler import BatchKey
 from msn.data.sources import ArraySource
 from msn.data.views import Views, ViewSettings, view_settings
-from msn.errors import UserError
 from msn.method import optim
 from msn.method.optim import BufferGuard, FiniteCheck
+from msn.schema import whole_number
 from msn.training.base import PretrainingModule
 from msn.training.cost import Operations, measure_matrix_rate, synchronise
 from msn.training.module import MSNModule, build_module
@@ -57,10 +57,10 @@ def case_of(settings: dict[str, Any]) -> Case:
     batch = settings["batch_size"]
     if batch is None:
         batch = _CUDA_BATCH if device == "cuda" else _CPU_BATCH
-    check_whole("batch_size", batch, 2)
-    check_whole("rounds", settings["rounds"], 1)
+    whole_number("batch_size", batch, 2)
+    whole_number("rounds", settings["rounds"], 1)
     if settings["chunk_size"] is not None:
-        check_whole("chunk_size", settings["chunk_size"], 1)
+        whole_number("chunk_size", settings["chunk_size"], 1)
     compilation(settings["compile"])
     view_settings(settings["data"]["views"])
     return Case(
@@ -73,16 +73,6 @@ def case_of(settings: dict[str, Any]) -> Case:
         precision=resolve_precision(settings["trainer"]["precision"], "auto"),
         device=device,
     )
-
-
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Refuse what is no whole number, or less than `least`.
-
-    Raises:
-        UserError: that says which setting it is.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"{name} must be a whole number >= {least}, got {value!r}")
 
 
 def step_flops(case: Case) -> Operations:

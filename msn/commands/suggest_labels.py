@@ -33,7 +33,7 @@ from msn.files import placed_at, write_bytes
 from msn.images.depth import check_depth, trained_depth
 from msn.images.kinds import BadImageError
 from msn.method.network import ProjectionHead
-from msn.schema import as_argument, make
+from msn.schema import as_argument, make, whole_number
 from msn.weights import Weights, read_weights
 from msn.weights.reading import newest_valid_checkpoint
 from msn.weights.weights import check_heads
@@ -59,11 +59,9 @@ def run(config: DictConfig) -> None:
     out = Path(str(settings["out"])).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out={out}: exists and is not an empty directory")
-    method, budget = settings["choose"], settings["budget"]
+    method, budget = settings["choose"], whole_number("budget", settings["budget"], 1)
     if method not in METHODS:
         raise UserError(f"choose={method}: must be one of {', '.join(METHODS)}")
-    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
-        raise UserError(f"budget={budget}: must be a whole number >= 1")
     data = make("data", _images_of(settings["data"]), PoolSettings)
     num_heads, key = settings["model"]["num_heads"], settings["init_key"]
     weights = read_weights(_with_prototypes(settings["checkpoint"]), num_heads=num_heads, key=key)

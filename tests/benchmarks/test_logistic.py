@@ -28,9 +28,9 @@ def test_help_names_the_keys(script):
     [
         (["images=DIR"], "unknown key images: allowed are json, features"),
         (["n"], "unknown key n"),
-        (["n=1"], "n=1: must be a whole number >= 2"),
+        (["n=1"], "n must be a whole number >= 2, got 1"),
         (["lambd=abc"], "lambd=abc: must be a number > 0"),
-        (["seed=x"], "seed=x: must be a whole number >= 0"),
+        (["seed=x"], "seed must be a whole number >= 0, got 'x'"),
         (["device=gpu"], "device=gpu is not available on this machine"),
         (["features=/no/such.safetensors"], "no such file"),
         (["json=/no/such/rows.json"], "json=/no/such/rows.json"),

@@ -132,8 +132,8 @@ def test_mistakes_are_said_before_anything_is_written(command, tmp_path):
     (tmp_path / "full" / "old").mkdir(parents=True)
     for root, out, more, message in (
         ("in", "out", [], "val: is an empty folder"),
-        ("in/train", "out", ["images_per_shard=1.5"], "images_per_shard=1.5: must be a whole"),
-        ("in/train", "out", ["images_per_shard=0"], "images_per_shard=0: must be >= 1"),
+        ("in/train", "out", ["images_per_shard=1.5"], "images_per_shard must be a whole number"),
+        ("in/train", "out", ["images_per_shard=0"], "images_per_shard must be a whole number >= 1"),
         ("nowhere", "out", [], "nowhere: there is no such folder"),
         ("in/train", "full", [], "full: is not empty; choose a new folder"),
     ):

@@ -26,7 +26,7 @@ def test_one_run_gets_its_page_and_several_get_one_where_the_user_stands(
         (["runs=[]"], "runs=[]"),
         (["runs=[nowhere]"], "holds no config.yaml"),
         ([], "runs must be given"),
-        (["runs=[.]", "images=-1"], "images=-1: must be a whole number >= 0"),
+        (["runs=[.]", "images=-1"], "images must be a whole number >= 0, got -1"),
         (["runs=[.]"], "holds no config.yaml"),
     ],
 )

@@ -44,7 +44,10 @@ def test_the_sheet_shows_the_first_images_of_the_epoch_as_training_sees_them(
         (["data.root=/no/such", "out=DIR/x.png"], "there is no such folder"),
         (["data.root=DIR", "out=DIR/x.txt"], "must end in .png"),
         (["data.root=DIR", "out=DIR/no/x.png"], "name a file in a directory that is there"),
-        (["data.root=DIR", "out=DIR/x.png", "images=0"], "images=0: must be a whole number >= 1"),
+        (
+            ["data.root=DIR", "out=DIR/x.png", "images=0"],
+            "images must be a whole number >= 1, got 0",
+        ),
         (["data.root=DIR", "out=DIR/x.png", "data.views.rand_size=100000"], "lower images, or"),
         (["data.root=DIR", "out=DIR/x.png", "data.views.focal_views=1000000"], "lower images, or"),
     ],

@@ -129,7 +129,7 @@ def test_the_image_size_counts_and_a_failed_writing_leaves_nothing(
     ("arguments", "message"),
     [
         (["budget=2"], "has no head and prototypes"),
-        (["budget=0", "choose=medoids"], "budget=0: must be a whole number >= 1"),
+        (["budget=0", "choose=medoids"], "budget must be a whole number >= 1, got 0"),
         (["budget=99999", "choose=medoids"], "budget=99999: must be in [1, 1297]"),
         (["budget=2", "choose=best"], "choose=best: must be one of prototypes, medoids"),
         (["choose=medoids"], "budget must be given"),
