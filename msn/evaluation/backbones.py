@@ -9,7 +9,6 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
-from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor
 
 from msn.errors import UserError
@@ -25,7 +24,13 @@ from msn.evaluation.features import (
 from msn.method.vit import VisionTransformer
 from msn.weights import build_trunk, read_weights
 from msn.weights.backbone import image_transform, trimmed
-from msn.weights.timm import check_same_model, named_model, told_by_model
+from msn.weights.timm import (
+    TimmModel,
+    check_same_model,
+    named_model,
+    timm_family,
+    told_by_model,
+)
 from msn.weights.weights import BASELINES, EXACT_GELU, IMAGENET_MEAN, IMAGENET_STD, say_notes
 
 _TIMM = "timm/"
@@ -206,7 +211,8 @@ def open_backbone(
         num_heads = told_by_model(named)["num_heads"]
         config = timm.models.get_pretrained_cfg(model)
         told = {} if config is None else {"mean": config.mean, "std": config.std}
-    weights = read_weights(path, num_heads=num_heads, key=key)
+    family = None if named is None else timm_family(named)
+    weights = read_weights(path, num_heads=num_heads, key=key, family=family)
     if named is not None:
         check_same_model(weights, named, f"checkpoint={_TIMM}{model}@{path}")
         weights.model.update(told_by_model(named))  # its eps, if that is not ours
@@ -235,7 +241,7 @@ def _name_and_path(entry: str, *, alone: bool) -> tuple[str, str]:
     return name, path
 
 
-def _timm_model(name: str) -> TimmVisionTransformer:
+def _timm_model(name: str) -> TimmModel:
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('.')[0][:12]}*")[:5]
         hint = f"; similar are {', '.join(near)}" if near else ""

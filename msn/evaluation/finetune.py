@@ -11,7 +11,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import Mixup, create_transform
-from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -48,9 +47,10 @@ from msn.evaluation.sets import (
     drawn_shots,
     make_row,
 )
-from msn.method.positions import resize_position_embeddings
 from msn.progress import Progress
 from msn.schema import Range, check_ranges, make
+from msn.weights.timm import TimmModel, timm_twin
+from msn.weights.weights import resized_positions
 
 _Positive = Annotated[float, Range(0, above_low=True)]
 _Fraction = Annotated[float, Range(0, 1)]
@@ -384,26 +384,19 @@ class FineTuning:
 
 def classifier_of(
     subject: FrozenBackbone, num_classes: int, *, drop_path: float, seed: int
-) -> TimmVisionTransformer:
+) -> TimmModel:
     """timm's vision transformer with the weights of a backbone and a new, nearly zero head.
 
     Position embeddings are resized as in pretraining where the image size is another.
     """
-    size = subject.image_size
-    numbers: dict[str, Any] = {**subject.trunk.model_config, "img_size": size}
-    model = TimmVisionTransformer(
-        **numbers,
-        num_classes=num_classes,
-        global_pool="token",
-        drop_path_rate=drop_path,
+    trunk = subject.trunk
+    model = {**trunk.model_config, "img_size": subject.image_size}
+    state = {name: tensor.clone() for name, tensor in trunk.state_dict().items()}
+    if subject.image_size != trunk.img_size:
+        state, _ = resized_positions(state, model, subject.image_size)
+    twin = timm_twin(state, model, num_classes=num_classes, drop_path_rate=drop_path)
+    head = torch.randn(num_classes, trunk.embed_dim, generator=torch.Generator().manual_seed(seed))
+    twin.get_submodule("head").load_state_dict(
+        {"weight": _HEAD_STD * head, "bias": torch.zeros(num_classes)}
     )
-    weights = {name: tensor.clone() for name, tensor in subject.trunk.state_dict().items()}
-    side = size // subject.trunk.patch_size
-    if size != subject.trunk.img_size:
-        weights["pos_embed"] = resize_position_embeddings(weights["pos_embed"], (side, side))
-    head = torch.randn(
-        num_classes, subject.trunk.embed_dim, generator=torch.Generator().manual_seed(seed)
-    )
-    weights |= {"head.weight": _HEAD_STD * head, "head.bias": torch.zeros(num_classes)}
-    model.load_state_dict(weights, strict=True)
-    return model
+    return twin.train()

@@ -13,15 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msn.errors import UserError
-from msn.method.vit import LAYER_NORM_EPS, VisionTransformer
-from msn.weights.weights import check_tensors, differences, strip_prefix, summary
+from msn.method.vit import LAYER_NORM_EPS, PLAIN, VisionTransformer, exact_ratio
+from msn.weights.weights import (
+    Family,
+    check_tensors,
+    differences,
+    family_of,
+    strip_prefix,
+    summary,
+)
 
 # Of backbones that our trunk does not compute.
 NOT_YET = "evaluation can use these once they are supported"
 
 MAX_BLOCKS = 1000
 # The one tensor that every vision transformer has, in timm's and in Hugging Face's names.
-_MARKS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")
+_MARKS = (
+    "patch_embed.proj.weight",
+    "embeddings.patch_embeddings.projection.weight",
+    "embeddings.patch_embeddings.weight",
+)
 _MAX_NESTED = 4  # dictionaries in one another
 _BARE = "."
 # Heads of the vision transformers that were published in a width, and who says so.
@@ -34,18 +45,17 @@ _PUBLISHED_HEADS = {
     1408: {16: "ViT-g, arXiv 2106.04560, Table 2"},
     1664: {16: "ViT-G, arXiv 2106.04560, Table 2"},
 }
-# Of every model that facebookresearch/msn can build.
+# Of every model that facebookresearch/msn can build, and of DINOv2 and DINOv3 in these widths.
 _RELEASED_HEAD = 64
+_DINO_WIDTHS = (192, 384, 768, 1024, 1280, 1536)
+_ROTARY_EPS = 1e-5  # of DINOv3, in timm and transformers
+LAYER_SCALE = 1e-5  # what a trunk from a file would start from; without effect on it
+_SAID = ("rope_base",)
 
 # Names that tell a family of backbones which our trunk does not compute.
 _FAMILIES = (
     ("detection_tokens", "YOLOS"),
-    ("reg_token", "a vision transformer with register tokens"),
-    ("register_tokens", "a vision transformer with register tokens"),
-    ("ls1.gamma", "a vision transformer with layer scale, as DINOv2"),
-    ("layer_scale", "a vision transformer with layer scale, as DINOv2"),
     ("lambda_1", "a vision transformer with layer scale, as BEiT"),
-    ("gamma_1", "a vision transformer with layer scale, as BEiT"),
     ("relative_position_bias_table", "BEiT or Swin"),
     ("dist_token", "distilled DeiT"),
     ("distillation_token", "distilled DeiT"),
@@ -55,84 +65,150 @@ _FAMILIES = (
     ("conv_proj.", "torchvision's vision transformer"),
     ("vision_model.", "CLIP or SigLIP"),
     ("transformer.resblocks.", "CLIP"),
-    ("mlp.w12", "a vision transformer with SwiGLU, as DINOv2 g"),
-    ("mlp.fc1_g", "EVA-02"),
-    ("rope.", "a vision transformer with rotary positions, as DINOv3"),
+    ("attn.q_proj", "EVA-02"),
+    ("rope.", "a vision transformer with rotary positions that are not DINOv3's"),
     ("q_norm", "a vision transformer with normalised queries"),
     ("attn.q_bias", "EVA-02 or BEiT"),
     ("fc_norm.", "a vision transformer that averages its patches, as fine-tuned MAE"),
 )
 
-# From these tensors (and how many axes they have) the sizes of a vision transformer are read off.
+# From these tensors (and how many axes they have) the sizes of a vision transformer are read off;
+# one with rotary positions has no `pos_embed`.
 _SIZED_BY = {
     "cls_token": 3,
     "pos_embed": 3,
     "patch_embed.proj.weight": 4,
-    "blocks.0.mlp.fc1.weight": 2,
+    "blocks.0.mlp.fc2.weight": 2,
 }
+# Any of these says that positions are rotary where there is no `pos_embed`.
+_ROTARY = ("blocks.0.gamma_1", "blocks.0.attn.q_bias", "reg_token")
+# Of a file with rotary positions that does not tell its image size.
+_ROTARY_SIZE = 224
 _LONGEST_GRID = 16  # sides of a grid of patches, long to short
-_OURS = ("cls_token", "pos_embed", "patch_embed.proj.", "blocks.", "norm.")
+_OURS = ("cls_token", "reg_token", "pos_embed", "patch_embed.proj.", "blocks.", "norm.")
 
 
 def infer_model(
-    trunk: Mapping[str, Tensor], told: Mapping[str, Any], num_heads: int | None, where: str
-) -> tuple[dict[str, int | float], tuple[str, ...]]:
-    """The numbers of the `VisionTransformer` that a state dict belongs to.
+    trunk: Mapping[str, Tensor],
+    told: Mapping[str, Any],
+    num_heads: int | None,
+    family: str | None,
+    where: str,
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The arguments of the `VisionTransformer` that a state dict belongs to.
 
     Args:
         trunk: state dict in timm's names.
-        told: what the file itself says: any of the six numbers, of which only `num_heads` counts
-            against the shapes; `layer_norm_eps`; `released`: whether facebookresearch/msn wrote it.
+        told: what the file itself says: any argument, of which `num_heads`, `layer_norm_eps`,
+            `rope_base` and, with rotary positions, `img_size` count against the shapes; `released`:
+            whether facebookresearch/msn wrote it; `family`, where its layout or a file beside it
+            tells.
         num_heads: the caller's word where the file has none; where it has one, that wins.
+        family: likewise the caller's, see `Family`.
         where: the path, for messages.
 
     Returns:
-        The numbers (`layer_norm_eps` where it is not ours), and what was assumed.
+        The six numbers, the options that are not a plain ViT's, and what was assumed.
 
     Raises:
-        UserError: if this is no vision transformer, or nothing tells its number of heads.
+        UserError: if this is no vision transformer, or nothing tells its heads or its family.
     """
     _check_known_layout(trunk, where)
     model = _shapes(trunk)
     check_trunk(trunk, model, where)
     check_tensors(trunk, where)
-    _check_grid(trunk["pos_embed"], where)
-    width = model["embed_dim"]
+    _check_family(model, told, family, where)
     notes: tuple[str, ...] = ()
+    if "pos_embed" in trunk:
+        _check_grid(trunk["pos_embed"], where)
+    elif (size := told.get("img_size")) is None:
+        model["img_size"] = _ROTARY_SIZE // model["patch_size"] * model["patch_size"]
+        notes += (f"image size: {model['img_size']} px assumed; the file cannot tell",)
+    else:
+        model["img_size"] = size
+    width = model["embed_dim"]
     heads = told.get("num_heads", num_heads)
     if heads is None:
-        heads, source = _published_heads(trunk, bool(told.get("released")), where)
-        notes = (f"attention heads: {heads} assumed ({source}); model.num_heads overrides",)
+        heads, source = _published_heads(trunk, model, bool(told.get("released")), where)
+        notes += (f"attention heads: {heads} assumed ({source}); model.num_heads overrides",)
     if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
         raise UserError(f"{where}: num_heads must be a whole number >= 1, got {str(heads)[:80]}")
     if width % heads:
         raise UserError(f"{where}: width {width} is not divisible by num_heads {heads}")
     model["num_heads"] = heads
-    eps = told.get("layer_norm_eps", LAYER_NORM_EPS)
+    is_rotary = family_of(model) is Family.DINOV3
+    eps = told.get("layer_norm_eps", _ROTARY_EPS if is_rotary else LAYER_NORM_EPS)
     if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps <= 1:
         raise UserError(f"{where}: layer_norm_eps must be in [0, 1], got {str(eps)[:80]}")
     if eps != LAYER_NORM_EPS:
         model["layer_norm_eps"] = eps
+    said = {key: told[key] for key in _SAID if key in told}
+    model |= {key: value for key, value in said.items() if is_rotary and value != PLAIN[key]}
     return model, notes
 
 
-def _shapes(trunk: Mapping[str, Tensor]) -> dict[str, int | float]:
-    """What shapes tell, with one head."""
-    patch, hidden = trunk["patch_embed.proj.weight"], trunk["blocks.0.mlp.fc1.weight"]
+def _shapes(trunk: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What names and shapes tell, with one head."""
+    patch, hidden = trunk["patch_embed.proj.weight"], trunk["blocks.0.mlp.fc2.weight"]
     width, patch_size = patch.shape[0], patch.shape[-1]
+    is_rotary = "pos_embed" not in trunk
+    patches = 1 if is_rotary else trunk["pos_embed"].shape[1]
+    side = math.isqrt(patches)
+    first = trunk.get("blocks.0.mlp.fc1.weight")
+    gated = first is None or first.shape[0] == 2 * hidden.shape[1]
+    bias = "q_bias" if is_rotary else "qkv.bias"
+    scale = "blocks.0.gamma_1" if is_rotary else "blocks.0.ls1.gamma"
+    options = {
+        "registers": trunk["reg_token"].shape[1] if "reg_token" in trunk else 0,
+        "layer_scale": LAYER_SCALE if scale in trunk else None,
+        "mlp": "swiglu" if gated else "gelu",
+        "position": "rope" if is_rotary else "learned",
+        "class_position": is_rotary or patches != side**2,
+        "qkv_bias": f"blocks.0.attn.{bias}" in trunk,
+    }
     return {
-        "img_size": math.isqrt(trunk["pos_embed"].shape[1] - 1) * patch_size,
+        "img_size": side * patch_size,
         "patch_size": patch_size,
         "embed_dim": width,
         "depth": len({found[1] for name in trunk if (found := re.match(r"blocks\.(\d+)\.", name))}),
         "num_heads": 1,
-        "mlp_ratio": _mlp_ratio(hidden.shape[0], width),
+        "mlp_ratio": exact_ratio(hidden.shape[1], width),
+        **{name: value for name, value in options.items() if value != PLAIN[name]},
     }
 
 
-def _published_heads(trunk: Mapping[str, Tensor], released: bool, where: str) -> tuple[int, str]:
+def _check_family(
+    model: Mapping[str, Any], told: Mapping[str, Any], family: str | None, where: str
+) -> None:
+    """Refuse a family that the tensors contradict; ask for it where names and shapes fit several.
+
+    Rotary positions have no tensors: without DINOv3's registers nothing tells whose they are.
+    """
+    allowed = ", ".join(Family)
+    if family is not None and family not in list(Family):
+        raise UserError(f"init_family must be one of {allowed}, got {str(family)[:80]!r}")
+    found = family_of(model)
+    ours = Family.DINOV3 if told.get("position") == "rope" else None  # of a header of ours
+    said = told.get("family") or ours or family
+    if said is not None and said != found:
+        raise UserError(f"{where}: init_family={said}: its tensors are those of {found}")
+    if family is not None and family != said:
+        raise UserError(f"{where}: init_family={family}: the file itself says {said}")
+    if said is None and found is Family.DINOV3 and not model.get("registers"):
+        raise UserError(
+            f"{where}: has no position embeddings, and several rotary ones fit its tensors: "
+            "init_family=dinov3 if it is DINOv3's or EUPE's kind; others are not read"
+        )
+
+
+def _published_heads(
+    trunk: Mapping[str, Tensor], model: Mapping[str, Any], released: bool, where: str
+) -> tuple[int, str]:
     """Heads where neither file nor caller tells them, and whose they are."""
     width = int(trunk["cls_token"].shape[-1])
+    kind = family_of(model)
+    if kind is not Family.VIT and width in _DINO_WIDTHS:
+        return width // _RELEASED_HEAD, f"64 wide, as published with {kind}"
     if released and width % _RELEASED_HEAD == 0:
         return width // _RELEASED_HEAD, "64 wide, as all of facebookresearch/msn"
     known = _PUBLISHED_HEADS.get(width, {})
@@ -172,8 +248,9 @@ def _check_grid(pos_embed: Tensor, where: str) -> None:
     Within a row neighbours are alike; from the end of a row to the start of the next they are not.
     So the similarity of patch i and i + 1 drops at every multiple of the number of columns.
     """
-    patches = pos_embed[0, 1:].detach().double()
-    count, side = len(patches), math.isqrt(len(patches))
+    side = math.isqrt(pos_embed.shape[1])
+    count = side**2
+    patches = pos_embed[0, -count:].detach().double()
     patches = F.normalize(patches - patches.mean(0), dim=1)
     alike = (patches[1:] * patches[:-1]).sum(1)
     alike = F.normalize(alike - alike.mean(), dim=0)
@@ -193,7 +270,7 @@ def _check_grid(pos_embed: Tensor, where: str) -> None:
         )
 
 
-def check_trunk(trunk: Mapping[str, Tensor], model: Mapping[str, int | float], where: str) -> None:
+def check_trunk(trunk: Mapping[str, Tensor], model: Mapping[str, Any], where: str) -> None:
     """Refuse a state dict that is not exactly one of the `VisionTransformer` of these numbers.
 
     Raises:
@@ -203,8 +280,7 @@ def check_trunk(trunk: Mapping[str, Tensor], model: Mapping[str, int | float], w
     if depth > MAX_BLOCKS:
         raise UserError(f"{where}: {depth} blocks; at most {MAX_BLOCKS} are read")
     with torch.device("meta"):
-        # One mapping holds whole numbers and the ratio, which is none.
-        expected = VisionTransformer(**{**model, "depth": 1}).state_dict()  # type: ignore[arg-type]
+        expected = VisionTransformer(**{**model, "depth": 1}).state_dict()
     first = strip_prefix(expected, "blocks.0.")
     expected |= {
         f"blocks.{i}.{name}": shape for i in range(1, depth) for name, shape in first.items()
@@ -225,26 +301,27 @@ def family(names: Iterable[str]) -> str:
     return ""
 
 
-def _mlp_ratio(hidden: int, width: int) -> int | float:
-    if hidden % width == 0:
-        return hidden // width
-    ratio = hidden / width
-    # timm takes int(width * ratio), which must not fall one short by rounding.
-    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
-
-
 def _check_known_layout(trunk: Mapping[str, Tensor], where: str) -> None:
     """Refuse what is so unlike a vision transformer that its sizes cannot be read off."""
     wrong = []
+    is_rotary = "pos_embed" not in trunk and any(name in trunk for name in _ROTARY)
     for name, dims in _SIZED_BY.items():
+        if name == "pos_embed" and is_rotary:
+            continue
         if name not in trunk:
             wrong.append(f"{name} is missing")
         elif trunk[name].ndim != dims or 0 in trunk[name].shape:
             wrong.append(f"{name} is {list(trunk[name].shape)}, not {dims} axes")
+    first = trunk.get("blocks.0.mlp.fc1.weight", torch.empty(1, 1))
+    if first.ndim != 2 or 0 in first.shape:
+        wrong.append(f"blocks.0.mlp.fc1.weight is {list(first.shape)}, not 2 axes")
+    if "reg_token" in trunk and (trunk["reg_token"].ndim != 3 or 0 in trunk["reg_token"].shape):
+        wrong.append(f"reg_token is {list(trunk['reg_token'].shape)}, not 3 axes")
     if "pos_embed" in trunk and not wrong:
-        patches = trunk["pos_embed"].shape[1] - 1
-        if patches < 1 or math.isqrt(patches) ** 2 != patches:
-            wrong.append(f"pos_embed has {patches} patches beside the class token, not a square")
+        places = trunk["pos_embed"].shape[1]
+        squares = [n for n in (places, places - 1) if math.isqrt(n) ** 2 == n]
+        if places < 2 or not squares:
+            wrong.append(f"pos_embed has {places} places, not a square and the class token's")
     if wrong:
         wrong += [
             f"{name} {list(tensor.shape)} is not expected"

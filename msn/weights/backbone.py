@@ -43,7 +43,7 @@ class Backbone(VisionTransformer):
     """
 
     def __init__(self, weights: Weights) -> None:
-        super().__init__(**weights.model)  # type: ignore[arg-type]
+        super().__init__(**weights.model)
         self.load_state_dict(weights.trunk, strict=True)
         self.meta = weights.meta
         self.transform = transform_of(weights)
@@ -59,7 +59,7 @@ class Backbone(VisionTransformer):
         return self.forward_features(images)[:, 0]
 
     def forward_features(self, images: Tensor, *, norm: bool = True) -> Tensor:
-        """All tokens, class token first, [B, 3, h, w] -> [B, 1 + N, D].
+        """All tokens: class token, registers, patches, [B, 3, h, w] -> [B, 1 + R + N, D].
 
         Low-shot evaluation reads the class token with `norm=False` (paper A.2).
         """
@@ -67,7 +67,11 @@ class Backbone(VisionTransformer):
 
 
 def load_backbone(
-    path: str | Path, *, num_heads: int | None = None, key: str | None = None
+    path: str | Path,
+    *,
+    num_heads: int | None = None,
+    key: str | None = None,
+    family: str | None = None,
 ) -> Backbone:
     """Load the trunk of any supported file or directory for use, in eval mode.
 
@@ -75,11 +79,12 @@ def load_backbone(
         path: see `read_weights`.
         num_heads: attention heads where the file cannot tell; what is assumed is told in a warning.
         key: which of several trunks in the file, see `read_weights`.
+        family: whose trunk it is where names and shapes fit several, see `read_weights`.
 
     Raises:
         UserError: see `read_weights`; or the file says another number of heads.
     """
-    weights = read_weights(path, num_heads=num_heads, key=key)
+    weights = read_weights(path, num_heads=num_heads, key=key, family=family)
     check_heads(weights, num_heads, str(path))
     say_notes(weights, str(path))
     return Backbone(weights).eval()

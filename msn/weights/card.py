@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from msn.images.depth import levels_of, recorded_depth
+from msn.method.vit import PLAIN
 from msn.weights.classifier import Classifier
+from msn.weights.dino import DINOV3_LICENCE
 from msn.weights.weights import PUBLISHED_LICENCE
 
 # Names of licences on the Hub that weights have; all others are "other" with name and link there.
@@ -15,6 +17,12 @@ _HUB_LICENCES = (
     *("gpl-3.0", "lgpl-3.0", "agpl-3.0", "mpl-2.0"),
 )
 _LIBRARIES = {"timm": "timm", "huggingface": "transformers", "onnx": "onnx"}
+
+_OF_DINOV3 = (
+    "These weights descend from DINOv3 and stay under its own licence, the DINOv3 License "
+    "(https://ai.meta.com/resources/models-and-libraries/dinov3-license/): read it before use, and "
+    "hand it on with them."
+)
 
 _USE = {
     "timm": """import timm
@@ -98,7 +106,8 @@ def _facts(header: Mapping[str, Any]) -> str:
     rows = {
         "architecture": f"ViT, {model['depth']} blocks of width {model['embed_dim']}, "
         f"{model['num_heads']} heads, patches of {model['patch_size']} px, "
-        f"images of {model['img_size']} px",
+        f"images of {model['img_size']} px"
+        + "".join(f", {name} {model[name]}" for name in PLAIN if name in model),
         "data": header.get("data"),
         "method": header.get("method"),
         "epochs": header.get("epoch"),
@@ -117,6 +126,8 @@ def _start(header: Mapping[str, Any]) -> Any:
 
 
 def _licence(header: Mapping[str, Any]) -> str:
+    if header["licence"] == DINOV3_LICENCE:
+        return f"## Licence\n\n{_OF_DINOV3}"
     if header["licence"] != PUBLISHED_LICENCE:
         return f"## Licence\n\nOf the weights: {_text(header['licence'])}."
     return "## Licence\n\n" + (

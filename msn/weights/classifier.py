@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msn.errors import UserError
-from msn.method.vit import LAYER_NORM_EPS
 from msn.weights.tensors import open_weights
 from msn.weights.weights import check_tensors
 
@@ -133,12 +132,12 @@ def predict(head: Classifier, tokens: Tensor, norm: torch.nn.Module) -> Tensor:
     return F.linear(rows, head.weight.to(rows), bias)
 
 
-def layer_norm_factor(head: Classifier, tokens: Tensor) -> Tensor:
+def layer_norm_factor(head: Classifier, tokens: Tensor, eps: float) -> Tensor:
     """By what eps shrinks a folded head's logits of each image, [B, D] -> [B, 1], in (0, 1]."""
     if not head.normalised:
         return torch.ones_like(tokens[:, :1])
     variance = tokens.var(dim=1, unbiased=False, keepdim=True)
-    return torch.sqrt(variance / (variance + LAYER_NORM_EPS))
+    return torch.sqrt(variance / (variance + eps))
 
 
 def _why_not(head: Classifier) -> str | None:

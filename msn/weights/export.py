@@ -13,9 +13,8 @@ from torch import Tensor
 
 from msn.errors import UserError
 from msn.files import placed_at, utf8_path, write_bytes, write_checkpoint, writing_to
-from msn.method.positions import resize_position_embeddings
-from msn.method.vit import VisionTransformer
-from msn.weights import huggingface, timm
+from msn.method.vit import PLAIN, VisionTransformer
+from msn.weights import dino, huggingface, timm
 from msn.weights.backbone import complete_meta, save_backbone
 from msn.weights.card import model_card
 from msn.weights.classifier import Classifier, fold
@@ -36,7 +35,16 @@ from msn.weights.parity import (
 from msn.weights.reading import read_weights
 from msn.weights.released import HEAD_PREFIX
 from msn.weights.tensors import save_tensors
-from msn.weights.weights import BACKBONE_FILE, BASELINES, Weights, build_trunk, trunk_digest
+from msn.weights.weights import (
+    BACKBONE_FILE,
+    BASELINES,
+    Family,
+    Weights,
+    build_trunk,
+    family_of,
+    resized_positions,
+    trunk_digest,
+)
 
 PARITY_FILE = "parity.json"
 _MOST_PATCHES = 128  # per side: attention over more takes many minutes to compare
@@ -88,11 +96,17 @@ def _write_huggingface(export: Export, directory: Path) -> None:
         # The norm that reading back restores; Python's floats hold float32 exactly.
         header["norm"] = {kind: trunk[f"norm.{kind}"].tolist() for kind in ("weight", "bias")}
         trunk |= {"norm.weight": folded.norm_weight, "norm.bias": folded.norm_bias}
-        extra = {"classifier.weight": folded.weight, "classifier.bias": folded.bias}
-    tensors, prefix = huggingface.to_huggingface(trunk), "" if head is None else "vit."
-    tensors = {prefix + name: tensor for name, tensor in tensors.items()} | extra
+        weight = folded.weight
+        if family_of(header["model"]) is Family.DINOV2:  # reads the mean of patches beside it
+            weight = torch.cat([weight, torch.zeros_like(weight)], dim=1)
+        extra = {"classifier.weight": weight, "classifier.bias": folded.bias}
     model, classes = header["model"], None if head is None else head.classes
-    config = huggingface.model_config(model, classes)
+    plain = family_of(model) is Family.VIT
+    config = (huggingface if plain else dino).model_config(model, classes)
+    tensors = huggingface.to_huggingface(trunk) if plain else dino.to_huggingface(trunk, model)
+    if head is not None:
+        prefix = "vit" if plain else config["model_type"]
+        tensors = {f"{prefix}.{name}": tensor for name, tensor in tensors.items()} | extra
     # The header of the weights says it too, but transformers drops that when it saves the model.
     config["msn"] = {key: header[key] for key in ("licence", "norm") if key in header}
     write_json(directory / "config.json", config)
@@ -120,11 +134,10 @@ def official_layout(weights: Weights) -> dict[str, Any]:
     `encoder` is there where the weights have an anchor; `epoch` where they say one.
 
     Raises:
-        UserError: if the norms have another eps than the reference's, which the layout cannot say.
+        UserError: if the trunk is not the reference's plain one, which the layout cannot say.
     """
-    if "layer_norm_eps" in weights.model:
-        eps = weights.model["layer_norm_eps"]
-        raise UserError(f"format=official: cannot say layer_norm_eps={eps:g}; format=torch can")
+    if strange := [f"{key}={weights.model[key]}" for key in weights.model if key in PLAIN]:
+        raise UserError(f"format=official: cannot say {', '.join(strange)}; format=torch can")
     layout: dict[str, Any] = {}
     if weights.anchor_trunk is not None:
         layout["encoder"] = _joined(weights.anchor_trunk, weights.anchor_head)
@@ -315,11 +328,10 @@ def _at_size(weights: Weights, image_size: int | None) -> Weights:
             f"image_size={image_size}: to compare the export would take {needed / 2**30:,.0f} GiB "
             f"and there are {limit / 2**30:,.0f}; lower it"
         )
-    grid = (image_size // patch, image_size // patch)
-    trunk["pos_embed"] = resize_position_embeddings(trunk["pos_embed"], grid)
+    trunk, _ = resized_positions(trunk, model, image_size)
     anchor = weights.anchor_trunk
     if anchor is not None:
-        anchor = {**anchor, "pos_embed": resize_position_embeddings(anchor["pos_embed"], grid)}
+        anchor, _ = resized_positions(anchor, model, image_size)
     model["img_size"] = image_size
     return dataclasses.replace(weights, trunk=trunk, anchor_trunk=anchor, model=model)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from msn.errors import UserError
 from msn.method.vit import LAYER_NORM_EPS
+from msn.weights import dino
 from msn.weights.architecture import NOT_YET
 from msn.weights.weights import (
     PUBLISHED_LICENCE,
@@ -212,10 +213,12 @@ def told_by_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         UserError: if the model computes something that our trunk does not.
     """
     kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in MODEL_TYPES:
-        allowed = ", ".join(MODEL_TYPES)
+    if not isinstance(kind, str) or kind not in MODEL_TYPES | dino.MODEL_TYPES:
+        allowed = ", ".join(MODEL_TYPES | dino.MODEL_TYPES)
         what = f"{str(kind)[:80]!r}: {NOT_YET}" if isinstance(kind, str) else str(kind)[:80]
         raise UserError(f"{where}: model_type must be one of {allowed}, got {what}")
+    if kind in dino.MODEL_TYPES:
+        return dino.told_by_config(config, where) | _told_by_us(config)
     if config.get("hidden_act", "gelu") != "gelu":
         raise UserError(f"{where}: hidden_act must be gelu, got {str(config['hidden_act'])[:80]!r}")
     size = config.get("image_size")
@@ -224,15 +227,21 @@ def told_by_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     # transformers leaves numbers out that have their default.
     eps = LAYER_NORM_EPS if kind == "vit_msn" else 1e-12
     told = {
+        "family": "vit",
         "num_heads": config.get("num_attention_heads", 12),
         "layer_norm_eps": config.get("layer_norm_eps", eps),
     }
     if str(config.get("_name_or_path", "")).startswith(_PUBLISHED):
         told["licence"] = PUBLISHED_LICENCE
-    own = config.get("msn")
-    if isinstance(own, dict) and isinstance(own.get("licence"), str):
-        told["licence"] = own["licence"]
+    told |= _told_by_us(config)
     return told if kind != "vit_mae" else told | _told_of_mae(config)
+
+
+def _told_by_us(config: Mapping[str, Any]) -> dict[str, str]:
+    """The licence that an export of ours says."""
+    own = config.get("msn")
+    said = isinstance(own, dict) and isinstance(own.get("licence"), str)
+    return {"licence": own["licence"]} if said and isinstance(own, dict) else {}
 
 
 def _told_of_mae(config: Mapping[str, Any]) -> dict[str, Any]:

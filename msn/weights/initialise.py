@@ -1,6 +1,7 @@
 """Start pretraining from weights that exist: `train.py init=PATH`."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +9,8 @@ from torch import Tensor, nn
 from msn.errors import UserError
 from msn.method.mae import MAE
 from msn.method.network import MSN, Network
-from msn.method.positions import resize_position_embeddings
-from msn.method.vit import LAYER_NORM_EPS, VisionTransformer
-from msn.weights.weights import Weights, differences, summary
+from msn.method.vit import PLAIN, VisionTransformer
+from msn.weights.weights import Weights, differences, resized_positions, summary
 
 
 def initialise(network: Network, weights: Weights) -> list[tuple[str, str]]:
@@ -37,10 +37,10 @@ def initialise_mae(network: MAE, weights: Weights) -> list[tuple[str, str]]:
 
     Arguments, result and errors are those of `initialise`.
     """
-    resized = _check_fits(network.trunk, weights)
-    _load_trunk(network.trunk, weights.trunk)
+    note = _check_fits(network.trunk, weights)
+    _load_trunk(network.trunk, weights.trunk, weights.model)
     rows = [
-        ("trunk", resized or f"loaded from {weights.source}"),
+        ("trunk", note),
         ("positions", "the file's, and not trained from here on"),
         *_noted(network.trunk, weights),
         ("decoder", _load_part(network.decoder, weights.decoder)),
@@ -49,14 +49,6 @@ def initialise_mae(network: MAE, weights: Weights) -> list[tuple[str, str]]:
     rows += [(part, "ignored") for part, found in unused.items() if found is not None]
     rows += [(name, "ignored") for name in _grouped(weights.ignored)]
     return rows
-
-
-def _noted(trunk: VisionTransformer, weights: Weights) -> list[tuple[str, str]]:
-    """What is told of a trunk that was loaded."""
-    ours = trunk.model_config.get("layer_norm_eps", LAYER_NORM_EPS)
-    theirs = weights.model.get("layer_norm_eps", LAYER_NORM_EPS)
-    rows = [("LayerNorm's eps", f"{ours:g} here, {theirs:g} in the file")] if ours != theirs else []
-    return rows + [("note", note) for note in weights.notes]
 
 
 def initialise_msn(network: MSN, weights: Weights) -> list[tuple[str, str]]:
@@ -76,12 +68,11 @@ def initialise_msn(network: MSN, weights: Weights) -> list[tuple[str, str]]:
     Raises:
         UserError: if the trunks differ in more than the image size; the network is unchanged then.
     """
-    resized = _check_fits(network.target.trunk, weights)
-    note = resized or f"loaded from {weights.source}"
+    note = _check_fits(network.target.trunk, weights)
     anchor_trunk, anchor_head = weights.anchor_trunk, weights.anchor_head
     own = "" if anchor_trunk is not None else " (the target's: the file has no anchor)"
-    _load_trunk(network.target.trunk, weights.trunk)
-    _load_trunk(network.anchor.trunk, anchor_trunk or weights.trunk)
+    _load_trunk(network.target.trunk, weights.trunk, weights.model)
+    _load_trunk(network.anchor.trunk, anchor_trunk or weights.trunk, weights.model)
     rows = [("target trunk", note), ("anchor trunk", note + own)]
     rows += _noted(network.target.trunk, weights)
     if weights.decoder is not None:  # of masked autoencoders, whose positions are fixed
@@ -96,15 +87,27 @@ def initialise_msn(network: MSN, weights: Weights) -> list[tuple[str, str]]:
     return rows
 
 
-def _check_fits(trunk: VisionTransformer, weights: Weights) -> str | None:
-    """What happens to the position embeddings if not a plain load."""
+def _noted(trunk: VisionTransformer, weights: Weights) -> list[tuple[str, str]]:
+    """What is told of a trunk that was loaded: numbers without tensors that differ, and notes."""
+    names = {"layer_norm_eps": "LayerNorm's eps", "rope_base": "model.rope_base"}
+    rows = []
+    for name, title in names.items():
+        ours, theirs = (said.get(name, PLAIN[name]) for said in (trunk.model_config, weights.model))
+        if ours != theirs:
+            rows.append((title, f"{ours:g} here, {theirs:g} in the file"))
+    if trunk.model_config.get("qkv_bias", True) and not weights.model.get("qkv_bias", True):
+        rows.append(("biases of queries and values", "0: the file has none"))
+    return rows + [("note", note) for note in weights.notes]
+
+
+def _check_fits(trunk: VisionTransformer, weights: Weights) -> str:
+    """What happens to the trunk."""
     expected = dict(trunk.state_dict())
-    found = dict(weights.trunk)
-    size, native = trunk.img_size, weights.model["img_size"]
+    found = _with_biases(trunk, weights.trunk)
     positions = [state.get("pos_embed") for state in (found, expected)]
-    shapes = {None if state is None else state.shape for state in positions}
-    same_positions = len(shapes) == 1
-    if not same_positions and None not in shapes:
+    resized = None not in positions and len({p.shape for p in positions if p is not None}) > 1
+    class_positions = {trunk.class_position, weights.model.get("class_position", True)}
+    if resized and len(class_positions) == 1:
         found.pop("pos_embed")
         expected.pop("pos_embed")
     wrong = differences(found, expected)
@@ -113,16 +116,33 @@ def _check_fits(trunk: VisionTransformer, weights: Weights) -> str | None:
         wrong.append(f"attention heads are {heads} instead of {trunk.num_heads} (model.num_heads)")
     if wrong:
         raise UserError(f"weights of another architecture than model: {summary(wrong)}")
-    if same_positions:
-        return None
-    return f"loaded from {weights.source}, position embeddings resized from {native} to {size} px"
+    note = f"loaded from {weights.source}"
+    if not resized:
+        return note
+    native, size = weights.model["img_size"], trunk.img_size
+    _, how = resized_positions(weights.trunk, weights.model, size)
+    return f"{note}, position embeddings resized from {native} to {size} px ({how})"
 
 
-def _load_trunk(trunk: VisionTransformer, tensors: Mapping[str, Tensor]) -> None:
-    tensors = dict(tensors)
+def _with_biases(trunk: VisionTransformer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with zeros for biases of rotary blocks that the network has and the file not.
+
+    The published biases of DINOv3 are 0, so that timm's default models leave them out.
+    """
+    missing = {
+        name: torch.zeros_like(tensor)
+        for name, tensor in trunk.state_dict().items()
+        if name.endswith((".q_bias", ".v_bias")) and name not in tensors
+    }
+    return {**tensors, **missing}
+
+
+def _load_trunk(
+    trunk: VisionTransformer, tensors: Mapping[str, Tensor], model: Mapping[str, Any]
+) -> None:
+    tensors = _with_biases(trunk, tensors)
     if trunk.pos_embed is not None and tensors["pos_embed"].shape != trunk.pos_embed.shape:
-        side = trunk.img_size // trunk.patch_size
-        tensors["pos_embed"] = resize_position_embeddings(tensors["pos_embed"], (side, side))
+        tensors, _ = resized_positions(tensors, model, trunk.img_size)
     trunk.load_state_dict(tensors, strict=True)
 
 

@@ -169,7 +169,7 @@ def _decoder_numbers(
 
 def _expected(weights: Weights, numbers: Mapping[str, int]) -> Mapping[str, Tensor]:
     with torch.device("meta"):
-        return Decoder(VisionTransformer(**weights.model), **numbers).state_dict()  # type: ignore[arg-type]
+        return Decoder(VisionTransformer(**weights.model), **numbers).state_dict()
 
 
 def _in_words(numbers: Mapping[str, int]) -> str:

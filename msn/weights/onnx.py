@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from msn.errors import UserError
 from msn.files import write_bytes
 from msn.weights.tensors import CHECKSUM, checksum
-from msn.weights.timm import plain_timm
+from msn.weights.timm import timm_twin
 from msn.weights.weights import Weights, strip_prefix
 
 INPUT, OUTPUT = "pixel_values", "tokens"
@@ -25,7 +25,7 @@ class _Tokens(nn.Module):
 
     def __init__(self, weights: Weights) -> None:
         super().__init__()
-        self.trunk = plain_timm(weights.trunk, weights.model)
+        self.trunk = timm_twin(weights.trunk, weights.model)
         for block in self.trunk.blocks:
             block.get_submodule("attn").fused_attn = False  # type: ignore[assignment]
 
@@ -85,7 +85,10 @@ def read_onnx(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
     if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(tensors, metadata):
         raise UserError(f"{path}: damaged, or changed by another tool: its checksum does not match")
-    return strip_prefix(tensors, _PREFIX), metadata
+    trunk = strip_prefix(tensors, _PREFIX)
+    for name in [name for name in trunk if name.startswith("rope.") or name.endswith(".k_bias")]:
+        del trunk[name]  # timm's buffers, which it computes
+    return trunk, metadata
 
 
 def _tensors(proto: Any) -> dict[str, Tensor]:

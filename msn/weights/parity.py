@@ -14,14 +14,13 @@ from typing import Any
 
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 
 from msn.errors import UserError
 from msn.method.vit import VisionTransformer
 from msn.weights.classifier import Classifier, layer_norm_factor, predict
 from msn.weights.tensors import open_weights
-from msn.weights.timm import plain_timm
+from msn.weights.timm import timm_twin
 from msn.weights.weights import BACKBONE_FILE, strip_prefix
 
 OFFICIAL_FILE = "msn.pth.tar"
@@ -143,7 +142,7 @@ def _ours(trunk: VisionTransformer, head: Classifier | None, images: Tensor) -> 
         return trunk.forward_features(images, norm=True)
     tokens = trunk.forward_features(images, norm=False)[:, 0]
     # What eps takes away is an image's own factor: it is in the export by construction.
-    return predict(head, tokens, trunk.norm) * layer_norm_factor(head, tokens)
+    return predict(head, tokens, trunk.norm) * layer_norm_factor(head, tokens, trunk.norm.eps)
 
 
 def _same_predictions(
@@ -185,8 +184,7 @@ def _finite(value: Tensor) -> float | str:
 
 def load_timm_directory(directory: Path) -> list[Loaded]:
     """By `timm.create_model("local-dir:...")`."""
-    model = timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
-    assert isinstance(model, TimmVisionTransformer)
+    model: Any = timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
     return [Loaded(_TIMM, "local-dir", model.forward_features, model)]
 
 
@@ -195,7 +193,7 @@ def load_state_dict_in_timm(directory: Path) -> list[Loaded]:
     content, _ = open_weights(directory / "backbone.pth")
     _, metadata = open_weights(directory / BACKBONE_FILE)
     model = json.loads(metadata["msn"])["model"]
-    other = plain_timm(content, model)
+    other = timm_twin(content, model)
     return [Loaded(_TIMM, "backbone.pth", other.forward_features, other)]
 
 
@@ -204,7 +202,7 @@ def load_official_in_timm(directory: Path) -> list[Loaded]:
     content, _ = open_weights(directory / OFFICIAL_FILE)
     encoder = strip_prefix(content["target_encoder"], "module.")
     trunk = {name: tensor for name, tensor in encoder.items() if not name.startswith("fc.")}
-    other = plain_timm(trunk, content["msn"]["model"])
+    other = timm_twin(trunk, content["msn"]["model"])
     return [Loaded(_TIMM, "target_encoder", other.forward_features, other)]
 
 
@@ -271,9 +269,12 @@ def _by_transformers(model: nn.Module, attention: str) -> Loaded:
     import transformers
 
     classifies = hasattr(model, "classifier")
+    config: Any = model.config
+    # DINOv2's and DINOv3's models take images of any size unasked.
+    asked = {"interpolate_pos_encoding": True} if config.model_type == "vit_msn" else {}
 
     def features(images: Tensor) -> Tensor:
-        outputs = model(images, interpolate_pos_encoding=True)
+        outputs = model(images, **asked)
         return outputs.logits if classifies else outputs.last_hidden_state
 
     return Loaded(f"transformers {transformers.__version__}", attention, features, model, True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from msn.errors import UserError
 from msn.files import damage
-from msn.weights import huggingface, timm
+from msn.weights import dino, huggingface, timm
 from msn.weights.architecture import check_trunk, find_trunk, infer_model
 from msn.weights.onnx import read_onnx
 from msn.weights.released import (
@@ -50,7 +50,7 @@ _OUR_CLASS_TOKEN = "network.target.trunk.cls_token"
 # Before the names of a MAE of ours, in a checkpoint and in its bare state dict.
 _MAE_PREFIXES = ("network.", "")
 # Of what files beside the weights tell, what is about the architecture.
-_NUMBERS = ("num_heads", "layer_norm_eps")
+_NUMBERS = ("num_heads", "layer_norm_eps", "img_size", "rope_base", "family")
 
 # Classifiers, and what MAE's and the reference's files hold beside the encoder.
 _NOT_TRUNK = ("head.", "head_dist.", "fc.", "pred.", "decoder_", "mask_token")
@@ -75,18 +75,24 @@ class _Parts(NamedTuple):
 
 
 def read_weights(
-    path: str | Path, *, num_heads: int | None = None, key: str | None = None
+    path: str | Path,
+    *,
+    num_heads: int | None = None,
+    key: str | None = None,
+    family: str | None = None,
 ) -> Weights:
     """Read the weights of anything that we know, without running code from it.
 
     Args:
         path: a checkpoint of ours; a `backbone.safetensors`; a run directory (its backbone, or else
             its newest checkpoint); a state dict in timm's or Hugging Face's names (`.pth`, `.pt`,
-            `.bin`, `.safetensors`); a timm directory; a Hugging Face ViTMSN, ViTMAE or ViT
-            directory; a `.pth.tar` in the layout of facebookresearch/msn.
+            `.bin`, `.safetensors`) or those of facebookresearch/dinov2 and dinov3; a timm
+            directory; a Hugging Face directory of ViTMSN, ViTMAE, ViT, DINOv2 or DINOv3; a
+            `.pth.tar` in the layout of facebookresearch/msn.
         num_heads: attention heads where the file cannot tell, else of no effect; default: those
             of the published models of that width, where all have the same.
         key: which of several trunks in a file, by the names that the refusal lists (`model_ema`).
+        family: `vit`, `dinov2` or `dinov3` where names and shapes fit several, see `Family`.
 
     Raises:
         UserError: if there is nothing to read, it is damaged, carries code, holds several trunks,
@@ -95,8 +101,8 @@ def read_weights(
     path, where = Path(path), str(path)
     parts = _read_directory(path, key) if path.is_dir() else _read_file(path, {}, key)
     told = {**parts.model, "released": parts.source == "released"}
-    model, assumed = infer_model(parts.trunk, told, num_heads, where)
-    if not parts.model and parts.source in _BARE:
+    model, assumed = infer_model(parts.trunk, told, num_heads, family, where)
+    if not parts.model and parts.source in _BARE and family is None:
         assumed += (EXACT_GELU,)
     if parts.anchor_trunk is not None:
         check_trunk(parts.anchor_trunk, model, where)
@@ -150,7 +156,7 @@ def _read_model_directory(path: Path, key: str | None) -> _Parts:
         told, source, preprocessing = timm.told_by_config(config, where), "timm", Path(where)
     else:
         told = huggingface.told_by_config(config, where)
-        source = huggingface.MODEL_TYPES[config["model_type"]]
+        source = (huggingface.MODEL_TYPES | dino.MODEL_TYPES)[config["model_type"]]
         if preprocessing.is_file():
             content = _read_json(preprocessing)
             told |= huggingface.told_by_preprocessor(content, str(preprocessing))
@@ -225,7 +231,8 @@ def _read_file(path: Path, told: Mapping[str, Any], key: str | None) -> _Parts:
     if header and header.get("init") is None:
         own = {"licence": SCRATCH_LICENCE, **own}
     return parts._replace(
-        meta={**parts.meta, **beside, **own}, model={**numbers, **header.get("model", {})}
+        meta={**parts.meta, **beside, **own},
+        model={**parts.model, **numbers, **header.get("model", {})},
     )
 
 
@@ -284,6 +291,13 @@ def _interpret(
         if f"{prefix}decoder.mask_token" in states and f"{prefix}trunk.cls_token" in states:
             return _checkpoint_of_mae(states, prefix, where)
     found = find_trunk(content, key, where)
+    notes = () if found.name == "." else (f"weights taken from {found.name}",)
+    if (theirs := dino.translate(found.tensors, where)) is not None:
+        beside = theirs.ignored + (*found.beside,)
+        model = {"family": theirs.source.rpartition(" ")[2]}
+        return _Parts(
+            theirs.source, theirs.trunk, meta=theirs.meta, model=model, ignored=beside, notes=notes
+        )
     ignored: tuple[str, ...]
     whole = {**found.beside, **found.tensors}
     if huggingface.is_huggingface(found.tensors):
@@ -298,7 +312,6 @@ def _interpret(
     meta: dict[str, Any] = {}
     if decoder is not None:
         meta = {"kind": "mae", **arguments_of_mae(content)}
-    notes = () if found.name == "." else (f"weights taken from {found.name}",)
     if (pooled := pooled_norm(trunk)) is not None:
         trunk, meta, notes = pooled, {"pool": "mean"}, (*notes, POOLED)
     return _Parts(

@@ -6,48 +6,60 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import PatchEmbed
+from timm.layers import GluMlp, PatchEmbed, RotaryEmbeddingDinoV3, SwiGLU
+from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 
 from msn.errors import UserError
-from msn.method.vit import LAYER_NORM_EPS
+from msn.method.vit import LAYER_NORM_EPS, PLAIN, SIZES, exact_ratio
+from msn.weights import dino
 from msn.weights.architecture import NOT_YET
-from msn.weights.weights import Weights, check_channels, differences, short_side, summary
+from msn.weights.weights import (
+    Family,
+    Weights,
+    check_channels,
+    differences,
+    family_of,
+    short_side,
+    summary,
+)
 
+TimmModel = TimmVisionTransformer | Eva
+
+# Of model arguments those that tensors do not tell, and what we call them.
+_ARGUMENTS = {"num_heads": "num_heads", "rope_temperature": "rope_base"}
 # Model arguments that shapes tell, or that evaluation does not see.
 _READ_ARGUMENTS = {
     *("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "in_chans"),
     *("num_classes", "global_pool", "class_token", "qkv_bias", "init_values", "reg_tokens"),
     *("pre_norm", "qk_norm", "fc_norm", "final_norm", "drop_rate", "drop_path_rate"),
     *("dynamic_img_size", "dynamic_img_pad", "strict_img_size", "weight_init"),
+    *("num_reg_tokens", "rope_temperature", "no_embed_class"),
 }
-# Any plain ViT of timm would do: model_args overrides all six numbers.
-ARCHITECTURE = "vit_small_patch16_224"
 
 
 def config(
-    model: Mapping[str, int | float], *, mean: Sequence[float], std: Sequence[float], licence: str
+    model: Mapping[str, Any], *, mean: Sequence[float], std: Sequence[float], licence: str
 ) -> dict[str, Any]:
     """`config.json` that `timm.create_model("local-dir:DIR", pretrained=True)` rebuilds.
 
     Raises:
         UserError: if the norms have another eps than timm's: its configurations cannot say so.
     """
-    if "layer_norm_eps" in model:
-        raise UserError(
-            f"format=timm: cannot say layer_norm_eps={model['layer_norm_eps']:g}; "
-            "format=huggingface can"
-        )
+    eps = model.get("layer_norm_eps", LAYER_NORM_EPS)
+    if eps != (dino.V3_EPS if family_of(model) is Family.DINOV3 else LAYER_NORM_EPS):
+        raise UserError(f"format=timm: cannot say layer_norm_eps={eps:g}; format=huggingface can")
     size = int(model["img_size"])
+    name, arguments = architecture(model)
     return {
-        "architecture": ARCHITECTURE,
+        "architecture": name,
         "num_classes": 0,
         "num_features": model["embed_dim"],
         "global_pool": "token",
         # Without num_classes: transformers gives that itself, and twice is an error.
-        "model_args": {**model, "global_pool": "token"},
+        "model_args": {**arguments, "global_pool": "token"},
         "pretrained_cfg": {
             "tag": "msn",
             "custom_load": False,
@@ -65,6 +77,41 @@ def config(
             "license": licence,
         },
     }
+
+
+def architecture(model: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The model of timm for a `VisionTransformer`'s arguments, and what to change of it.
+
+    Any model of the family would do: the arguments override all sizes. Eps is not among them.
+    """
+    sizes = {name: model[name] for name in SIZES}
+    model = {**PLAIN, **model}
+    gated, registers = model["mlp"] == "swiglu", model["registers"]
+    if model["position"] == "rope":
+        plus, biased = "plus_" if gated else "", "_qkvb" if model["qkv_bias"] else ""
+        options: dict[str, Any] = {
+            "num_reg_tokens": 4,
+            "rope_temperature": 100.0,
+            "init_values": 1e-5,
+        }
+        chosen = {"num_reg_tokens": registers, "rope_temperature": model["rope_base"]}
+        name = f"vit_small_{plus}patch16_dinov3{biased}"
+    else:
+        if gated:  # timm counts gate and value together
+            hidden = int(model["embed_dim"] * model["mlp_ratio"])
+            sizes["mlp_ratio"] = exact_ratio(2 * hidden, model["embed_dim"])
+        reg = "" if model["class_position"] else "reg4_"
+        name = f"vit_{'giant' if gated else 'small'}_patch14_{reg}dinov2"
+        options = {"reg_tokens": 0 if model["class_position"] else 4, "init_values": 1e-5}
+        if model["layer_scale"] is None and not gated:
+            name = "vit_small_patch16_224"
+            options = {"reg_tokens": 0, "init_values": None, "no_embed_class": False}
+        options |= {"qkv_bias": True}
+        chosen = {"reg_tokens": registers, "qkv_bias": model["qkv_bias"]}
+        chosen |= {"no_embed_class": not model["class_position"]}
+    chosen["init_values"] = options["init_values"] if model["layer_scale"] else None
+    changed = {name: value for name, value in chosen.items() if value != options.get(name, value)}
+    return name, sizes | changed
 
 
 def told_by_config(content: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -89,12 +136,21 @@ def told_by_config(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     if strange := sorted(set(arguments) - _READ_ARGUMENTS):
         raise UserError(f"{where}: model_args {', '.join(strange)[:80]}: cannot be read")
     model = named_model(content.get("architecture"), where)
-    heads = arguments.get("num_heads")
-    return told_by_model(model) | told | ({} if heads is None else {"num_heads": heads})
+    said = {ours: arguments.get(theirs) for theirs, ours in _ARGUMENTS.items()}
+    size = arguments.get("img_size") or pretrained.get("input_size") or model.patch_embed.img_size
+    told["img_size"] = size if isinstance(size, int) else size[-1]
+    told["family"] = timm_family(model)
+    told |= {key: value for key, value in said.items() if value is not None}
+    return told_by_model(model) | told
 
 
-def named_model(name: Any, where: str) -> TimmVisionTransformer:
-    """A plain vision transformer of timm by its name, on the meta device.
+def timm_family(model: TimmModel) -> str | None:
+    """The family that a model of timm tells beyond its tensors."""
+    return Family.DINOV3.value if isinstance(model, Eva) else None
+
+
+def named_model(name: Any, where: str) -> TimmModel:
+    """A vision transformer of timm that our trunk computes, by its name, on the meta device.
 
     Raises:
         UserError: if there is none, or it computes something that our trunk does not.
@@ -109,29 +165,44 @@ def named_model(name: Any, where: str) -> TimmVisionTransformer:
     except Exception as error:  # timm's models raise what they like where they have no storage
         raise UserError(f"{where}: timm cannot build architecture {name!r}") from error
     if (
-        not isinstance(model, TimmVisionTransformer)
+        not isinstance(model, TimmVisionTransformer | Eva)
         or type(model.patch_embed) is not PatchEmbed
-        or type(model.blocks[0]) is not Block
+        or type(model.blocks[0]) not in (Block, EvaBlock)
+        or (isinstance(model, Eva) and not _is_dinov3(model))
     ):
         raise UserError(
-            f"{where}: architecture {name!r} is not a plain vision transformer; {NOT_YET}"
+            f"{where}: architecture {name!r} is not a plain vision transformer, nor one of DINOv2 "
+            f"or DINOv3; {NOT_YET}"
         )
-    activation = model.blocks[0].mlp.get_submodule("act")
-    if not isinstance(activation, nn.GELU) or activation.approximate != "none":
+    mlp = model.blocks[0].get_submodule("mlp")
+    activation = mlp.get_submodule("act")
+    gated = isinstance(mlp, GluMlp | SwiGLU) and isinstance(activation, nn.SiLU)
+    exact = isinstance(activation, nn.GELU) and activation.approximate == "none"
+    if not (gated or (exact and not isinstance(mlp, GluMlp | SwiGLU))):
         kind = type(activation).__name__
         raise UserError(f"{where}: architecture {name!r} computes {kind}, not exact GELU")
     return model
 
 
-def told_by_model(model: TimmVisionTransformer) -> dict[str, Any]:
-    """What a model of timm tells beyond shapes: heads, and eps where it is not ours."""
+def _is_dinov3(model: Eva) -> bool:
+    """Whether positions are those that `msn.method.positions.Rope` computes."""
+    rope = model.rope
+    return type(rope) is RotaryEmbeddingDinoV3 and bool(rope.rotate_half) and rope.grid_offset == 0
+
+
+def told_by_model(model: TimmModel) -> dict[str, Any]:
+    """What a model of timm tells beyond shapes: heads, and eps and base where they are not ours."""
     # To the type checker a number of heads may be a module, as any attribute may.
     heads = int(model.blocks[0].get_submodule("attn").num_heads)  # type: ignore[arg-type]
     eps = getattr(model.blocks[0].get_submodule("norm1"), "eps", LAYER_NORM_EPS)
-    return {"num_heads": heads} | ({} if eps == LAYER_NORM_EPS else {"layer_norm_eps": float(eps)})
+    told = {"num_heads": heads} | ({} if eps == LAYER_NORM_EPS else {"layer_norm_eps": float(eps)})
+    base = getattr(getattr(model, "rope", None), "temperature", PLAIN["rope_base"])
+    if base != PLAIN["rope_base"]:
+        told["rope_base"] = float(base)
+    return told
 
 
-def check_same_model(weights: Weights, model: TimmVisionTransformer, where: str) -> None:
+def check_same_model(weights: Weights, model: TimmModel, where: str) -> None:
     """Refuse weights that are not of the named model; the image size may be another one.
 
     Raises:
@@ -151,13 +222,22 @@ def check_same_model(weights: Weights, model: TimmVisionTransformer, where: str)
         raise UserError(f"{where}: the file is of another model: {summary(wrong)}")
 
 
-def plain_timm(
-    trunk: Mapping[str, Tensor], model: Mapping[str, int | float]
-) -> TimmVisionTransformer:
-    """A vision transformer of timm with our weights, in eval mode."""
-    numbers = dict(model)
-    norm = partial(nn.LayerNorm, eps=numbers.pop("layer_norm_eps", LAYER_NORM_EPS))
-    # One mapping holds whole numbers and the ratio, which is none.
-    other = TimmVisionTransformer(**numbers, num_classes=0, global_pool="token", norm_layer=norm)  # type: ignore[arg-type]
-    other.load_state_dict(dict(trunk), strict=True)
-    return other.eval()
+def timm_twin(
+    trunk: Mapping[str, Tensor], model: Mapping[str, Any], *, num_classes: int = 0, **changes: Any
+) -> TimmModel:
+    """The family's model of timm with our weights, in eval mode.
+
+    Args:
+        trunk: state dict in timm's names.
+        model: its arguments.
+        num_classes: of a head, which keeps timm's initialisation; 0 for none.
+        changes: further arguments of timm's.
+    """
+    name, arguments = architecture(model)
+    norm = partial(nn.LayerNorm, eps=model.get("layer_norm_eps", LAYER_NORM_EPS))
+    arguments |= {"dynamic_img_size": False, "num_classes": num_classes, "global_pool": "token"}
+    other: Any = timm.create_model(name, **arguments, norm_layer=norm, **changes)
+    head = {f"head.{key}": value for key, value in other.head.state_dict().items()}
+    other.load_state_dict({**head, **trunk}, strict=True)
+    twin: TimmModel = other.eval()
+    return twin

@@ -4,12 +4,14 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from msn.errors import UserError
+from msn.method.positions import resize_position_embeddings
 from msn.method.vit import VisionTransformer
 
 log = logging.getLogger(__name__)
@@ -40,14 +42,53 @@ _MAX_PLAIN = 100_000
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+class Family(StrEnum):
+    """Whose trunk it is: who else computes it, under which names."""
+
+    VIT = "vit"
+    """Plain: ViT, DeiT, DINO, iBOT, MoCo v3, MSN, MAE."""
+    DINOV2 = "dinov2"
+    """Layer scales, with or without registers; DeiT III too."""
+    DINOV3 = "dinov3"
+    """Rotary positions; EUPE too."""
+
+
+def family_of(model: Mapping[str, Any]) -> Family:
+    """The family of a `VisionTransformer` by its arguments."""
+    if model.get("position") == "rope":
+        return Family.DINOV3
+    return Family.VIT if model.get("layer_scale") is None else Family.DINOV2
+
+
+def resized_positions(
+    trunk: Mapping[str, Tensor], model: Mapping[str, Any], image_size: int
+) -> tuple[dict[str, Tensor], str]:
+    """A trunk's state dict for another native image size, by its family's own rule.
+
+    Returns:
+        The state dict, and the rule in words; both as they were where no positions are learned.
+    """
+    if "pos_embed" not in trunk:
+        return dict(trunk), "rotary positions need no resizing"
+    side = image_size // int(model["patch_size"])
+    rule: dict[str, Any] = {}
+    how = "bicubic, no antialias"
+    if not model.get("class_position", True):
+        rule, how = {"antialias": True}, "bicubic with antialias, as DINOv2 with registers"
+    elif family_of(model) is Family.DINOV2:
+        rule, how = {"offset": 0.1}, "bicubic, no antialias, offset 0.1, as DINOv2"
+    resized = resize_position_embeddings(trunk["pos_embed"], (side, side), **rule)
+    return {**trunk, "pos_embed": resized}, how
+
+
 @dataclass(frozen=True)
 class Weights:
     """Weights read from any supported file, in the names of `msn.method`."""
 
     trunk: dict[str, Tensor]
     """State dict of the (target) `VisionTransformer`, at least float32."""
-    model: dict[str, int | float]
-    """The six numbers of `VisionTransformer`, and `layer_norm_eps` where it is not ours."""
+    model: dict[str, Any]
+    """Arguments of `VisionTransformer`: six numbers, and options that are not a plain ViT's."""
     source: str
     """The kind of file, e.g. "msn checkpoint", "huggingface mae"."""
     head: dict[str, Tensor] | None = None
@@ -188,7 +229,7 @@ def build_trunk(weights: Weights) -> VisionTransformer:
 
     float32, or float64 where the weights are.
     """
-    trunk = VisionTransformer(**weights.model)  # type: ignore[arg-type]
+    trunk = VisionTransformer(**weights.model)
     trunk.to(weights.trunk["cls_token"].dtype)
     trunk.load_state_dict(weights.trunk, strict=True)
     return trunk.eval()
