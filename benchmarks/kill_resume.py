@@ -40,7 +40,7 @@ ARGUMENTS = [
     *("trainer.log_every_n_steps=1", "callbacks.probe.every_n_epochs=null"),
 ]
 SIGNALS = [*[signal.SIGKILL] * 3, signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-CLOCKS = {"/callbacks/Monitors/seconds"}  # hours of a run are no bits of it
+CLOCKS = {"/callbacks/Monitors/seconds"}  # the hours of a run may differ
 
 
 def differing(first: Any, second: Any, where: str = "") -> list[str]:

@@ -81,7 +81,7 @@ def serve(connection: Connection, make: Callable[[Case], Step], case: Case) -> N
         try:
             method = make(case) if method is None else method
             answer = _answer(method, question, number, torch.device(case.device), before)
-        except Exception as error:  # whatever it is: the others shall go on without this method
+        except Exception as error:  # whatever it is: the others go on without this method
             if os.environ.get("MSN_DEBUG"):
                 traceback.print_exc()
             connection.send(_told(error))
@@ -102,7 +102,7 @@ def _answer(
 
 
 def _told(error: Exception) -> UserError:
-    """What the parent shall raise; errors of other packages may not travel between processes."""
+    """What the parent raises; errors of other packages may not travel between processes."""
     if isinstance(error, UserError):
         return error
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

@@ -34,8 +34,8 @@ from msn.training.strategy import keep_freed_memory
 
 CPU = torch.device("cpu")
 _ROUNDS = 5  # the median of so many; every round measures everything
-_SHORT = 0.1  # of the longest time: what is measured more than once a round
-_BATCH = 120  # images of a batch, and as many of a folder are measured
+_SHORT = 0.1  # of the longest time: what is measured more than once per round
+_BATCH = 120  # images per batch; as many of a folder are measured
 _ADVICE = {
     "decoding": "more cores or workers, or smaller files (msn make_shards).",
     "views": "fewer or smaller views, or a device that makes them faster.",
@@ -65,7 +65,9 @@ def keep_rows(job: Callable[[dict[str, Any], Console], Rows], settings: dict[str
     """
     path = None if settings["json"] is None else Path(str(settings["json"]))
     if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-        raise UserError(f"json={path}: cannot be written: name a file in a directory of yours")
+        raise UserError(
+            f"json={path}: cannot be written: name a file in a directory that you may write"
+        )
     rows = job(settings, Console())
     if path is not None:
         write_bytes(path, (json.dumps(rows, indent=1, allow_nan=False) + "\n").encode())
@@ -257,7 +259,7 @@ def _median_times(ways: dict[str, Way], num_images: int) -> dict[str, float]:
 
 
 def _views_alone(source: FileSource, views: ViewSettings) -> dict[str, float]:
-    """Milliseconds per image of the views by themselves, on every device here."""
+    """Milliseconds per image of the views alone, on every device here."""
     batch = read_batch(source, views)
     places = {"batched_views_cpu": (CPU, torch.float32)}
     if torch.cuda.is_available():

@@ -123,7 +123,7 @@ def _at_home(value: str) -> str:
 
 
 def _parts(text: str) -> list[str]:
-    """Split at commas, but for those in quotes or in the brackets of a whole part."""
+    """Split at commas, except those in quotes or in the brackets of a whole part."""
     parts, at = [], 0
     while at <= len(text):
         found = _PART.match(text, at)
@@ -168,7 +168,7 @@ class _LongLived:
 
 @contextlib.contextmanager
 def without_readers() -> Iterator[None]:
-    """Within, `msn COMMAND | head -1` ends no work: a lost reader is no error."""
+    """Within, `msn COMMAND | head -1` ends no work: a lost reader is not an error."""
     out, err = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _LongLived(out), _LongLived(err)
     try:

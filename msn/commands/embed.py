@@ -182,7 +182,7 @@ def _embed(backbone: Backbone, images: _Images, settings: dict[str, Any], pieces
 
 
 def _is_whole(piece: Path, indices: range) -> bool:
-    """Whether a piece is there as it was written; a damaged one is named and made again."""
+    """Whether a piece is there as it was written; a damaged one is named and computed again."""
     if not piece.exists():
         return False
     try:
@@ -193,7 +193,7 @@ def _is_whole(piece: Path, indices: range) -> bool:
     except (UserError, KeyError, ValueError):
         whole = False
     if not whole:
-        log.warning("%s is damaged and made again", piece)
+        log.warning("%s is damaged; recomputing", piece)
     return whole
 
 

@@ -29,12 +29,12 @@ from msn.schema import refuse_unknown, take
 
 Job = Callable[[DictConfig], Any]
 
-# What a person can mend: the message says how, a traceback would not.
+# What users can mend: the message says how.
 MISTAKES = (UserError, OSError, HydraException, OmegaConfBaseException)
 # Hydra lets some of its own errors out as these.
 _OF_COMPOSITION = (HydraException, OmegaConfBaseException, ValueError, TypeError)
 
-# Groups of named parts to which a person may add more.
+# Groups of named parts to which users may add more.
 _OPEN_GROUPS = ("callbacks", "logger")
 
 # Files that others are made of, and no options themselves.

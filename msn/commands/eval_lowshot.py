@@ -127,7 +127,7 @@ def write_table(
 
 
 def check_baselines(setting: Any, protocol: Protocol) -> list[str]:
-    """Names of the baselines that a person or, with `auto`, the protocol wants.
+    """Names of the baselines, as given or, with `auto`, as the protocol chooses.
 
     Raises:
         UserError: if there is no such baseline.
@@ -153,7 +153,7 @@ def check_seed(seed: Any) -> int:
 
 
 def baselines(wanted: list[str], like: FrozenBackbone, seed: int) -> list[Subject]:
-    """A random network of the same shape and raw pixels, as far as wanted."""
+    """A random network of the same shape and raw pixels, those that are wanted."""
     found: list[Subject] = []
     if "random" in wanted:
         found.append(random_backbone(like, seed=seed))

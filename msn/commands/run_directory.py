@@ -185,7 +185,7 @@ def is_inherited() -> bool:
 
 
 def forget_directory() -> None:
-    """After a run: its directory is free, and what this process starts later is no part of it."""
+    """After a run: its directory is free, and what this process starts later is not part of it."""
     _unlock()
     if not is_inherited():
         os.environ.pop(ENVIRONMENT, None)

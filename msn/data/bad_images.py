@@ -129,7 +129,7 @@ class BadImageLedger:
     def forget(self, readable: Callable[[BadImage], bool]) -> None:
         """Strike images off the file that an earlier start could not read and this one can.
 
-        Before training and by one process alone: nobody may have read the file yet.
+        Before training and by one process alone: no process has read the file yet.
         """
         if self.file is None or not self.file.is_file():
             return

@@ -1,7 +1,7 @@
 """An index of the image files below a folder: built in parallel, kept between runs.
 
-Two names of one file are one image. No file that is no link is looked at: folders say which of
-their entries are links.
+Two names of one file are one image. Only links are looked at: folders say which of their
+entries are links.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def _above(folder: str) -> Iterator[str]:
 
 
 def _repeated_files(root: str, tree: _Tree) -> list[str]:
-    """Links to files that are there under another name, which is no link, or a link before."""
+    """Links to files that are there under another name, which is not a link, or an earlier link."""
     seen: set[str] = set()
     folders: dict[str, str] = {}
     repeated = []
@@ -270,7 +270,7 @@ def _is_image(name: str) -> bool:
 
 
 def _sort_in(entry: os.DirEntry[str], found: _Listing) -> None:
-    """Put an entry of a folder where it belongs, without a look at what is no link."""
+    """Put an entry of a folder where it belongs, and look at links alone."""
     path = f"{found.folder}/{entry.name}" if found.folder else entry.name
     is_image = _is_image(entry.name)
     try:
@@ -281,7 +281,7 @@ def _sort_in(entry: os.DirEntry[str], found: _Listing) -> None:
             found.closed.append(_closed(path, error))
             return
     if (system := system_name(entry.name)) is not None:
-        if system != "hidden" or is_folder or is_image:  # .DS_Store and the like are no loss
+        if system != "hidden" or is_folder or is_image:  # .DS_Store and the like do not matter
             found.system[system] += 1
     elif is_folder and entry.is_symlink():
         found.links[path] = os.path.realpath(entry.path)
@@ -347,7 +347,7 @@ class RealPaths:
         try:
             with os.scandir(real) as entries:
                 links = [entry for entry in entries if entry.is_symlink()]
-        except OSError:  # not there or closed: whoever reads the file says so
+        except OSError:  # not there or closed: the reader of the file says so
             links = []
         return real, {link.name: follow(link.path, self._real) for link in links}
 

@@ -115,7 +115,7 @@ class FolderLabels(NamedTuple):
 def read_folder_labels(paths: Sequence[str], *, where: str) -> FolderLabels:
     """The label of an image is the first folder of its path that is not the same for all.
 
-    Two folders `labelled` and `unlabelled` are no classes: the folders in the first one are.
+    Two folders `labelled` and `unlabelled` are not classes: the folders in the first one are.
 
     Args:
         paths: sorted relative paths.
@@ -154,7 +154,7 @@ def labels_from_folders(
 
     Args:
         paths: relative paths.
-        above: what all of them begin with and which is no class: "" or folders with a `/`.
+        above: what all of them begin with and which is not a class: "" or folders with a `/`.
 
     Returns:
         Labels int64 [n] and class names; None and [] if one lies outside any folder, or all in one.
@@ -199,7 +199,7 @@ def _shared_folder(paths: Sequence[str]) -> str:
 def _why_none(paths: Sequence[str], above: str) -> str:
     loose = [i for i, path in enumerate(paths) if "/" not in path[len(above) :]]
     if not loose:
-        return f"all images lie in {paths[0].partition('/')[0]}/, whose folders are no classes"
+        return f"all images lie in {paths[0].partition('/')[0]}/, whose folders are not classes"
     if len(loose) < len(paths):
         do = f"lie in no class folder: move them into one or away, {_OR_LIST}"
         return f"{len(loose)} of {len(paths)} images, for instance {paths[loose[0]]}, {do}"

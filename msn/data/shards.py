@@ -181,7 +181,7 @@ def _members(contents: list[ShardContents]) -> Members:
 
 
 class _OpenShard:
-    """A shard that is open; it closes when nobody reads it any more, also in another thread."""
+    """A shard that is open; it closes with its last reader, in any thread."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor

@@ -162,7 +162,7 @@ def _by_name(names: Sequence[str]) -> dict[str, int]:
 
 
 def _missing_classes(missing: Sequence[str], classes: Sequence[str]) -> list[str]:
-    """Classes that missing names speak of (folder, or WordNet id before `_`) and nobody knows."""
+    """Classes that missing names name (folder, or WordNet id before `_`) and the data lack."""
     known = set(classes)
     spoken = {PurePosixPath(name).parent.name or name.partition("_")[0] for name in missing}
     wordnet = {name for name in spoken if name[:1] == "n" and name[1:].isdigit()}

@@ -81,7 +81,7 @@ def make_loader(
 
 class _Loader(DataLoader[Any]):
     def check_worker_number_rationality(self) -> None:
-        """Nothing: more workers than cores are a person's wish."""
+        """Nothing: users may want more workers than cores."""
 
 
 def _prepare(number: int, *, may_share: bool) -> None:

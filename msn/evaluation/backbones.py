@@ -150,7 +150,7 @@ def open_backbones(
     num_heads: int | None,
     key: str | Mapping[str, str] | None = None,
 ) -> list[FrozenBackbone]:
-    """Open every backbone that a person named.
+    """Open every backbone that the user named.
 
     Args:
         checkpoint: a path, or several `name:path`. A path is anything that `read_weights` takes, or

@@ -45,7 +45,7 @@ class Protocol(ABC):
         features: settings, see `FeatureSettings`.
 
     Attributes:
-        baselines: what stands beside the backbones unless a person says otherwise: what costs
+        baselines: what stands beside the backbones unless the user says otherwise: what costs
             little and tells much.
         is_the_papers: whether figures of the paper may stand beside this protocol's.
     """

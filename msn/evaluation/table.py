@@ -315,7 +315,7 @@ def print_table(results: Sequence[Result], title: str) -> None:
     table = table_of(rows, title)
     needed = Console(width=_ANY_WIDTH).measure(table).maximum
     if not console.is_terminal:
-        # A table cut at 80 columns because the output goes to a file helps nobody.
+        # A table cut at 80 columns because the output goes to a file is of no use.
         Console(width=max(_FILE_WIDTH, needed)).print(table)
     elif console.width < needed:
         console.print(list_of(rows, title), markup=False, highlight=False)

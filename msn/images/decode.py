@@ -61,7 +61,7 @@ class DecodedImage(NamedTuple):
 
 
 def full_size(height: int, width: int) -> int:
-    """Allow no reduction: the `allowed_reduction` of whoever wants every pixel."""
+    """Allow no reduction: the `allowed_reduction` where every pixel is wanted."""
     return 1
 
 

@@ -94,7 +94,7 @@ def unreadable(error: OSError, where: str = "") -> BadImageError:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """Open without waiting for whoever may write into a pipe."""
+    """Open without waiting for a writer of a pipe."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 

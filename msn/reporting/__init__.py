@@ -1,1 +1,1 @@
-"""What a person looks at: pictures of a run, and the page that explains it."""
+"""What people look at: pictures of a run, and the page that explains it."""

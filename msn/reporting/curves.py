@@ -42,7 +42,7 @@ PANELS = (
             "train/cross_entropy_floor": "its floor",
         },
         "Cross-entropy cannot fall below its floor, the targets' own entropy. A flat loss near "
-        "the floor is no failure; floor and loss fall together while targets sharpen.",
+        "the floor is not a failure; floor and loss fall together while targets sharpen.",
     ),
     Panel(
         "Reconstruction",

@@ -264,7 +264,7 @@ def _picture(image: Image.Image, caption: str, alt: str) -> Picture:
     return Picture(caption, alt, data, image.width, image.height)
 
 
-# Sides in px on the sheet of large views; small images are enlarged so that a person sees them.
+# Sides in px on the sheet of large views; small images are enlarged so that they can be seen.
 LEAST_SIDE, GREATEST_SIDE = 96, 224
 _SHEET_GAP, _CAPTION = 6, 18
 _PAPER, _INK, _DROPPED = (255, 255, 255), (60, 60, 60), (128, 128, 128)

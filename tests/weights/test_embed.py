@@ -146,7 +146,7 @@ def test_a_damaged_piece_is_made_again(folder, monkeypatch, damage, caplog):
     piece.write_bytes(damage)
     run(folder, overwrite=True)
     assert torch.equal(read(folder)[0], whole)
-    assert "is damaged and made again" in caplog.text
+    assert "is damaged; recomputing" in caplog.text
 
 
 def test_pieces_of_another_backbone_are_not_taken_over(folder, monkeypatch):
