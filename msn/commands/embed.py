@@ -84,6 +84,7 @@ def run(config: DictConfig) -> Embedded:
         settings["checkpoint"],
         num_heads=settings["model"]["num_heads"],
         key=settings["init_key"],
+        family=settings["init_family"],
     )
     check_feature(settings["feature"], backbone.depth)
     settings["feature"] = own_feature(backbone.meta, settings["feature"])

@@ -129,8 +129,9 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
     _compare(OmegaConf.to_container(config), OmegaConf.to_container(known))
     if "run" in config and "experiment" in config.run:
         config.run.experiment = choices.get("experiment") or config.run.experiment
-    if isinstance(key := config.get("init_key"), str):
-        config.init_key = read_mapping("init_key", key)
+    for name in ("init_key", "init_family"):
+        if isinstance(value := config.get(name), str):
+            config[name] = read_mapping(name, value)
     return config
 
 

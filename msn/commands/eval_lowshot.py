@@ -74,6 +74,7 @@ def _run(config: DictConfig) -> Path | None:
             image_size=protocol.features.image_size,
             num_heads=settings["model"]["num_heads"],
             key=settings["init_key"],
+            family=settings["init_family"],
         )
         for backbone in opened:
             check_feature(protocol.features.feature, backbone.trunk.depth)

@@ -32,6 +32,7 @@ def run(config: DictConfig) -> None:
         _source(checkpoint, settings["format"]),
         num_heads=settings["model"]["num_heads"],
         key=settings["init_key"],
+        family=settings["init_family"],
     )
     check_heads(weights, settings["model"]["num_heads"], str(checkpoint))
     run_dir = _run_directory(checkpoint)

@@ -288,7 +288,8 @@ def _is_multirun() -> bool:
 def _initialise(module: PretrainingModule, settings: dict[str, Any]) -> None:
     """Start from the weights of a file and say part by part what was taken."""
     path, heads = str(settings["init"]), settings["model"]["num_heads"]
-    weights = read_weights(path, num_heads=heads, key=settings["init_key"])
+    family = settings["init_family"]
+    weights = read_weights(path, num_heads=heads, key=settings["init_key"], family=family)
     try:
         rows = initialise(module.network, weights)
     except UserError as error:

@@ -149,6 +149,7 @@ def open_backbones(
     image_size: int | None,
     num_heads: int | None,
     key: str | Mapping[str, str] | None = None,
+    family: str | Mapping[str, str] | None = None,
 ) -> list[FrozenBackbone]:
     """Open every backbone that the user named.
 
@@ -159,6 +160,7 @@ def open_backbones(
         image_size: side of the crop in px; None takes each backbone's own.
         num_heads: of every backbone whose file cannot tell; what is assumed is told in a warning.
         key: of every file which of several trunks (see `read_weights`), or by name of the backbone.
+        family: likewise whose trunk it is where names and shapes fit several.
 
     Raises:
         UserError: two names are the same, a path cannot be read, or a size does not fit; or all
@@ -176,11 +178,21 @@ def open_backbones(
         raise UserError(
             f"checkpoint: the name {twice[0]} is taken; write name:path with another name"
         )
-    keys = key if isinstance(key, Mapping) else dict.fromkeys(names, key)
-    if unknown := sorted(set(keys) - set(names)):
-        raise UserError(f"init_key: no backbone is called {', '.join(map(str, unknown))}")
+    chosen: list[Mapping[str, Any]] = []
+    for setting, value in (("init_key", key), ("init_family", family)):
+        chosen.append(value if isinstance(value, Mapping) else dict.fromkeys(names, value))
+        if unknown := sorted(set(chosen[-1]) - set(names)):
+            raise UserError(f"{setting}: no backbone is called {', '.join(map(str, unknown))}")
+    keys, families = chosen
     opened = [
-        open_backbone(name, path, image_size=image_size, num_heads=num_heads, key=keys.get(name))
+        open_backbone(
+            name,
+            path,
+            image_size=image_size,
+            num_heads=num_heads,
+            key=keys.get(name),
+            family=families.get(name),
+        )
         for name, path in named
     ]
     found = sorted({backbone.trunk.num_heads for backbone in opened})
@@ -199,6 +211,7 @@ def open_backbone(
     image_size: int | None,
     num_heads: int | None,
     key: str | None = None,
+    family: str | None = None,
 ) -> FrozenBackbone:
     """Open one backbone, see `open_backbones`."""
     told: dict[str, Any] = {}
@@ -211,7 +224,7 @@ def open_backbone(
         num_heads = told_by_model(named)["num_heads"]
         config = timm.models.get_pretrained_cfg(model)
         told = {} if config is None else {"mean": config.mean, "std": config.std}
-    family = None if named is None else timm_family(named)
+        family = timm_family(named) or family
     weights = read_weights(path, num_heads=num_heads, key=key, family=family)
     if named is not None:
         check_same_model(weights, named, f"checkpoint={_TIMM}{model}@{path}")

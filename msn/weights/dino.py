@@ -98,8 +98,9 @@ def translate(tensors: Mapping[str, Tensor], where: str) -> Translated | None:
 def _facebook_v3(tensors: Mapping[str, Tensor], where: str) -> Translated:
     trunk, ignored = _renamed(tensors, _FB_V3)
     _check_periods(tensors.get("rope_embed.periods"), where)
+    masks = {_CHUNK.sub(r"blocks.\1.", name): t for name, t in tensors.items()}
     for name in [name for name in trunk if name.endswith(".attn.qkv.bias")]:
-        mask = tensors.get(f"{name}_mask")
+        mask = masks.get(f"{name}_mask")
         query, key, value = (trunk.pop(name) if mask is None else trunk.pop(name) * mask).chunk(3)
         _check_key_bias(key, where)
         stem = name.removesuffix("qkv.bias")
