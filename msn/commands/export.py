@@ -34,6 +34,10 @@ def run(config: DictConfig) -> None:
         key=settings["init_key"],
         family=settings["init_family"],
     )
+    if settings["format"] == "huggingface" and weights.meta.get("kind") == "mae":
+        # A run's backbone is the encoder alone; its newest checkpoint has the decoder.
+        newest = newest_valid_checkpoint(checkpoint / "checkpoints")
+        weights = weights if newest is None else read_weights(newest)
     check_heads(weights, settings["model"]["num_heads"], str(checkpoint))
     run_dir = _run_directory(checkpoint)
     if run_dir is not None:
@@ -47,6 +51,7 @@ def run(config: DictConfig) -> None:
         head=None if head is None else read_classifier(head, int(weights.model["embed_dim"])),
         overwrite=settings["overwrite"],
         lowshot=_lowshot(run_dir),
+        model_type=settings["model_type"],
     )
     say_notes(weights, str(checkpoint))
     print(

@@ -16,6 +16,10 @@ _HUB_LICENCES = (
     *("cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0"),
     *("gpl-3.0", "lgpl-3.0", "agpl-3.0", "mpl-2.0"),
 )
+_NAMES = {
+    "msn": "Masked Siamese Network, vision transformer backbone",
+    "mae": "Masked autoencoder (MAE), vision transformer",
+}
 _LIBRARIES = {"timm": "timm", "huggingface": "transformers", "onnx": "onnx"}
 
 _OF_DINOV3 = (
@@ -35,6 +39,14 @@ class_tokens = model(images)  # after the final norm""",
 processor = AutoImageProcessor.from_pretrained("DIR")
 model = {auto}.from_pretrained("DIR", attn_implementation="sdpa")
 outputs = model(**processor(images, return_tensors="pt"))""",
+    "mae": """from transformers import ViTForImageClassification, ViTImageProcessor
+from transformers import ViTMAEForPreTraining
+
+processor = ViTImageProcessor.from_pretrained("DIR")
+model = ViTMAEForPreTraining.from_pretrained("DIR", attn_implementation="sdpa")
+outputs = model(**processor(images, return_tensors="pt"))  # loss, logits, mask; masks at random
+# The encoder without the decoder, to be fine-tuned; only its classifier is new.
+classifier = ViTForImageClassification.from_pretrained("DIR", num_labels=10)""",
     "torch": """import msn
 
 backbone = msn.load_backbone("DIR")
@@ -68,11 +80,11 @@ def model_card(
         lowshot: rows of lowshot.json, if any.
     """
     parts = [
-        _front_matter(format, str(header["licence"]), head),
-        "# Masked Siamese Network, vision transformer backbone",
+        _front_matter(format, header, head),
+        f"# {_NAMES[_kind(header)]}",
         _facts(header),
         _licence(header),
-        _use(format, head),
+        _use("mae" if "reconstruction" in report else format, head),
         _left_to_you(format, header),
         _accuracy(lowshot),
         _head_note(head),
@@ -81,12 +93,18 @@ def model_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front_matter(format: str, licence: str, head: Classifier | None) -> str:
+def _kind(header: Mapping[str, Any]) -> str:
+    return "mae" if header.get("kind") == "mae" else "msn"
+
+
+def _front_matter(format: str, header: Mapping[str, Any], head: Classifier | None) -> str:
     task = "image-feature-extraction" if head is None else "image-classification"
-    lines = ["---", *_licence_lines(licence)]
+    lines = ["---", *_licence_lines(str(header["licence"]))]
     if format in _LIBRARIES:
         lines.append(f"library_name: {_LIBRARIES[format]}")
-    return "\n".join([*lines, f"pipeline_tag: {task}", "tags:", "- msn", "- vit", "---"])
+    return "\n".join(
+        [*lines, f"pipeline_tag: {task}", "tags:", f"- {_kind(header)}", "- vit", "---"]
+    )
 
 
 def _licence_lines(licence: str) -> list[str]:
@@ -131,8 +149,8 @@ def _licence(header: Mapping[str, Any]) -> str:
     if header["licence"] != PUBLISHED_LICENCE:
         return f"## Licence\n\nOf the weights: {_text(header['licence'])}."
     return "## Licence\n\n" + (
-        "These weights descend from the files published with facebookresearch/msn and stay under "
-        "their licence, CC BY-NC 4.0: no commercial use."
+        f"These weights descend from the files published with facebookresearch/{_kind(header)} and "
+        "stay under their licence, CC BY-NC 4.0: no commercial use."
     )
 
 
@@ -204,6 +222,11 @@ def _parity(report: Mapping[str, Any]) -> str:
         f"{report['checked_with']}: max |difference| {report['max_abs_difference']:.1e} "
         f"(allowed {report['tolerance']:.0e}). Details in parity.json."
     )
+    if more := report.get("reconstruction"):
+        text += (
+            f" {more['compared'].capitalize()}: max |difference| {more['max_abs_difference']:.1e} "
+            f"and {more['loss_abs_difference']:.1e}."
+        )
     if not half:
         return text
     return f"{text}\n\n{_table(('half precision against float32', 'max', 'mean'), half)}"

@@ -18,6 +18,7 @@ from msn.weights import dino, huggingface, timm
 from msn.weights.backbone import complete_meta, save_backbone
 from msn.weights.card import model_card
 from msn.weights.classifier import Classifier, fold
+from msn.weights.mae import LoadedMAE, mae_method
 from msn.weights.onnx import write_onnx
 from msn.weights.parity import (
     OFFICIAL_FILE,
@@ -25,6 +26,7 @@ from msn.weights.parity import (
     Loaded,
     bytes_of_scores,
     check,
+    check_reconstruction,
     load_huggingface,
     load_official_in_timm,
     load_onnx,
@@ -43,6 +45,7 @@ from msn.weights.weights import (
     build_trunk,
     family_of,
     resized_positions,
+    say_notes,
     trunk_digest,
 )
 
@@ -59,6 +62,10 @@ class Export(NamedTuple):
     """What the weights are; travels in every file that has room for it."""
     head: Classifier | None
     """For huggingface alone."""
+    model_type: str
+    """Of transformers, for huggingface alone."""
+    mae: Mapping[str, Any] | None
+    """Settings of `MAE` where the decoder goes with it, for huggingface's vit_mae alone."""
 
 
 class Format(NamedTuple):
@@ -82,7 +89,11 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def _write_timm(export: Export, directory: Path) -> None:
     header = export.header
     config = timm.config(
-        header["model"], mean=header["mean"], std=header["std"], licence=header["licence"]
+        header["model"],
+        mean=header["mean"],
+        std=header["std"],
+        licence=header["licence"],
+        tag="mae" if header.get("kind") == "mae" else "msn",
     )
     write_json(directory / "config.json", config)
     save_tensors(directory / "model.safetensors", export.weights.trunk, _metadata(header))
@@ -101,18 +112,24 @@ def _write_huggingface(export: Export, directory: Path) -> None:
             weight = torch.cat([weight, torch.zeros_like(weight)], dim=1)
         extra = {"classifier.weight": weight, "classifier.bias": folded.bias}
     model, classes = header["model"], None if head is None else head.classes
-    plain = family_of(model) is Family.VIT
-    config = (huggingface if plain else dino).model_config(model, classes)
-    tensors = huggingface.to_huggingface(trunk) if plain else dino.to_huggingface(trunk, model)
-    if head is not None:
-        prefix = "vit" if plain else config["model_type"]
+    if family_of(model) is Family.VIT:
+        tensors, prefix = huggingface.to_huggingface(trunk), "vit"
+        kind, mae = export.model_type, export.mae
+        config = huggingface.model_config(model, classes, model_type=kind, mae=mae)
+    else:
+        tensors, config = dino.to_huggingface(trunk, model), dino.model_config(model, classes)
+        prefix = config["model_type"]
+    if head is not None or export.mae is not None:
         tensors = {f"{prefix}.{name}": tensor for name, tensor in tensors.items()} | extra
+    if export.mae is not None:
+        tensors |= huggingface.decoder_to_huggingface(export.weights.decoder or {})
     # The header of the weights says it too, but transformers drops that when it saves the model.
     config["msn"] = {key: header[key] for key in ("licence", "norm") if key in header}
     write_json(directory / "config.json", config)
-    preprocessing = huggingface.preprocessor_config(
-        model["img_size"], mean=header["mean"], std=header["std"]
-    )
+    make = huggingface.preprocessor_config
+    if export.mae is not None:
+        make = huggingface.mae_preprocessor_config
+    preprocessing = make(model["img_size"], mean=header["mean"], std=header["std"])
     write_json(directory / "preprocessor_config.json", preprocessing)
     save_tensors(directory / "model.safetensors", tensors, _metadata(header))
 
@@ -190,6 +207,7 @@ def export(
     head: Classifier | None,
     overwrite: bool,
     lowshot: list[dict[str, Any]] | None,
+    model_type: str | None = None,
 ) -> dict[str, Any]:
     """Write a directory for another library and prove that it computes the same there.
 
@@ -203,6 +221,9 @@ def export(
         overwrite: replace `out` where it exists.
         lowshot: rows of a lowshot.json for the model card, None where there are none; figures of
             other weights than those written, or of another size, are left out.
+        model_type: for huggingface alone: vit_msn, vit, or vit_mae, which takes MAE's decoder along
+            (`ViTMAEForPreTraining`). None is vit_msn; of MAE's weights vit_mae where they have a
+            decoder and there is no head, else vit.
 
     Returns:
         The content of `parity.json`.
@@ -212,23 +233,28 @@ def export(
             nothing is left then, and what stood at `out` still stands.
     """
     kind = _format(format, head)
+    _check_pool(weights, format)
     _check_same_backbone(weights, head)
-    out = out.resolve()
-    _check_free(out, overwrite)
+    _check_free(out := out.resolve(), overwrite)
     resized = _at_size(weights, image_size)
     header = _without_paths(complete_meta({**weights.meta, "model": resized.model}))
-    content = Export(resized, header, head)
+    theirs = huggingface.choose_model_type(weights, format, model_type, has_head=head is not None)
+    mae = _settings_of_mae(resized, weights, header) if theirs == "vit_mae" else None
+    content = Export(resized, header, head, theirs, mae)
     with placed_at(out) as directory:
         kind.write(content, directory)
         trunk = build_trunk(resized)
         with utf8_path(directory) as place:
             loaded = kind.load(place)
         report = {"format": format, **check(trunk, head, loaded)}
-        report["weights_bit_equal"] = _check_round_trip(directory, trunk)
+        if mae is not None:
+            report["reconstruction"] = check_reconstruction(LoadedMAE(resized, mae), loaded)
+        report["weights_bit_equal"] = _check_round_trip(directory, trunk, resized, mae)
         report["versions"] = versions()
         write_json(directory / PARITY_FILE, report)
-        rows = _about(resized, lowshot)
-        card = model_card(format, header, head=head, report=report, lowshot=rows)
+        card = model_card(
+            format, header, head=head, report=report, lowshot=_about(resized, lowshot)
+        )
         write_bytes(directory / "README.md", card.encode())
     return report
 
@@ -246,6 +272,28 @@ def _format(name: str, head: Classifier | None) -> Format:
             f"pip install 'msn-pretraining[{kind.extra}]'"
         )
     return kind
+
+
+def _settings_of_mae(resized: Weights, weights: Weights, header: dict[str, Any]) -> dict[str, Any]:
+    """What `MAE` is built with; the header says it too."""
+    if resized.model["img_size"] != weights.model["img_size"]:
+        raise UserError(
+            f"image_size={resized.model['img_size']}: the decoder is of "
+            f"{weights.model['img_size']} px; model_type=vit writes the encoder alone at any size"
+        )
+    method, notes = mae_method(weights, {}, "checkpoint")
+    say_notes(notes, "checkpoint")
+    said = header.get("method")
+    header["method"] = {**(said if isinstance(said, dict) else {}), **method}
+    return method
+
+
+def _check_pool(weights: Weights, format: str) -> None:
+    if weights.meta.get("pool") == "mean" and format != "torch":
+        raise UserError(
+            f"format={format}: cannot say that the feature is the mean of patches through fc_norm, "
+            "as of this fine-tuned MAE; format=torch can"
+        )
 
 
 def _check_same_backbone(weights: Weights, head: Classifier | None) -> None:
@@ -308,6 +356,9 @@ def _is_export(directory: Path) -> bool:
 def _at_size(weights: Weights, image_size: int | None) -> Weights:
     """The same weights in float32, with position embeddings for another image size."""
     trunk = {name: tensor.float() for name, tensor in weights.trunk.items()}
+    if weights.decoder is not None:
+        decoder = {name: tensor.float() for name, tensor in weights.decoder.items()}
+        weights = dataclasses.replace(weights, decoder=decoder)
     model = dict(weights.model)
     if image_size is None or image_size == model["img_size"]:
         return dataclasses.replace(weights, trunk=trunk)
@@ -336,10 +387,18 @@ def _at_size(weights: Weights, image_size: int | None) -> Weights:
     return dataclasses.replace(weights, trunk=trunk, anchor_trunk=anchor, model=model)
 
 
-def _check_round_trip(directory: Path, trunk: VisionTransformer) -> bool:
+def _check_round_trip(
+    directory: Path, trunk: VisionTransformer, weights: Weights, mae: Mapping[str, Any] | None
+) -> bool:
     """True; an export that we do not read back bit by bit is an error of ours or of the disk."""
-    again = read_weights(directory, num_heads=trunk.num_heads).trunk
-    states = trunk.state_dict()
-    if not all(torch.equal(tensor, states[name]) for name, tensor in again.items()):
+    again = read_weights(directory, num_heads=trunk.num_heads)
+    pairs = [(again.trunk, trunk.state_dict())]
+    if mae is not None:
+        pairs.append((again.decoder or {}, weights.decoder or {}))
+    if not all(
+        found.keys() == written.keys()
+        and all(torch.equal(tensor, written[name]) for name, tensor in found.items())
+        for found, written in pairs
+    ):
         raise UserError("the export does not read back bit by bit; nothing written")
     return True

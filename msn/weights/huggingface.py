@@ -17,8 +17,11 @@ from msn.weights import dino
 from msn.weights.architecture import NOT_YET
 from msn.weights.weights import (
     PUBLISHED_LICENCE,
+    Family,
+    Weights,
     check_channels,
     check_number,
+    family_of,
     short_side,
     strip_prefix,
 )
@@ -29,6 +32,7 @@ MODEL_TYPES = {
     "vit_mae": "huggingface mae",
     "vit": "huggingface vit",
 }
+_CLASSES = {"vit_msn": "ViTMSN", "vit_mae": "ViTMAE", "vit": "ViT"}
 # Where the files that were published with the paper are on the Hub.
 _PUBLISHED = "facebook/vit-msn-"
 
@@ -147,11 +151,54 @@ def to_huggingface(trunk: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def model_config(model: Mapping[str, int | float], classes: Sequence[str] | None) -> dict[str, Any]:
-    """`config.json` of a `ViTMSNModel`, or with classes of a `ViTMSNForImageClassification`."""
+def choose_model_type(weights: Weights, format: str, wanted: str | None, *, has_head: bool) -> str:
+    """The model of transformers that an export becomes, see `msn.weights.export.export`.
+
+    Raises:
+        UserError: if the wanted one does not exist or fit.
+    """
+    if wanted is not None and format != "huggingface":
+        raise UserError(f"model_type needs format=huggingface, got format={format}")
+    plain = family_of(weights.model) is Family.VIT
+    if wanted is not None and not plain:
+        raise UserError(f"model_type={wanted}: the weights are of another family of transformers")
+    if wanted not in (None, *MODEL_TYPES):
+        allowed = ", ".join(MODEL_TYPES)
+        raise UserError(f"model_type must be one of {allowed}, or null, got {wanted!r}")
+    if wanted == "vit_mae" and weights.decoder is None:
+        raise UserError(
+            "model_type=vit_mae: the weights hold no decoder of MAE; model_type=vit writes the "
+            "encoder alone"
+        )
+    if wanted == "vit_mae" and has_head:
+        raise UserError("model_type=vit_mae has no classifier: leave head out, or model_type=vit")
+    if wanted is not None:
+        return wanted
+    if weights.meta.get("kind") != "mae" or format != "huggingface" or not plain:
+        return "vit_msn"
+    return "vit_mae" if weights.decoder is not None and not has_head else "vit"
+
+
+def model_config(
+    model: Mapping[str, int | float],
+    classes: Sequence[str] | None,
+    *,
+    model_type: str = "vit_msn",
+    mae: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """`config.json` of a model of transformers.
+
+    Args:
+        model: the numbers of `VisionTransformer`.
+        classes: of a `...ForImageClassification`; None is the bare model.
+        model_type: one of `MODEL_TYPES`.
+        mae: of a `ViTMAEForPreTraining` the settings of `MAE`.
+    """
     width = int(model["embed_dim"])
+    name = _CLASSES[model_type]
+    kind = "Model" if classes is None else "ForImageClassification"
     config: dict[str, Any] = {
-        "architectures": ["ViTMSNModel" if classes is None else "ViTMSNForImageClassification"],
+        "architectures": [name + (kind if mae is None else "ForPreTraining")],
         "attention_probs_dropout_prob": 0.0,
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
@@ -160,7 +207,7 @@ def model_config(model: Mapping[str, int | float], classes: Sequence[str] | None
         "initializer_range": 0.02,
         "intermediate_size": int(width * model["mlp_ratio"]),
         "layer_norm_eps": model.get("layer_norm_eps", LAYER_NORM_EPS),
-        "model_type": "vit_msn",
+        "model_type": model_type,
         "num_attention_heads": model["num_heads"],
         "num_channels": 3,
         "num_hidden_layers": model["depth"],
@@ -170,7 +217,28 @@ def model_config(model: Mapping[str, int | float], classes: Sequence[str] | None
     if classes is not None:
         config["id2label"] = {str(index): name for index, name in enumerate(classes)}
         config["label2id"] = {name: index for index, name in enumerate(classes)}
+    if mae is not None:
+        decoder = mae["decoder"]
+        config |= {
+            "decoder_hidden_size": decoder["embed_dim"],
+            "decoder_intermediate_size": 4 * decoder["embed_dim"],
+            "decoder_num_attention_heads": decoder["num_heads"],
+            "decoder_num_hidden_layers": decoder["depth"],
+            "mask_ratio": mae["mask_ratio"],
+            "norm_pix_loss": mae["norm_pix_loss"],
+        }
     return config
+
+
+def mae_preprocessor_config(
+    image_size: int, *, mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Any]:
+    """What `ViTImageProcessor`, which ViTMAE's scripts use, needs; it squashes to a square."""
+    config = preprocessor_config(image_size, mean=mean, std=std)
+    for key in ("crop_pct", "do_center_crop", "crop_size"):
+        del config[key]
+    size = {"height": image_size, "width": image_size}
+    return config | {"image_processor_type": "ViTImageProcessor", "size": size}
 
 
 def preprocessor_config(

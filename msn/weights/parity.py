@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from msn.errors import UserError
+from msn.method.mae import MAE
 from msn.method.vit import VisionTransformer
 from msn.weights.classifier import Classifier, layer_norm_factor, predict
 from msn.weights.tensors import open_weights
@@ -110,6 +111,43 @@ def check(
         "tolerance": max(row["tolerance"] for row in comparisons),
         "comparisons": comparisons,
         "half_precision": _half_precision(loaded[0], fixed_images(trunk.img_size)),
+    }
+
+
+@torch.no_grad()
+def check_reconstruction(mae: MAE, loaded: list[Loaded]) -> dict[str, Any]:
+    """Compare predictions of all patches and the loss, with a fixed mask, with transformers'.
+
+    Args:
+        mae: ours, float32.
+        loaded: the `ViTMAEForPreTraining` of an export, in each way to be compared.
+
+    Returns:
+        Plain data for `parity.json`.
+
+    Raises:
+        UserError: if any difference is above its tolerance.
+    """
+    pixels = fixed_images(mae.trunk.img_size)
+    patches = (mae.trunk.img_size // mae.trunk.patch_size) ** 2
+    noise = torch.rand(len(pixels), patches, generator=torch.Generator().manual_seed(0))
+    ours = mae.eval()(pixels, noise)
+    exact = copy.deepcopy(mae).double()(pixels.double(), noise)
+    rounding = float((ours.prediction - exact.prediction).abs().max())
+    tolerance = max(TOLERANCE, ROUNDING_FACTOR * rounding)
+    outputs = [other.module(pixels, noise=noise) for other in loaded if other.module is not None]
+    most = max(float((ours.prediction - found.logits).abs().max()) for found in outputs)
+    loss = max(float((ours.loss - found.loss).abs()) for found in outputs)
+    if not (most <= tolerance and loss <= tolerance):  # NaN fails
+        raise UserError(
+            f"parity with {loaded[0].library} failed: reconstructions differ by {most:.2e}, losses "
+            f"by {loss:.2e}, allowed {tolerance:.0e}; nothing written"
+        )
+    return {
+        "compared": "predictions of all patches and loss, with a fixed mask",
+        "max_abs_difference": most,
+        "loss_abs_difference": loss,
+        "tolerance": tolerance,
     }
 
 
@@ -215,8 +253,10 @@ def load_huggingface(directory: Path) -> list[Loaded]:
     loaded = []
     for attention in ("sdpa", "eager"):
         with _without_progress_bars(transformers.utils.logging):
+            # Scripts leave the pooler of ViT, which no pretraining trains, at random.
+            more = {"add_pooling_layer": False} if name == "ViTModel" else {}
             model, info = getattr(transformers, name).from_pretrained(
-                directory, attn_implementation=attention, output_loading_info=True
+                directory, attn_implementation=attention, output_loading_info=True, **more
             )
         wrong = {key: keys for key, keys in info.items() if keys}
         if wrong:
@@ -268,13 +308,27 @@ def _without_progress_bars(logging: Any) -> Iterator[None]:
 def _by_transformers(model: nn.Module, attention: str) -> Loaded:
     import transformers
 
-    classifies = hasattr(model, "classifier")
+    classifies, masks = hasattr(model, "classifier"), hasattr(model, "decoder")
     config: Any = model.config
     # DINOv2's and DINOv3's models take images of any size unasked.
-    asked = {"interpolate_pos_encoding": True} if config.model_type == "vit_msn" else {}
+    asked = {"interpolate_pos_encoding": True} if config.model_type in ("vit_msn", "vit") else {}
 
     def features(images: Tensor) -> Tensor:
+        if masks:
+            return _unmasked(model.get_submodule("vit"), images)
         outputs = model(images, **asked)
         return outputs.logits if classifies else outputs.last_hidden_state
 
     return Loaded(f"transformers {transformers.__version__}", attention, features, model, True)
+
+
+def _unmasked(model: Any, images: Tensor) -> Tensor:
+    """All tokens of a `ViTMAEModel`, which masks at inference too and shuffles by its noise."""
+    ratio, model.config.mask_ratio = model.config.mask_ratio, 0.0
+    try:
+        side = model.config.patch_size
+        count = (images.shape[-2] // side) * (images.shape[-1] // side)
+        order = torch.arange(count, dtype=torch.float32).expand(len(images), -1)
+        return model(images, noise=order, interpolate_pos_encoding=True).last_hidden_state
+    finally:
+        model.config.mask_ratio = ratio

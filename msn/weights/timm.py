@@ -38,12 +38,25 @@ _READ_ARGUMENTS = {
     *("dynamic_img_size", "dynamic_img_pad", "strict_img_size", "weight_init"),
     *("num_reg_tokens", "rope_temperature", "no_embed_class"),
 }
+# Patch, width, depth and heads of the models that timm has with MAE's weights.
+_MAE_SIZES: dict[tuple[int | float, ...], str] = {
+    (16, 768, 12, 12): "vit_base_patch16_224",
+    (16, 1024, 24, 16): "vit_large_patch16_224",
+    (14, 1280, 32, 16): "vit_huge_patch14_224",
+}
 
 
 def config(
-    model: Mapping[str, Any], *, mean: Sequence[float], std: Sequence[float], licence: str
+    model: Mapping[str, Any],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    licence: str,
+    tag: str = "msn",
 ) -> dict[str, Any]:
     """`config.json` that `timm.create_model("local-dir:DIR", pretrained=True)` rebuilds.
+
+    With the tag `mae` it names timm's own model of the size, `vit_base_patch16_224.mae` and others.
 
     Raises:
         UserError: if the norms have another eps than timm's: its configurations cannot say so.
@@ -54,14 +67,14 @@ def config(
     size = int(model["img_size"])
     name, arguments = architecture(model)
     return {
-        "architecture": name,
+        "architecture": _MAE_SIZES.get(_sizes(model), name) if tag == "mae" else name,
         "num_classes": 0,
         "num_features": model["embed_dim"],
         "global_pool": "token",
         # Without num_classes: transformers gives that itself, and twice is an error.
         "model_args": {**arguments, "global_pool": "token"},
         "pretrained_cfg": {
-            "tag": "msn",
+            "tag": tag,
             "custom_load": False,
             "input_size": [3, size, size],
             "fixed_input_size": True,
@@ -112,6 +125,10 @@ def architecture(model: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     chosen["init_values"] = options["init_values"] if model["layer_scale"] else None
     changed = {name: value for name, value in chosen.items() if value != options.get(name, value)}
     return name, sizes | changed
+
+
+def _sizes(model: Mapping[str, Any]) -> tuple[int | float, ...]:
+    return tuple(model[name] for name in ("patch_size", "embed_dim", "depth", "num_heads"))
 
 
 def told_by_config(content: Mapping[str, Any], where: str) -> dict[str, Any]:

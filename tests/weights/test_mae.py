@@ -13,6 +13,7 @@ from msn.errors import UserError
 from msn.evaluation.backbones import open_backbone
 from msn.evaluation.features import FeatureSettings, Runtime
 from msn.weights import load_backbone, read_weights
+from msn.weights.export import export
 from tests.evaluation.toys import ToyImages
 from tests.weights.builders import MODEL, images, shaken
 from tests.weights.conftest import assert_same
@@ -237,3 +238,137 @@ def test_msn_weights_give_a_trunk_to_reconstruct_with(tmp_path, caplog):
     found = msn.load_mae(tmp_path / "a.ckpt", decoder=DECODER)
     assert_same(found.trunk.state_dict(), network.target.trunk.state_dict())
     assert "holds no decoder" in caplog.text
+
+
+def write(source, out, format="huggingface", **more):
+    settings = {"image_size": None, "head": None, "overwrite": False, "lowshot": None, **more}
+    return export(read_weights(source), format=format, out=out, **settings)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_our_export_is_transformers_pretraining_model_and_reads_back_bit_equal(
+    tmp_path, norm_pix_loss
+):
+    transformers = pytest.importorskip("transformers")
+    mae = make_mae(norm_pix_loss=norm_pix_loss)
+    report = write(save_checkpoint(tmp_path / "a.ckpt", mae), tmp_path / "out")
+    assert report["max_abs_difference"] < 1e-5
+    assert report["reconstruction"]["max_abs_difference"] < 1e-5
+    assert report["reconstruction"]["loss_abs_difference"] < 1e-5
+    assert {row["image_size"] for row in report["comparisons"]} == {32, 8}
+    again = msn.load_mae(tmp_path / "out")
+    assert_same(again.state_dict(), mae.state_dict())
+    assert (again.norm_pix_loss, again.num_kept) == (norm_pix_loss, 8)
+    assert again.meta["licence"] == "Apache-2.0"
+    assert transformers.ViTImageProcessor.from_pretrained(tmp_path / "out").size["height"] == 32
+    model = transformers.AutoModelForPreTraining.from_pretrained(tmp_path / "out")
+    assert type(model).__name__ == "ViTMAEForPreTraining"
+    # transformers goes on from it, and so do we from what it saves.
+    model, ours = model.double().train(), make_mae_of(tmp_path / "out").double()
+    theirs = model(images(32).double(), noise=noise())
+    found = ours(images(32).double(), noise())
+    torch.testing.assert_close(found.loss, theirs.loss, rtol=1e-10, atol=0)
+    theirs.loss.backward()
+    found.loss.backward()
+    gradient = model.decoder.decoder_layers[0].mlp.fc1.weight.grad
+    torch.testing.assert_close(
+        ours.decoder.blocks[0].mlp.fc1.weight.grad, gradient, atol=1e-8, rtol=0
+    )
+    model.float().save_pretrained(tmp_path / "again")
+    again = msn.load_mae(tmp_path / "again")
+    assert_same(again.state_dict(), mae.state_dict())
+    assert (again.norm_pix_loss, again.meta["licence"]) == (norm_pix_loss, "Apache-2.0")
+
+
+def make_mae_of(path):
+    return msn.load_mae(path).train()
+
+
+def test_encoder_exports_are_what_their_libraries_call_them(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    mae = make_mae()
+    source = save_checkpoint(tmp_path / "a.ckpt", mae)
+    with torch.no_grad():
+        expected = mae.encode(images(32), None)
+    write(source, tmp_path / "vit", model_type="vit")
+    model = transformers.AutoModel.from_pretrained(tmp_path / "vit").eval()
+    assert type(model).__name__ == "ViTModel"
+    with torch.no_grad():
+        found = model(images(32)).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    for format in ("timm", "torch"):
+        write(source, tmp_path / format, format)
+        again = read_weights(tmp_path / format)
+        assert_same(again.trunk, mae.trunk.state_dict())
+        assert (again.meta["kind"], again.decoder) == ("mae", None)
+    config = json.loads((tmp_path / "timm" / "config.json").read_text())
+    assert config["pretrained_cfg"]["tag"] == "mae"
+
+
+@pytest.mark.parametrize(
+    ("format", "settings", "message"),
+    [
+        ("timm", {"model_type": "vit"}, "model_type needs format=huggingface"),
+        ("huggingface", {"model_type": "bert"}, "must be one of vit_msn, vit_mae, vit"),
+        ("huggingface", {"image_size": 64}, "the decoder is of 32 px; model_type=vit"),
+    ],
+)
+def test_exports_that_cannot_be_are_refused(tmp_path, format, settings, message):
+    source = save_checkpoint(tmp_path / "a.ckpt", make_mae())
+    with pytest.raises(UserError, match=message):
+        write(source, tmp_path / "out", format, **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_decoder_is_needed_for_what_has_one_and_a_pooled_feature_cannot_be_said(tmp_path):
+    pytest.importorskip("transformers")
+    torch.save(make_mae(embed_dim=192).trunk.state_dict(), tmp_path / "a.pth")
+    with pytest.raises(UserError, match="hold no decoder of MAE; model_type=vit"):
+        write(tmp_path / "a.pth", tmp_path / "out", model_type="vit_mae")
+    torch.save({"model": finetuned(make_mae(embed_dim=192))}, tmp_path / "b.pth")
+    with pytest.raises(UserError, match="format=timm: cannot say .* format=torch can"):
+        write(tmp_path / "b.pth", tmp_path / "out", "timm")
+    write(tmp_path / "b.pth", tmp_path / "out", "torch")
+    expected = load_backbone(tmp_path / "b.pth")(images(32))
+    assert torch.equal(load_backbone(tmp_path / "out")(images(32)), expected)
+
+
+@pytest.mark.slow
+def test_transformers_trainer_goes_on_from_our_export_and_we_from_what_it_saves(tmp_path):
+    """As transformers' `run_mae.py` does, in two steps on images that we made."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    mae = make_mae()
+    write(save_checkpoint(tmp_path / "a.ckpt", mae), tmp_path / "out")
+    processor = transformers.ViTImageProcessor.from_pretrained(tmp_path / "out")
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (16, 3, 40, 40), dtype=torch.uint8, generator=generator)
+    rows = processor(list(pixels), return_tensors="pt")["pixel_values"]
+    assert rows.shape == (16, 3, 32, 32)
+    model = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path / "out")
+    arguments = transformers.TrainingArguments(
+        **{"output_dir": str(tmp_path / "trained"), "max_steps": 2, "use_cpu": True},
+        **{"per_device_train_batch_size": 8, "learning_rate": 1e-2, "report_to": []},
+        **{"remove_unused_columns": False, "label_names": ["pixel_values"]},
+    )
+    data = [{"pixel_values": row} for row in rows]
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data)
+    result = trainer.train()
+    trainer.save_model()
+    assert result.global_step == 2
+    again = msn.load_mae(tmp_path / "trained")
+    assert not torch.equal(again.decoder.pred.weight, mae.decoder.pred.weight)
+    with torch.no_grad():
+        theirs = model.eval()(rows, noise=noise(16))
+        ours = again(rows, noise(16))
+    torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-5, atol=0)
+    # The decoder is thrown away, and only the classifier is new.
+    classifier, info = transformers.ViTForImageClassification.from_pretrained(
+        tmp_path / "out", num_labels=5, output_loading_info=True
+    )
+    assert set(info["missing_keys"]) == {"classifier.weight", "classifier.bias"}
+    assert all(key.startswith("decoder.") for key in info["unexpected_keys"])
+    with torch.no_grad():
+        found = classifier.eval()(rows, output_hidden_states=True).hidden_states[-1]
+        expected = mae.trunk.forward_features(rows, norm=False)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
