@@ -20,9 +20,11 @@ from msn.errors import UserError
 from msn.files import utf8_path
 from msn.method import optim
 from msn.method.loss import LossTerms, MSNLoss, sinkhorn
+from msn.method.mae import MAE
 from msn.method.network import MSN, Projections
-from msn.method.schedules import Schedule, ScheduleValues
+from msn.method.schedules import MAESchedule, Schedule, ScheduleValues
 
+SHIPPED = ("default", "mae")
 RTOL, ATOL = 1e-8, 1e-10
 # For parameters whose true gradient is zero: Adam amplifies the rounding noise of such gradients.
 ATOL_ZERO_GRADIENT = 1e-8
@@ -95,8 +97,9 @@ def replay(
         name: tensor.to(device, dtype if tensor.is_floating_point() else None)
         for name, tensor in golden.tensors.items()
     }
+    steps = _replay_mae if golden.config.get("kind") == "mae" else _replay
     try:
-        yield from _replay(golden._replace(tensors=moved), device, dtype)
+        yield from steps(golden._replace(tensors=moved), device, dtype)
     except KeyError as error:
         raise UserError(f"reference figures lack {error}") from None
 
@@ -124,6 +127,41 @@ def _replay(golden: Golden, device: torch.device | str, dtype: torch.dtype) -> I
     yield from _compare_features(network, tensors)
     balanced = sinkhorn(tensors["sinkhorn.in"].log(), 3).exp()
     yield compare("sinkhorn.out", balanced, tensors["sinkhorn.out"])
+
+
+def _replay_mae(
+    golden: Golden, device: torch.device | str, dtype: torch.dtype
+) -> Iterator[Difference]:
+    config, tensors = golden.config, golden.tensors
+    parts = ("model", "decoder", "mask_ratio", "norm_pix_loss")
+    network = MAE(**{name: config[name] for name in parts}).to(device, dtype)
+    initial = {name: value for name, value in tensors.items() if name.startswith("init.")}
+    network.load_state_dict({name[len("init.") :]: value for name, value in initial.items()})
+    schedule = MAESchedule(**config["schedule"])
+    optimizer = optim.build_optimizer(
+        network, betas=config["betas"], eps=config["eps"], fused=False
+    )
+    for step, figures in enumerate(golden.steps):
+        name, values = f"step{step}", schedule.at(step)
+        images, noise = (tensors[f"{name}.{part}"] for part in ("images", "noise"))
+        out, errors = network(images, noise), network.learn(images, noise)
+        optimizer.zero_grad()
+        errors.loss.backward()  # which training takes; that of `out` must be the same
+        if step == 0:
+            for parameter, value in network.named_parameters():
+                if value.grad is not None:
+                    yield compare(f"grad.{parameter}", value.grad, tensors[f"grad.{parameter}"])
+        optim.set_values(optimizer, values)
+        optimizer.step()
+        reference = {key: torch.tensor(value).double() for key, value in figures.items()}
+        yield compare(f"{name}.loss", out.loss, reference["loss"])
+        yield compare(f"{name}.loss_of_errors", errors.loss, reference["loss"])
+        yield compare(f"{name}.lr", torch.tensor(values.lr).double(), reference["lr"])
+        yield compare(f"{name}.prediction", out.prediction, tensors[f"{name}.prediction"])
+        yield compare(f"{name}.mask", out.mask, tensors[f"{name}.mask"])
+    for parameter, value in network.state_dict().items():
+        allowed = _final_atol(parameter, value, has_batch_norm=False)
+        yield compare(f"final.{parameter}", value, tensors[f"final.{parameter}"], allowed)
 
 
 def build(config: dict[str, Any]) -> tuple[MSN, MSNLoss, Schedule]:
@@ -283,8 +321,10 @@ def run(config: DictConfig) -> None:
         UserError: if the file is missing, damaged or of another layout.
     """
     settings = to_plain(config)
-    shipped = Path(msn.__file__).parent / "golden" / "golden_default.safetensors"
-    path = Path(settings["golden"] or shipped)
+    golden, shipped = settings["golden"] or "default", Path(msn.__file__).parent / "golden"
+    path = Path(golden)
+    if golden in SHIPPED:
+        path = shipped / f"golden_{golden}.safetensors"
     with torch.random.fork_rng(devices=[]):
         differences = list(replay(load_golden(path)))
     console = Console()

@@ -14,6 +14,13 @@ def test_shipped_figures_verify(command):
     assert "0 out of tolerance" in " ".join(out.split())
 
 
+def test_shipped_figures_of_masked_autoencoders_verify(command):
+    code, out, _ = command("verify", "golden=mae")
+    assert code == 0
+    assert "figures of golden_mae.safetensors" in " ".join(out.split())
+    assert "0 out of tolerance" in " ".join(out.split())
+
+
 def test_a_wrong_figure_is_named_and_ends_in_exit_code_1(command, tmp_path):
     tensors = load_file(GOLDEN["default"])
     tensors["target.final.pos_embed"] = tensors["target.final.pos_embed"] + 1e-7

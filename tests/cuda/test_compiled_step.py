@@ -37,6 +37,10 @@ def test_compiled_blocks_break_nowhere(gpu):
     check_compiled_step(gpu, case(depth=3), graphs=4)
 
 
+def test_compiled_blocks_of_trunk_and_decoder_break_nowhere(gpu):
+    check_compiled_step(gpu, case("mae_vitb16", depth=3), graphs=2)
+
+
 ATTEND = Block._attend_from_class
 
 

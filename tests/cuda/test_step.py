@@ -25,7 +25,8 @@ def check_step(gpu, made):
     gpu.reset()
     gpu.strict = True
     method.step()
-    assert {"_fused_adamw_", "native_batch_norm"} <= {launch.name for launch in gpu.launches}
+    norm = "native_layer_norm" if made.method.get("kind") == "mae" else "native_batch_norm"
+    assert {"_fused_adamw_", norm} <= {launch.name for launch in gpu.launches}
     found = {launch.dtype for launch in gpu.launches if launch.name in TYPED}
     assert found == {HALF if made.precision == "bf16-mixed" else torch.float32}
     assert {p.dtype for p in method.module.network.parameters()} == {torch.float32}
@@ -39,6 +40,8 @@ def check_step(gpu, made):
         ("msn_vits16", "32-true", 4),
         ("pmsn_vits16", "bf16-mixed", 4),
         ("pmsn_vits16", "32-true", None),
+        ("mae_vitb16", "bf16-mixed", None),
+        ("mae_vitb16", "32-true", 4),
     ],
 )
 def test_a_step_never_waits(gpu, experiment, precision, chunk_size):

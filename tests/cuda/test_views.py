@@ -58,6 +58,17 @@ def test_views_are_made_by_the_same_few_kernels_whatever_the_batch(gpu, sizes, d
     assert few == many
 
 
+def test_one_view_and_no_anchors(gpu):
+    from tests.cuda.fake_cuda import CUDA
+
+    settings = ViewSettings(**{**PAPER, "rand_views": 0, "focal_views": 0})
+    batch = make_batch(settings, [np.zeros((60, 80, 3), np.uint8)] * 3)
+    batch = batch._replace(pixels=_to_device(batch.pixels.pin_memory(), CUDA))
+    views = make_batched_views(batch, settings, dtype=HALF, kernel="cuda")
+    assert views.target.shape == (3, 3, 224, 224)
+    assert (len(views.rand), len(views.focal)) == (0, 0)
+
+
 UPLOAD = cuda_views._upload
 
 

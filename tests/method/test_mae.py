@@ -24,18 +24,19 @@ def mae(size=32, mask_ratio=0.75, norm_pix_loss=True, **decoder):
 def transformers_twin(network, mask_ratio, norm_pix_loss):
     """transformers' model with the same weights, and its parameters by our names."""
     transformers = pytest.importorskip("transformers")
+    trunk, width = network.trunk, network.decoder.embed.out_features
     twin = transformers.ViTMAEForPreTraining(
         transformers.ViTMAEConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=128,
-            image_size=network.trunk.img_size,
-            patch_size=8,
-            decoder_hidden_size=16,
-            decoder_num_hidden_layers=2,
-            decoder_num_attention_heads=2,
-            decoder_intermediate_size=64,
+            hidden_size=trunk.embed_dim,
+            num_hidden_layers=trunk.depth,
+            num_attention_heads=trunk.num_heads,
+            intermediate_size=4 * trunk.embed_dim,
+            image_size=trunk.img_size,
+            patch_size=trunk.patch_size,
+            decoder_hidden_size=width,
+            decoder_num_hidden_layers=len(network.decoder.blocks),
+            decoder_num_attention_heads=network.decoder.blocks[0].attn.num_heads,
+            decoder_intermediate_size=4 * width,
             mask_ratio=mask_ratio,
             norm_pix_loss=norm_pix_loss,
             layer_norm_eps=1e-6,
