@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -37,8 +38,8 @@ class Backbone(VisionTransformer):
         weights: as `read_weights` gives them.
 
     Attributes:
-        transform: from a path, a PIL image of any mode or a uint8 tensor [3, H, W] to the tensor
-            [3, S, S] that the trunk was made for; EXIF rotation is applied, see `image_transform`.
+        transform: from a path, a PIL image, a uint8 tensor [3, H, W] or array [H, W, 3] to what
+            the trunk was made for, [3, S, S]; EXIF rotation is applied, see `image_transform`.
         meta: what the file says about itself (epoch, data, method, licence, ...).
     """
 
@@ -125,7 +126,7 @@ def transform_of(weights: Weights) -> "Callable[[Picture], Tensor]":
 # the rest is left out before they are resized, with room for the filter.
 _LONGEST = 8  # times the short side
 
-Picture = str | os.PathLike[str] | Image.Image | Tensor
+Picture = str | os.PathLike[str] | Image.Image | Tensor | np.ndarray
 
 
 def image_transform(
@@ -144,9 +145,10 @@ def image_transform(
         levels: the values that are black and white in images of more than 8 bits.
 
     Returns:
-        From an image to float32 [3, S, S]. An image is a path, a PIL image of any mode, or a tensor
-        uint8 [3, H, W], [1, H, W] or [H, W]; EXIF rotation is applied, where there is any left. It
-        raises a UserError for what is none of these or cannot be read.
+        From an image to float32 [3, S, S]. An image is a path, a PIL image of any mode, a tensor
+        uint8 [3, H, W], [1, H, W] or [H, W], or an array uint8 [H, W, 3] or [H, W]; EXIF rotation
+        is applied, where there is any left. It raises a UserError for what is none of these or
+        cannot be read.
     """
     return transforms.Compose(
         [
@@ -182,16 +184,30 @@ class _Opened:
     def __call__(self, picture: Picture) -> Image.Image:
         if isinstance(picture, Tensor):
             return _from_tensor(picture)
+        if isinstance(picture, np.ndarray):
+            return _from_array(picture)
         if isinstance(picture, Image.Image) and 0 in picture.size:
             raise UserError(f"an image must have pixels, got {picture.size[0]} x {picture.size[1]}")
         if not isinstance(picture, Image.Image | str | os.PathLike):
-            raise UserError(f"an image must be a path, a PIL image or a tensor, got {picture!r}")
+            kind = type(picture).__name__
+            raise UserError(
+                f"an image must be a path, a PIL image, an array or a tensor, got {kind}"
+            )
         try:
             if isinstance(picture, Image.Image):
                 return upright_rgb(picture, self.levels)
             return Image.fromarray(decode(read_file(picture), full_size, self.levels).pixels)
         except BadImageError as error:
             raise UserError(f"{picture}: cannot be read ({error})") from None
+
+
+def _from_array(picture: np.ndarray) -> Image.Image:
+    shaped = picture.ndim == 2 or (picture.ndim == 3 and picture.shape[-1] == 3)
+    if picture.dtype != np.uint8 or not shaped or 0 in picture.shape:
+        raise UserError(
+            f"an array must be uint8 [H, W, 3] or [H, W], got {picture.dtype} {list(picture.shape)}"
+        )
+    return Image.fromarray(np.ascontiguousarray(picture)).convert("RGB")
 
 
 def _from_tensor(picture: Tensor) -> Image.Image:

@@ -99,7 +99,7 @@ def _kind(header: Mapping[str, Any]) -> str:
 
 def _front_matter(format: str, header: Mapping[str, Any], head: Classifier | None) -> str:
     task = "image-feature-extraction" if head is None else "image-classification"
-    lines = ["---", *_licence_lines(str(header["licence"]))]
+    lines = ["---", *_licence_lines(str(header["licence"]), header.get("licence_link"))]
     if format in _LIBRARIES:
         lines.append(f"library_name: {_LIBRARIES[format]}")
     return "\n".join(
@@ -107,16 +107,16 @@ def _front_matter(format: str, header: Mapping[str, Any], head: Classifier | Non
     )
 
 
-def _licence_lines(licence: str) -> list[str]:
-    """The Hub's entries for a licence; one that it has no name for is explained further down."""
+def _licence_lines(licence: str, link: str | None) -> list[str]:
+    """The Hub's entries for a licence; one that it has no name for is explained further down.
+
+    A link that is relative to the source's card would lead nowhere here.
+    """
     slug = "-".join(re.findall(r"[a-z0-9.]+", licence.partition("(")[0].lower()))
     if slug in _HUB_LICENCES:
         return [f"license: {slug}"]
-    return [
-        "license: other",
-        f"license_name: {slug or 'unknown'}",
-        "license_link: README.md#licence",
-    ]
+    links = [f"license_link: {link}"] if link is not None and "://" in link else []
+    return ["license: other", f"license_name: {slug or 'unknown'}", *links]
 
 
 def _facts(header: Mapping[str, Any]) -> str:
@@ -147,10 +147,23 @@ def _licence(header: Mapping[str, Any]) -> str:
     if header["licence"] == DINOV3_LICENCE:
         return f"## Licence\n\n{_OF_DINOV3}"
     if header["licence"] != PUBLISHED_LICENCE:
-        return f"## Licence\n\nOf the weights: {_text(header['licence'])}."
+        return f"## Licence\n\nOf the weights: {_text(header['licence'])}.{_where(header)}"
     return "## Licence\n\n" + (
         f"These weights descend from the files published with facebookresearch/{_kind(header)} and "
         "stay under their licence, CC BY-NC 4.0: no commercial use."
+    )
+
+
+def _where(header: Mapping[str, Any]) -> str:
+    """Where the licence's text is, if the source says it."""
+    link = header.get("licence_link")
+    if link is None:
+        return ""
+    if "://" in link:
+        return f" Its text: <{_text(link)}>."
+    return (
+        f" The source's card links to its text as `{_text(link)}`, a file beside that card, which "
+        "is not copied here."
     )
 
 

@@ -124,7 +124,9 @@ def _write_huggingface(export: Export, directory: Path) -> None:
     if export.mae is not None:
         tensors |= huggingface.decoder_to_huggingface(export.weights.decoder or {})
     # The header of the weights says it too, but transformers drops that when it saves the model.
-    config["msn"] = {key: header[key] for key in ("licence", "norm") if key in header}
+    config["msn"] = {
+        key: header[key] for key in ("licence", "licence_link", "norm") if key in header
+    }
     write_json(directory / "config.json", config)
     make = huggingface.preprocessor_config
     if export.mae is not None:

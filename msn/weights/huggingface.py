@@ -306,10 +306,11 @@ def told_by_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _told_by_us(config: Mapping[str, Any]) -> dict[str, str]:
-    """The licence that an export of ours says."""
+    """The licence that an export of ours says, and where its text is."""
     own = config.get("msn")
-    said = isinstance(own, dict) and isinstance(own.get("licence"), str)
-    return {"licence": own["licence"]} if said and isinstance(own, dict) else {}
+    if not isinstance(own, dict) or not isinstance(own.get("licence"), str):
+        return {}
+    return {key: own[key] for key in ("licence", "licence_link") if isinstance(own.get(key), str)}
 
 
 def _told_of_mae(config: Mapping[str, Any]) -> dict[str, Any]:

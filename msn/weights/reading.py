@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import hf_hub_url
 from torch import Tensor
 
 from msn.errors import UserError
@@ -41,6 +42,7 @@ from msn.weights.weights import (
 
 log = logging.getLogger(__name__)
 
+OWN_LINK = "README.md#licence"  # in cards that earlier versions wrote, which says nothing more
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 # Times do not survive a copy, names do.
 _CHECKPOINT = re.compile(r"epoch-(\d+)-step-(\d+)\.ckpt")
@@ -160,7 +162,13 @@ def _read_model_directory(path: Path, key: str | None) -> _Parts:
         if preprocessing.is_file():
             content = _read_json(preprocessing)
             told |= huggingface.told_by_preprocessor(content, str(preprocessing))
-    parts = _read_file(found[0], {**_told_by_card(path / "README.md"), **told}, key)
+    card = _told_by_card(path / "README.md")
+    if told.get("licence") == "other" and "licence" in card:
+        del told["licence"]  # the card says its name
+    if "licence" in told:
+        card.pop("licence_link", None)  # which is another licence's
+    parts = _read_file(found[0], {**card, **told}, key)
+    _check_depth(config, parts.trunk, where)
     _restore_norm(parts.trunk, config.get("msn"), path / "config.json")
     notes = parts.notes
     if not {"mean", "std"} <= parts.meta.keys():
@@ -171,7 +179,11 @@ def _read_model_directory(path: Path, key: str | None) -> _Parts:
 
 
 def _told_by_card(path: Path) -> dict[str, str]:
-    """The licence in the head of a model card, if there is one."""
+    """The licence in the head of a model card, if there is one, and where its text is.
+
+    A link that is relative to the card is made absolute where the directory is one of the Hub's
+    cache, whose names say where it comes from.
+    """
     if not path.is_file():
         return {}
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -179,7 +191,27 @@ def _told_by_card(path: Path) -> dict[str, str]:
     # Beside `license: other` stands its name.
     entry = r"---\n(?:.*\n)*?%s:(?! *[\"']?other\b) *[\"']?([\w. +-]+)[\"']? *\n"
     found = re.match(entry % "license", head) or re.match(entry % "license_name", head)
-    return {} if found is None else {"licence": found[1].strip()}
+    if found is None:
+        return {}
+    told = {"licence": found[1].strip()}
+    link = re.match(r"---\n(?:.*\n)*?license_link: *[\"']?([^\s\"']+)", head)
+    if link is not None and link[1] != OWN_LINK:
+        origin = re.search(r"models--([^/]+)/snapshots/([^/]+)$", str(path.parent.absolute()))
+        told["licence_link"] = link[1]
+        if origin is not None and "://" not in link[1]:
+            name = origin[1].replace("--", "/")
+            told["licence_link"] = hf_hub_url(name, link[1], revision=origin[2])
+    return told
+
+
+def _check_depth(config: Mapping[str, Any], trunk: Mapping[str, Tensor], where: str) -> None:
+    """Refuse weights that have more or fewer blocks than their configuration says."""
+    arguments = config.get("model_args")
+    timms = arguments.get("depth") if isinstance(arguments, dict) else None
+    said = config.get("num_hidden_layers", timms)
+    found = len({block[0] for name in trunk if (block := re.match(r"blocks\.\d+\.", name))})
+    if said is not None and found and said != found:
+        raise UserError(f"{where}: says {str(said)[:20]} blocks, the weights have {found}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -228,6 +260,8 @@ def _read_file(path: Path, told: Mapping[str, Any], key: str | None) -> _Parts:
     numbers = {name: told[name] for name in told if name in _NUMBERS}
     beside = {name: told[name] for name in told if name not in _NUMBERS}
     own = {name: value for name, value in header.items() if name not in _FILE_KEYS}
+    if "licence" in own:
+        beside.pop("licence_link", None)  # which is another licence's
     if header and header.get("init") is None:
         own = {"licence": SCRATCH_LICENCE, **own}
     return parts._replace(
@@ -248,7 +282,7 @@ def _header(entry: Any, metadata: Mapping[str, str], path: Path) -> dict[str, An
     for key in ("mean", "std"):
         if key in header:
             check_channels(header[key], f"{path}: header {key}", positive=key == "std")
-    if not isinstance(header.get("licence", ""), str | None):
+    if not all(isinstance(header.get(key, ""), str | None) for key in ("licence", "licence_link")):
         raise UserError(f"{path}: damaged header (licence)")
     if header.get("format", FORMAT) != FORMAT:
         raise UserError(

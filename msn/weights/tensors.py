@@ -75,7 +75,9 @@ def open_weights(path: Path) -> tuple[Any, dict[str, str]]:
 
 def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with utf8_path(path) as place, safe_open(place, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        names = list(file.keys())  # the file is no mapping
+        _refuse_beyond(len(names), MAX_TENSORS, "tensors", path)
+        tensors = {name: file.get_tensor(name) for name in names}
         metadata = file.metadata() or {}
     if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(tensors, metadata):
         raise UserError(f"{path}: damaged, or changed by another tool: its checksum does not match")
@@ -115,6 +117,8 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+MAX_TENSORS = 20_000  # of a training checkpoint of 40 blocks about 4,000
+_MAX_OPCODES = 3_000_000  # a second of reading
 # The first of the four pickles of files older than torch 1.6.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _MAX_AXES = 8
@@ -175,8 +179,17 @@ def check_torch_file(path: Path) -> None:
                 _counted(io.BytesIO(archive.open(member).read()), path, size)
 
 
+def _refuse_beyond(count: int, most: int, what: str, path: Path) -> None:
+    """Refuse what takes minutes to read and is no file of a network."""
+    if count > most:
+        raise UserError(
+            f"{path}: refused: holds more than {most:,} {what}; no backbone has so many"
+        )
+
+
 def _check_archive(archive: zipfile.ZipFile, path: Path, size: int) -> None:
     members = archive.infolist()
+    _refuse_beyond(len(members), MAX_TENSORS, "tensors", path)
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise UserError(
             f"{path}: refused: its members are compressed; torch.save writes them plain"
@@ -213,7 +226,11 @@ class _Dict(OrderedDict[Any, Any]):
 def _counted(file: IO[bytes], path: Path, size: int) -> Any:
     """Read one pickle into stand-ins; the file stands behind it then."""
     start = file.tell()
-    for opcode, argument, _ in pickletools.genops(file):
+    made = 0
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        made += opcode.name == "REDUCE"  # a tensor takes two: itself and its hooks
+        _refuse_beyond(made // 2, MAX_TENSORS, "tensors", path)
+        _refuse_beyond(number, _MAX_OPCODES, "names and numbers beside its tensors", path)
         # Python allocates as many places as the largest memo index says.
         if "PUT" in opcode.name and isinstance(argument, int) and argument > size:
             raise pickle.UnpicklingError("memo")

@@ -63,6 +63,20 @@ def test_the_transform_is_the_paper_s_and_takes_small_images_whole(tmp_path, siz
             )
 
 
+def test_the_transform_takes_arrays_and_names_what_it_does_not(tmp_path):
+    transform = image_transform(32, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    array = load_sample_images().images[0]
+    assert torch.equal(transform(array), transform(Image.fromarray(array)))
+    assert torch.equal(transform(array[..., 0]), transform(Image.fromarray(array[..., 0])))
+    assert torch.equal(transform(array[:, ::-1]), transform(Image.fromarray(array[:, ::-1].copy())))
+    for wrong in (array / 255.0, array[..., :2], array[None], array[:0], array.astype("uint16")):
+        with pytest.raises(UserError, match=r"an array must be uint8 .* got \w+ \[") as said:
+            transform(wrong)
+        assert "\n" not in str(said.value)
+    with pytest.raises(UserError, match="got list$"):
+        transform([[1, 2], [3, 4]])
+
+
 def test_an_image_of_the_size_of_a_small_backbone_is_not_touched(tmp_path):
     image = Image.fromarray(load_sample_images().images[0][:32, :32])
     seen = msn.load_backbone(save_run(tmp_path, make_trunk())).transform(image)

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import hf_hub_url
 from safetensors.torch import load_file, save_file
 
 from msn.errors import UserError
@@ -85,6 +86,53 @@ def test_the_licence_is_what_the_directory_or_its_origin_says(tmp_path):
     card = "---\nlicense: other\nlicense_name: my-terms\nlicense_link: LICENSE\n---\n"
     (tmp_path / "README.md").write_text(card)
     assert read_weights(tmp_path).meta["licence"] == "my-terms"
+
+
+@pytest.mark.parametrize(
+    ("link", "place", "lines", "text"),
+    [
+        ("https://x.org/terms", ".", ["license_link: https://x.org/terms"], "Its text: <https:"),
+        ("LICENSE.md", ".", [], "as `LICENSE.md`, a file beside that card"),
+        (
+            "LICENSE.md",
+            "models--org--name/snapshots/abc",
+            [f"license_link: {hf_hub_url('org/name', 'LICENSE.md', revision='abc')}"],
+            "Its text: <http",
+        ),
+        ("README.md#licence", ".", [], "Of the weights: my-terms.\n"),  # an older card of ours
+    ],
+)
+def test_the_text_of_a_licence_is_where_the_source_says(tmp_path, link, place, lines, text):
+    source = tmp_path / place
+    save(source, "ViTMSN")
+    card = f"---\nlicense: other\nlicense_name: my-terms\nlicense_link: {link}\n---\n"
+    (source / "README.md").write_text(card)
+    for out in ("one", "two"):  # the link travels
+        export(
+            read_weights(source),
+            format="huggingface" if out == "one" else "timm",
+            out=tmp_path / out,
+            image_size=None,
+            head=None,
+            overwrite=False,
+            lowshot=None,
+        )
+        made = (tmp_path / out / "README.md").read_text()
+        head = made.split("---")[1].strip().splitlines()
+        assert [line for line in head if line.startswith("license_link")] == lines
+        assert head[:2] == ["license: other", "license_name: my-terms"]
+        assert text in made
+        source = tmp_path / out
+
+
+def test_fewer_or_more_blocks_than_the_configuration_says_are_refused(tmp_path):
+    save(tmp_path, "ViTMSN")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for blocks in (1, 99999999):
+        content = {**config, "num_hidden_layers": blocks}
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=f"says {blocks} blocks, the weights have "):
+            read_weights(tmp_path)
 
 
 def test_own_weights_saved_again_by_transformers_get_no_invented_licence(tmp_path):

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from msn.errors import UserError
 from msn.files import write_checkpoint
 from msn.weights import read_weights
+from msn.weights import tensors as tensors_module
 from msn.weights.huggingface import model_config, preprocessor_config, to_huggingface
 from msn.weights.tensors import open_weights, save_tensors
 from tests.weights.builders import (
@@ -298,3 +299,30 @@ def test_a_missing_file_and_a_directory_are_named(tmp_path):
     for path in (tmp_path / "nothing.pt", tmp_path):
         with pytest.raises(UserError, match="no such file"):
             open_weights(path)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth", "shared", "legacy", "names"])
+def test_more_tensors_or_names_than_a_network_has_are_refused_by_counting(
+    tmp_path, monkeypatch, kind
+):
+    monkeypatch.setattr(tensors_module, "MAX_TENSORS", 200)
+    monkeypatch.setattr(tensors_module, "_MAX_OPCODES", 20_000)
+    path = tmp_path / ("x.safetensors" if kind == "safetensors" else "x.pth")
+    one = torch.ones(1)
+    many = {f"blocks.{i}": one[:] if kind == "shared" else torch.ones(1) for i in range(201)}
+    few = {name: many[name] for name in list(many)[:190]}
+
+    def save(content):
+        if kind == "safetensors":
+            save_file(content, path)
+        else:
+            torch.save(content, path, _use_new_zipfile_serialization=kind != "legacy")
+
+    if kind != "shared":  # of which the file holds one
+        save(few)
+        open_weights(path)
+    save({"names": {i: str(i) for i in range(20_000)}} if kind == "names" else many)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("began to read"))
+    what = "20,000 names and numbers" if kind == "names" else "200 tensors"
+    with pytest.raises(UserError, match=f"refused: holds more than {what}"):
+        open_weights(path)
