@@ -153,10 +153,12 @@ def _replay_mae(
                     yield compare(f"grad.{parameter}", value.grad, tensors[f"grad.{parameter}"])
         optim.set_values(optimizer, values)
         optimizer.step()
-        reference = {key: torch.tensor(value).double() for key, value in figures.items()}
+        reference = {
+            key: torch.tensor(value, dtype=torch.float64) for key, value in figures.items()
+        }
         yield compare(f"{name}.loss", out.loss, reference["loss"])
         yield compare(f"{name}.loss_of_errors", errors.loss, reference["loss"])
-        yield compare(f"{name}.lr", torch.tensor(values.lr).double(), reference["lr"])
+        yield compare(f"{name}.lr", torch.tensor(values.lr, dtype=torch.float64), reference["lr"])
         yield compare(f"{name}.prediction", out.prediction, tensors[f"{name}.prediction"])
         yield compare(f"{name}.mask", out.mask, tensors[f"{name}.mask"])
     for parameter, value in network.state_dict().items():
