@@ -42,7 +42,7 @@ from msn.images.depth import RECORDED, check_depth, trained_depth
 from msn.images.kinds import BadImageError
 from msn.progress import Progress
 from msn.schema import whole_number
-from msn.weights import Backbone, load_backbone
+from msn.weights import Backbone, ForeignBackbone, load_backbone
 from msn.weights.tensors import open_weights, save_tensors
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,9 @@ def run(config: DictConfig) -> Embedded:
         family=settings["init_family"],
     )
     check_feature(settings["feature"], backbone.depth)
-    settings["feature"] = own_feature(backbone.meta, settings["feature"])
+    settings["feature"] = own_feature(backbone.meta, backbone.resolve(settings["feature"]))
+    if isinstance(backbone, ForeignBackbone):
+        backbone.check(settings["feature"])
     root, use_labels = str(settings["data"]["root"]), settings["data"]["use_labels"]
     if os.path.isfile(root):
         source: Source = list_source(root, key="data.root", root=None, use_labels=use_labels)
@@ -124,7 +126,7 @@ def run(config: DictConfig) -> Embedded:
 class _Images(Dataset[tuple[Tensor, str]]):
     """Transformed images and an empty text; an unreadable one is zeros and why."""
 
-    def __init__(self, source: Source, backbone: Backbone) -> None:
+    def __init__(self, source: Source, backbone: Backbone | ForeignBackbone) -> None:
         self.source, self.transform, self.size = source, backbone.transform, backbone.img_size
 
     def __len__(self) -> int:
@@ -149,7 +151,9 @@ def _check(settings: dict[str, Any], out: Path) -> None:
         raise UserError(f"out={out} exists; overwrite=true replaces it")
 
 
-def _embed(backbone: Backbone, images: _Images, settings: dict[str, Any], pieces: Path) -> None:
+def _embed(
+    backbone: Backbone | ForeignBackbone, images: _Images, settings: dict[str, Any], pieces: Path
+) -> None:
     """Fill the directory of pieces; those that are there and whole are passed over."""
     device = choose_device(settings["device"])
     workers = resolve_workers(settings["data"]["num_workers"], in_memory=False)
@@ -168,9 +172,7 @@ def _embed(backbone: Backbone, images: _Images, settings: dict[str, Any], pieces
             for batch, unread in make_loader(
                 images, batch_size=size, sampler=indices, num_workers=workers
             ):
-                features = forward_feature(
-                    backbone, batch.to(device, backbone.cls_token.dtype), settings["feature"]
-                )
+                features = forward_feature(backbone, batch.to(device), settings["feature"])
                 if not bool(features.isfinite().all()):
                     raise UserError(f"checkpoint={settings['checkpoint']}: makes NaN or infinity")
                 rows.append(features.float().cpu())
@@ -331,7 +333,9 @@ def _unreadable(out: Path) -> Path:
     return out.with_suffix(".unreadable.csv")
 
 
-def _header(backbone: Backbone, source: Source, settings: dict[str, Any]) -> dict[str, Any]:
+def _header(
+    backbone: Backbone | ForeignBackbone, source: Source, settings: dict[str, Any]
+) -> dict[str, Any]:
     return {
         "feature": settings["feature"],
         "checkpoint": str(settings["checkpoint"]),
@@ -342,11 +346,13 @@ def _header(backbone: Backbone, source: Source, settings: dict[str, Any]) -> dic
     }
 
 
-def _digest(backbone: Backbone, source: Source, feature: str) -> str:
+def _digest(backbone: Backbone | ForeignBackbone, source: Source, feature: str) -> str:
     """What must be the same for pieces of an earlier job to be taken over."""
-    normalisation = [backbone.meta.get(name) for name in ("mean", "std")]
+    made: Any = [backbone.meta.get(name) for name in ("mean", "std")]
+    if isinstance(backbone, ForeignBackbone):
+        made = backbone.card.preprocessing
     images = images_key(map(Subset(source).identity, range(len(source))))
-    parts = [feature, backbone.model_config, normalisation, images, weights_key(backbone)]
+    parts = [feature, backbone.model_config, made, images, weights_key(backbone)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

@@ -28,7 +28,6 @@ from msn.evaluation.backbones import (
     open_backbones,
     random_backbone,
 )
-from msn.evaluation.features import check_feature
 from msn.evaluation.lowshot import PIXELS, Protocol, evaluate
 from msn.evaluation.sets import Result
 from msn.evaluation.table import print_table, write_results
@@ -77,7 +76,7 @@ def _run(config: DictConfig) -> Path | None:
             family=settings["init_family"],
         )
         for backbone in opened:
-            check_feature(protocol.features.feature, backbone.trunk.depth)
+            protocol.check_backbone(backbone)
         abouts = [backbone.about for backbone in opened]
         settings["data"]["depth"] = trained_depth(settings["data"]["depth"], abouts)
         train, held_out = _labelled_sets(settings["data"])

@@ -11,7 +11,6 @@ from msn.commands.report import REPORT_FILE, open_run, write_report
 from msn.commands.run_directory import RunDirectory
 from msn.data.datamodule import MSNDataModule
 from msn.evaluation.backbones import FrozenBackbone
-from msn.evaluation.features import check_feature
 from msn.evaluation.lowshot import Protocol, evaluate
 from msn.schema import as_argument
 from msn.training.base import PretrainingModule
@@ -77,8 +76,10 @@ def evaluated(module: PretrainingModule, protocol: Protocol) -> FrozenBackbone:
         UserError: if it has no such feature, or its patch does not divide the images.
     """
     trunk = module.network.backbone
-    check_feature(protocol.features.feature, trunk.depth)
-    return FrozenBackbone(module.name, trunk, protocol.features.image_size or trunk.img_size)
+    image_size = protocol.features.image_size or trunk.img_size
+    backbone = FrozenBackbone(module.name, trunk, image_size)
+    protocol.check_backbone(backbone)
+    return backbone
 
 
 def _report(directory: RunDirectory, device: torch.device) -> None:

@@ -24,7 +24,7 @@ from msn.data.sources import FileSource
 from msn.data.subsets import write_names
 from msn.data.workers import in_one_line, less_memory
 from msn.errors import UserError
-from msn.evaluation.backbones import FrozenBackbone, open_backbone
+from msn.evaluation.backbones import FrozenBackbone, open_backbones
 from msn.evaluation.features import FeatureSettings, Runtime
 from msn.evaluation.frozen import Logistic, logistic_results
 from msn.evaluation.label_choice import METHODS, Choice, contact_sheet, cover_prototypes, k_medoids
@@ -33,10 +33,10 @@ from msn.files import placed_at, write_bytes
 from msn.images.depth import check_depth, trained_depth
 from msn.images.kinds import BadImageError
 from msn.method.network import ProjectionHead
+from msn.method.vit import VisionTransformer
 from msn.schema import as_argument, make, whole_number
-from msn.weights import Weights, read_weights
+from msn.weights import ForeignBackbone, Weights, open_backbone_of
 from msn.weights.reading import newest_valid_checkpoint
-from msn.weights.weights import check_heads
 
 NAMES_FILE, TABLE_FILE, SHEET_FILE = "suggested.txt", "suggested.csv", "contact_sheet.png"
 COPIES = "images"
@@ -64,17 +64,13 @@ def run(config: DictConfig) -> None:
         raise UserError(f"choose={method}: must be one of {', '.join(METHODS)}")
     data = make("data", _images_of(settings["data"]), PoolSettings)
     num_heads, key = settings["model"]["num_heads"], settings["init_key"]
-    weights = read_weights(_with_prototypes(settings["checkpoint"]), num_heads=num_heads, key=key)
-    check_heads(weights, num_heads, settings["checkpoint"])
-    if method == "prototypes" and (weights.head is None or weights.prototypes is None):
-        raise UserError(
-            f"checkpoint={settings['checkpoint']}: has no head and prototypes, like any export; "
-            "choose=medoids needs neither"
-        )
     size = settings["features"]["image_size"]
-    subject = open_backbone(
-        "msn", settings["checkpoint"], image_size=size, num_heads=num_heads, key=key
+    (subject,) = open_backbones(
+        settings["checkpoint"], image_size=size, num_heads=num_heads, key=key
     )
+    weights = None
+    if method == "prototypes":
+        weights = _with_prototypes(settings["checkpoint"], num_heads, key)
     data = replace(data, depth=trained_depth(check_depth(data.depth), [subject.about]))
     pools = build_pools(data)
     chooser = _Chooser(settings, subject, weights, pools.train)
@@ -104,19 +100,35 @@ def _images_of(data: dict[str, Any]) -> dict[str, Any]:
     return {**data, "source": kind, "image_size": None}
 
 
-def _with_prototypes(checkpoint: str) -> str:
-    """The newest checkpoint of a run directory, whose exported backbone has no prototypes."""
-    return str(newest_valid_checkpoint(Path(checkpoint) / "checkpoints") or checkpoint)
+def _with_prototypes(checkpoint: str, num_heads: int | None, key: str | None) -> Weights:
+    """The newest checkpoint of a run directory, whose exported backbone has no prototypes.
+
+    Raises:
+        UserError: if there is no head, or no prototypes.
+    """
+    path = newest_valid_checkpoint(Path(checkpoint) / "checkpoints") or checkpoint
+    found = open_backbone_of(path, num_heads=num_heads, key=key)
+    if isinstance(found, ForeignBackbone) or found.head is None or found.prototypes is None:
+        raise UserError(
+            f"checkpoint={checkpoint}: has no head and prototypes, like any export; "
+            "choose=medoids needs neither"
+        )
+    return found
 
 
 class _Chooser:
     """Features of the pool, from which images are chosen."""
 
     def __init__(
-        self, config: Mapping[str, Any], subject: FrozenBackbone, weights: Weights, pool: Subset
+        self,
+        config: Mapping[str, Any],
+        subject: FrozenBackbone,
+        weights: Weights | None,
+        pool: Subset,
     ) -> None:
         self.config, self.subject, self.weights, self.pool = config, subject, weights, pool
         self.settings = make("features", config["features"], FeatureSettings)
+        subject.check(self.settings)
         device = choose_device(config["device"])
         workers = resolve_workers(config["data"]["num_workers"], in_memory=False)
         self.runtime = Runtime((device,), workers, cache_directory(config["cache_dir"]))
@@ -149,7 +161,7 @@ class _Chooser:
         sets += [LabelSet("random", f"seed {i}", r.sort().values) for i, r in enumerate(random)]
         trial = Trial(
             "msn",
-            self.settings.feature,
+            self.subject.kind(self.settings),
             sets,
             FeatureSet(self.features, train.labels, train.classes),
             test_set,
@@ -172,11 +184,12 @@ class _Chooser:
     @torch.no_grad()
     def _cosines(self, images: "_Unlabelled") -> Tensor:
         """Cosines of every image's projection and the prototypes, [n, K]."""
+        assert self.weights is not None
         tensors, prototypes = self.weights.head, self.weights.prototypes
         assert tensors is not None
         assert prototypes is not None
         head = ProjectionHead(
-            self.subject.trunk.embed_dim,
+            self._trunk.embed_dim,
             hidden_dim=tensors["fc1.weight"].shape[0],
             output_dim=tensors["fc3.weight"].shape[0],
             use_batch_norm="bn1.weight" in tensors,
@@ -187,11 +200,16 @@ class _Chooser:
         tokens = self._normed_tokens(images)
         return F.normalize(head(tokens), dim=1) @ F.normalize(prototypes.float(), dim=1).T
 
+    @property
+    def _trunk(self) -> VisionTransformer:
+        assert isinstance(self.subject.trunk, VisionTransformer)  # it has prototypes
+        return self.subject.trunk
+
     def _normed_tokens(self, images: "_Unlabelled") -> Tensor:
         """Class tokens after the final norm, without another look at the images if possible."""
-        feature = self.settings.feature
+        feature = self.subject.kind(self.settings)
         if feature == "class_token":
-            return self.subject.trunk.norm(self.features)
+            return self._trunk.norm(self.features)
         if feature == "class_token_norm":
             return self.features
         normed = FeatureSettings(

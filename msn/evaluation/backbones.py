@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from PIL import Image
 from torch import Tensor
@@ -18,47 +17,44 @@ from msn.evaluation.features import (
     LabelledSet,
     NoNetwork,
     Runtime,
+    check_feature,
     extract_features,
     own_feature,
 )
 from msn.method.vit import VisionTransformer
-from msn.weights import build_trunk, read_weights
+from msn.weights import ForeignBackbone, build_trunk, open_backbone_of
 from msn.weights.backbone import image_transform, trimmed
-from msn.weights.timm import (
-    TimmModel,
-    check_same_model,
-    named_model,
-    timm_family,
-    told_by_model,
-)
-from msn.weights.weights import BASELINES, EXACT_GELU, IMAGENET_MEAN, IMAGENET_STD, say_notes
-
-_TIMM = "timm/"
+from msn.weights.families import NATIVE, PAPER, Native
+from msn.weights.weights import BASELINES, IMAGENET_MEAN, IMAGENET_STD, say_notes
 
 
 @dataclass(frozen=True)
 class FrozenBackbone:
-    """A trunk with the preprocessing it was made for.
+    """A backbone with the preprocessing it was made for.
 
     Args:
         name: what tables call it.
-        trunk: the network.
+        trunk: the network, ours or one of timm or transformers.
         image_size: side of the centre crop in px; the trunk's patch divides it.
         mean: of the normalisation, of each channel.
         std: likewise.
         about: what its file says of it (epoch, licence, ...), for the results.
         is_baseline: True for baselines, which only stand beside others.
+        native: what its family takes as the feature of an image; None where nobody says.
     """
 
     name: str
-    trunk: VisionTransformer
+    trunk: VisionTransformer | ForeignBackbone
     image_size: int
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     about: dict[str, Any] = field(default_factory=dict)
     is_baseline: bool = False
+    native: Native | None = PAPER
 
     def __post_init__(self) -> None:
+        if isinstance(self.trunk, ForeignBackbone):
+            return  # its library says which sizes it takes, see `check`
         if self.image_size < 1 or self.image_size % self.trunk.patch_size:
             raise UserError(
                 f"image_size={self.image_size}: must be a multiple of {self.trunk.patch_size}, "
@@ -67,12 +63,16 @@ class FrozenBackbone:
 
     @property
     def transform(self) -> Callable[[Image.Image], Tensor]:
-        """Short side as `short_side` says, centre crop, normalise (paper A.2)."""
+        """Short side as `short_side` says, centre crop, normalise (paper A.2); or its library's."""
+        if isinstance(self.trunk, ForeignBackbone):
+            return self.trunk.transform
         return image_transform(self.image_size, mean=self.mean, std=self.std)
 
     @property
     def preprocessing(self) -> dict[str, Any]:
         """What tells its transform from others, plain data."""
+        if isinstance(self.trunk, ForeignBackbone):
+            return dict(self.trunk.card.preprocessing)
         return {"image_size": self.image_size, "mean": list(self.mean), "std": list(self.std)}
 
     def features(
@@ -90,8 +90,29 @@ class FrozenBackbone:
         )
 
     def kind(self, settings: FeatureSettings) -> str:
-        """What the features are, for rows and heads."""
-        return own_feature(self.about, settings.feature)
+        """What the features are, for rows and heads.
+
+        Raises:
+            UserError: if its own are wanted and nobody says what these are.
+        """
+        if isinstance(self.trunk, ForeignBackbone):
+            return self.trunk.resolve(settings.feature)
+        feature = settings.feature
+        if feature == NATIVE and self.native is not None:
+            feature = self.native.feature
+        return own_feature(self.about, feature)
+
+    def check(self, settings: FeatureSettings) -> None:
+        """Refuse, before any work, a feature that this backbone does not have.
+
+        Raises:
+            UserError: naming what it has.
+        """
+        kind = self.kind(settings)
+        if isinstance(self.trunk, ForeignBackbone):
+            self.trunk.check(kind)
+        else:
+            check_feature(kind, self.trunk.depth)
 
 
 @dataclass(frozen=True)
@@ -135,12 +156,15 @@ Subject = FrozenBackbone | RawPixels
 
 def random_backbone(like: FrozenBackbone, *, seed: int, name: str = "random") -> FrozenBackbone:
     """A backbone of the same architecture as it was before training, drawn from a seed."""
+    trunk: VisionTransformer | ForeignBackbone
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        numbers: dict[str, Any] = {**like.trunk.model_config}
-        trunk = VisionTransformer(**numbers)
-    size, mean, std = like.image_size, like.mean, like.std
-    return FrozenBackbone(name, trunk.eval(), size, mean, std, is_baseline=True)
+        if isinstance(like.trunk, ForeignBackbone):
+            trunk = like.trunk.fresh()
+        else:
+            numbers: dict[str, Any] = {**like.trunk.model_config}
+            trunk = VisionTransformer(**numbers)
+    return replace(like, name=name, trunk=trunk.eval(), about={}, is_baseline=True)
 
 
 def open_backbones(
@@ -154,9 +178,8 @@ def open_backbones(
     """Open every backbone that the user named.
 
     Args:
-        checkpoint: a path, or several `name:path`. A path is anything that `read_weights` takes, or
-            `timm/MODEL@FILE` for a ViT of timm by name with a local file. A single nameless path is
-            called `msn`.
+        checkpoint: a path, or several `name:path`; a path is anything that `open_backbone_of`
+            takes. A single nameless path is called `msn`.
         image_size: side of the crop in px; None takes each backbone's own.
         num_heads: of every backbone whose file cannot tell; what is assumed is told in a warning.
         key: of every file which of several trunks (see `read_weights`), or by name of the backbone.
@@ -195,11 +218,11 @@ def open_backbones(
         )
         for name, path in named
     ]
-    found = sorted({backbone.trunk.num_heads for backbone in opened})
+    found = sorted({one.trunk.num_heads for one in opened if one.trunk.num_heads is not None})
     if num_heads is not None and num_heads not in found:
         raise UserError(
-            f"model.num_heads={num_heads}: checkpoint itself says {' and '.join(map(str, found))} "
-            "attention heads; leave the key out"
+            f"model.num_heads={num_heads}: checkpoint itself says "
+            f"{' and '.join(map(str, found)) or 'its'} attention heads; leave the key out"
         )
     return opened
 
@@ -214,33 +237,23 @@ def open_backbone(
     family: str | None = None,
 ) -> FrozenBackbone:
     """Open one backbone, see `open_backbones`."""
-    told: dict[str, Any] = {}
-    named = None
-    if path.startswith(_TIMM):
-        model, at, path = path.removeprefix(_TIMM).partition("@")
-        if not at or not path:
-            raise UserError(f"checkpoint={_TIMM}{model}: write {_TIMM}MODEL@FILE")
-        named = _timm_model(model)
-        num_heads = told_by_model(named)["num_heads"]
-        config = timm.models.get_pretrained_cfg(model)
-        told = {} if config is None else {"mean": config.mean, "std": config.std}
-        family = timm_family(named) or family
-    weights = read_weights(path, num_heads=num_heads, key=key, family=family)
-    if named is not None:
-        check_same_model(weights, named, f"checkpoint={_TIMM}{model}@{path}")
-        weights.model.update(told_by_model(named))  # its eps, if that is not ours
-        notes = tuple(note for note in weights.notes if note != EXACT_GELU)  # which it has
-        weights = replace(weights, notes=notes)
-    say_notes(weights, path)
-    trunk = build_trunk(weights).float()
-    about = {**told, **weights.meta}
+    found = open_backbone_of(
+        path, num_heads=num_heads, key=key, family=family, image_size=image_size
+    )
+    if isinstance(found, ForeignBackbone):
+        about = {"path": path, **found.meta, "library": found.card.library}
+        mean, std = found.card.mean, found.card.std
+        return FrozenBackbone(name, found, found.img_size, mean, std, about, native=found.native)
+    say_notes(found, path)
+    trunk = build_trunk(found).float()
     return FrozenBackbone(
         name,
         trunk,
         trunk.img_size if image_size is None else image_size,
-        tuple(about.get("mean", IMAGENET_MEAN)),
-        tuple(about.get("std", IMAGENET_STD)),
-        {**weights.meta, "path": path, "kind": weights.source},
+        tuple(found.meta.get("mean", IMAGENET_MEAN)),
+        tuple(found.meta.get("std", IMAGENET_STD)),
+        {**found.meta, "path": path, "kind": found.source},
+        native=found.native,
     )
 
 
@@ -252,16 +265,6 @@ def _name_and_path(entry: str, *, alone: bool) -> tuple[str, str]:
     if not name or not path:
         raise UserError(f"checkpoint={entry}: write name:path")
     return name, path
-
-
-def _timm_model(name: str) -> TimmModel:
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('.')[0][:12]}*")[:5]
-        hint = f"; similar are {', '.join(near)}" if near else ""
-        raise UserError(
-            f"checkpoint={_TIMM}{name}: timm {timm.__version__} has no such model{hint}"
-        )
-    return named_model(name, f"checkpoint={_TIMM}{name}")
 
 
 # Largest side in px: more pixels cost much memory and, without a network, tell classes no better.

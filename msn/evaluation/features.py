@@ -32,6 +32,8 @@ from msn.files import utf8_path
 from msn.method.vit import VisionTransformer
 from msn.progress import Progress
 from msn.schema import Range, check_ranges
+from msn.weights.families import NATIVE, POOLED
+from msn.weights.foreign import ForeignBackbone
 from msn.weights.tensors import save_tensors
 from msn.weights.weights import trunk_digest
 
@@ -107,7 +109,7 @@ def digest_of(tensor: Tensor) -> str:
 
 
 PRECISIONS = ("32", "bf16")
-_FEATURES = ("class_token", "class_token_norm", "patch_mean", "patch_mean_norm")
+FEATURES = (NATIVE, "class_token", "class_token_norm", "patch_mean", "patch_mean_norm", POOLED)
 # Images per part: what an interrupted extraction loses at most, per device.
 _PART = 4096
 # Per batch: 24 GB in float32, of three channels.
@@ -146,9 +148,11 @@ class FeatureSettings:
         UserError: a value is outside its range.
     """
 
-    # `class_token` (before the final norm, the paper), `class_token_norm` (after it), `patch_mean`
-    # (mean of the patches after it), `patch_mean_norm` (the norm of their mean, as fine-tuned MAE)
-    # or `last_N` (class tokens of the last N blocks).
+    # `native` (what the family of the backbone takes, see `msn.weights.families`), `class_token`
+    # (before the final norm, the paper), `class_token_norm` (after it), `patch_mean` (mean of the
+    # patches after it), `patch_mean_norm` (the norm of their mean, as fine-tuned MAE), `last_N`
+    # (class tokens of the last N blocks) or `pooled` (as timm or transformers pool for a
+    # classifier; not of our own trunk).
     feature: str
     # Side of the centre crop in px; None takes the backbone's own.
     image_size: Annotated[int | None, Range(1, _LARGEST_SIDE)]
@@ -213,7 +217,7 @@ class NoNetwork(nn.Module):
         return [rows.unsqueeze(1)]
 
 
-Trunk = VisionTransformer | NoNetwork
+Trunk = VisionTransformer | ForeignBackbone | NoNetwork
 
 
 def extract_features(
@@ -266,10 +270,9 @@ def extract_features(
 def check_feature(feature: str, depth: int | None) -> None:
     """Raise a UserError unless the feature is one of a trunk with that many blocks."""
     found = re.fullmatch(r"last_([1-9]\d*)", feature)
-    if feature not in _FEATURES and found is None:
+    if feature not in FEATURES and found is None:
         raise UserError(
-            "feature must be class_token (before the final norm, the paper), class_token_norm, "
-            f"patch_mean, patch_mean_norm or last_N (N blocks), got {feature}"
+            f"feature must be {', '.join(FEATURES)} or last_N (N blocks), got {feature}"
         )
     if found is not None and depth is not None and int(found[1]) > depth:
         raise UserError(f"feature={feature}: this backbone has {depth} blocks")
@@ -290,6 +293,13 @@ def forward_feature(trunk: Trunk, images: Tensor, feature: str) -> Tensor:
     `last_N` joins the class tokens of the last N blocks, oldest first, each after the final norm,
     which brings blocks of different scale together.
     """
+    if isinstance(trunk, ForeignBackbone):
+        return trunk.feature(images, feature)
+    if feature == POOLED:
+        raise UserError(
+            "feature=pooled: is for backbones of timm and transformers; a plain vision transformer "
+            "has class_token, class_token_norm, patch_mean and last_N"
+        )
     if feature.startswith("last_"):
         outputs = trunk.forward_intermediates(images, int(feature.removeprefix("last_")))
         return torch.cat([trunk.norm(tokens[:, 0]) for tokens in outputs], dim=1)
@@ -297,7 +307,7 @@ def forward_feature(trunk: Trunk, images: Tensor, feature: str) -> Tensor:
     if feature == "class_token":
         return tokens[:, 0]
     if feature == "patch_mean_norm":
-        return trunk.norm(tokens[:, 1:].mean(dim=1))
+        return trunk.norm(tokens[:, trunk.num_prefix_tokens :].mean(dim=1))
     normed = trunk.norm(tokens)
     return (
         normed[:, 0]

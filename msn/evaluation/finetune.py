@@ -47,8 +47,10 @@ from msn.evaluation.sets import (
     drawn_shots,
     make_row,
 )
+from msn.method.vit import VisionTransformer
 from msn.progress import Progress
 from msn.schema import Range, check_ranges, make
+from msn.weights import ForeignBackbone
 from msn.weights.timm import TimmModel, timm_twin
 from msn.weights.weights import resized_positions
 
@@ -208,6 +210,14 @@ class FineTune(Protocol):
         if self.fraction < 1:
             return drawn_shares(train, self.fraction, seeds)
         return [all_labels(train)]
+
+    def check_backbone(self, backbone: FrozenBackbone) -> None:
+        """Refuse a backbone that is not our trunk."""
+        if isinstance(backbone.trunk, ForeignBackbone):
+            raise UserError(
+                f"{backbone.name}: fine-tuning is for plain vision transformers; frozen protocols "
+                "(kshot, fraction, knn, linear) measure any backbone"
+            )
 
     def run(
         self, subject: Subject, plan: LabelPlan, test: LabelledSet, runtime: Runtime
@@ -389,6 +399,7 @@ def classifier_of(
 
     Position embeddings are resized as in pretraining where the image size is another.
     """
+    assert isinstance(subject.trunk, VisionTransformer)  # see `check_backbone`
     trunk = subject.trunk
     model = {**trunk.model_config, "img_size": subject.image_size}
     state = {name: tensor.clone() for name, tensor in trunk.state_dict().items()}

@@ -24,6 +24,7 @@ from msn.evaluation.sets import (
     renumber,
     used_positions,
 )
+from msn.method.vit import VisionTransformer
 from msn.schema import make
 
 _MOST_SPLITS = 10_000
@@ -99,6 +100,14 @@ class Protocol(ABC):
         """
         # Protocols that read more than labels have a check of their own.
         self.label_sets(cast(LabelledSet, _LabelsAlone(labels, classes)))
+
+    def check_backbone(self, backbone: FrozenBackbone) -> None:
+        """Refuse, before any work, a backbone that the protocol cannot measure.
+
+        Raises:
+            UserError: it has no such feature.
+        """
+        backbone.check(self.features)
 
 
 class FeatureProtocol(Protocol):
@@ -215,5 +224,6 @@ def _set_beside_paper(results: Sequence[Result], subject: Subject | None) -> Non
         figure = None
         if isinstance(subject, FrozenBackbone) and not subject.is_baseline:
             classifier, labels = result.row["classifier"], result.row["labels"]
-            figure = paper_figure(subject.trunk.model_config, classifier, labels)
+            if isinstance(subject.trunk, VisionTransformer):
+                figure = paper_figure(subject.trunk.model_config, classifier, labels)
         result.row["paper"] = None if figure is None else figure._asdict()

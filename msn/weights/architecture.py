@@ -24,7 +24,7 @@ from msn.weights.weights import (
 )
 
 # Of backbones that our trunk does not compute.
-NOT_YET = "evaluation can use these once they are supported"
+NOT_OURS = "it can be measured, but not trained from or exported"
 
 MAX_BLOCKS = 1000
 # The one tensor that every vision transformer has, in timm's and in Hugging Face's names.
@@ -287,7 +287,18 @@ def check_trunk(trunk: Mapping[str, Tensor], model: Mapping[str, Any], where: st
     }
     found = differences(trunk, expected)
     if found:
-        raise UserError(f"{where}: another architecture{family(trunk)}: {summary(found)}")
+        raise _another(trunk, found, where)
+
+
+class OtherArchitecture(UserError):
+    """These weights are of a backbone that our trunk does not compute; its library may."""
+
+
+def _another(trunk: Mapping[str, Tensor], wrong: list[str], where: str) -> UserError:
+    """What to raise for a state dict of another architecture, or for half of one of ours."""
+    what = family(trunk)
+    kind = OtherArchitecture if what else UserError
+    return kind(f"{where}: another architecture{what}: {summary(wrong)}")
 
 
 def family(names: Iterable[str]) -> str:
@@ -295,9 +306,9 @@ def family(names: Iterable[str]) -> str:
     names = list(names)
     for sign, what in _FAMILIES:
         if any(sign in name for name in names):
-            return f" ({what}: {NOT_YET})"
+            return f" ({what}: {NOT_OURS})"
     if "pos_embed" in names and "cls_token" not in names:
-        return f" (a vision transformer without class token: {NOT_YET})"
+        return f" (a vision transformer without class token: {NOT_OURS})"
     return ""
 
 
@@ -328,7 +339,7 @@ def _check_known_layout(trunk: Mapping[str, Tensor], where: str) -> None:
             for name, tensor in trunk.items()
             if not name.startswith(_OURS)
         ]
-        raise UserError(f"{where}: another architecture{family(trunk)}: {summary(wrong)}")
+        raise _another(trunk, wrong, where)
 
 
 class Candidate(NamedTuple):

@@ -18,15 +18,13 @@ from msn.images.decode import decode, full_size, upright_rgb
 from msn.images.depth import SIXTEEN_BITS, Levels, levels_of, recorded_depth
 from msn.images.kinds import BadImageError, read_file
 from msn.method.vit import VisionTransformer
-from msn.weights.reading import read_weights
+from msn.weights.families import NATIVE
 from msn.weights.tensors import save_tensors
 from msn.weights.weights import (
     FORMAT,
     IMAGENET_MEAN,
     IMAGENET_STD,
     Weights,
-    check_heads,
-    say_notes,
     short_side,
 )
 
@@ -40,14 +38,19 @@ class Backbone(VisionTransformer):
     Attributes:
         transform: from a path, a PIL image, a uint8 tensor [3, H, W] or array [H, W, 3] to what
             the trunk was made for, [3, S, S]; EXIF rotation is applied, see `image_transform`.
+        native: what its family takes as the feature of an image, and who says so.
         meta: what the file says about itself (epoch, data, method, licence, ...).
     """
 
     def __init__(self, weights: Weights) -> None:
         super().__init__(**weights.model)
         self.load_state_dict(weights.trunk, strict=True)
-        self.meta = weights.meta
+        self.meta, self.native = weights.meta, weights.native
         self.transform = transform_of(weights)
+
+    def resolve(self, kind: str) -> str:
+        """The kind of feature that `native` stands for; others are what they are."""
+        return self.native.feature if kind == NATIVE else kind
 
     def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
         """Class tokens after the final norm, [B, 3, h, w] -> [B, D], as timm's `num_classes=0`.
@@ -65,30 +68,6 @@ class Backbone(VisionTransformer):
         Low-shot evaluation reads the class token with `norm=False` (paper A.2).
         """
         return super().forward_features(images, norm=norm)
-
-
-def load_backbone(
-    path: str | Path,
-    *,
-    num_heads: int | None = None,
-    key: str | None = None,
-    family: str | None = None,
-) -> Backbone:
-    """Load the trunk of any supported file or directory for use, in eval mode.
-
-    Args:
-        path: see `read_weights`.
-        num_heads: attention heads where the file cannot tell; what is assumed is told in a warning.
-        key: which of several trunks in the file, see `read_weights`.
-        family: whose trunk it is where names and shapes fit several, see `read_weights`.
-
-    Raises:
-        UserError: see `read_weights`; or the file says another number of heads.
-    """
-    weights = read_weights(path, num_heads=num_heads, key=key, family=family)
-    check_heads(weights, num_heads, str(path))
-    say_notes(weights, str(path))
-    return Backbone(weights).eval()
 
 
 def save_backbone(path: str | Path, trunk: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -152,7 +131,7 @@ def image_transform(
     """
     return transforms.Compose(
         [
-            _Opened(levels),
+            Opened(levels),
             trimmed,
             transforms.Resize(short_side(image_size)),
             transforms.CenterCrop(image_size),
@@ -175,13 +154,14 @@ def trimmed(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + min(width, most), top + min(height, most)))
 
 
-class _Opened:
+class Opened:
     """From what people have to an upright RGB image; a class, so that it travels to workers."""
 
     def __init__(self, levels: Levels) -> None:
         self.levels = levels
 
     def __call__(self, picture: Picture) -> Image.Image:
+        """An upright RGB image; a UserError for what is none or cannot be read."""
         if isinstance(picture, Tensor):
             return _from_tensor(picture)
         if isinstance(picture, np.ndarray):

@@ -14,7 +14,7 @@ from torch import Tensor
 from msn.errors import UserError
 from msn.method.vit import LAYER_NORM_EPS
 from msn.weights import dino
-from msn.weights.architecture import NOT_YET
+from msn.weights.architecture import NOT_OURS, OtherArchitecture
 from msn.weights.weights import (
     PUBLISHED_LICENCE,
     Family,
@@ -283,15 +283,20 @@ def told_by_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in MODEL_TYPES | dino.MODEL_TYPES:
         allowed = ", ".join(MODEL_TYPES | dino.MODEL_TYPES)
-        what = f"{str(kind)[:80]!r}: {NOT_YET}" if isinstance(kind, str) else str(kind)[:80]
-        raise UserError(f"{where}: model_type must be one of {allowed}, got {what}")
+        what = f"{str(kind)[:80]!r}: {NOT_OURS}" if isinstance(kind, str) else str(kind)[:80]
+        kinds = OtherArchitecture if isinstance(kind, str) else UserError
+        raise kinds(f"{where}: model_type must be one of {allowed}, got {what}")
     if kind in dino.MODEL_TYPES:
         return dino.told_by_config(config, where) | _told_by_us(config)
     if config.get("hidden_act", "gelu") != "gelu":
-        raise UserError(f"{where}: hidden_act must be gelu, got {str(config['hidden_act'])[:80]!r}")
+        raise OtherArchitecture(
+            f"{where}: hidden_act must be gelu, got {str(config['hidden_act'])[:80]!r}: {NOT_OURS}"
+        )
     size = config.get("image_size")
     if isinstance(size, list) and len(set(map(str, size))) > 1:
-        raise UserError(f"{where}: image_size {str(size)[:80]}: only square images are read")
+        raise OtherArchitecture(
+            f"{where}: image_size {str(size)[:80]}: only square images are read"
+        )
     # transformers leaves numbers out that have their default.
     eps = LAYER_NORM_EPS if kind == "vit_msn" else 1e-12
     told = {

@@ -15,6 +15,17 @@ from msn.errors import UserError
 from msn.files import damage
 from msn.weights import dino, huggingface, timm
 from msn.weights.architecture import check_trunk, find_trunk, infer_model
+from msn.weights.families import (
+    DINO,
+    DINOV2,
+    DINOV3,
+    FINE_TUNED_MAE,
+    PAPER,
+    TIMM,
+    Native,
+    native_of_hugging_face,
+    native_of_timm,
+)
 from msn.weights.onnx import read_onnx
 from msn.weights.released import (
     POOLED,
@@ -31,10 +42,12 @@ from msn.weights.weights import (
     PUBLISHED_LICENCE,
     SCRATCH_LICENCE,
     UNKNOWN_LICENCE,
+    Family,
     Weights,
     check_channels,
     check_plain,
     check_tensors,
+    family_of,
     strip_prefix,
     summary,
     widen,
@@ -74,6 +87,7 @@ class _Parts(NamedTuple):
     model: Mapping[str, Any] = {}
     ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    native: Native = PAPER
 
 
 def read_weights(
@@ -126,6 +140,18 @@ def read_weights(
         meta={"licence": UNKNOWN_LICENCE, **parts.meta},
         ignored=parts.ignored,
         notes=parts.notes + assumed,
+        native=_native(parts, model),
+    )
+
+
+def _native(parts: _Parts, model: Mapping[str, Any]) -> Native:
+    """What the family of the weights takes as a feature; the paper's where no family is told."""
+    ours = parts.source in (BACKBONE_FILE, "msn checkpoint", "mae checkpoint", "released")
+    by_family = {Family.DINOV2: DINOV2, Family.DINOV3: DINOV3}
+    return (
+        parts.native
+        if ours or parts.native is not PAPER
+        else by_family.get(family_of(model), PAPER)
     )
 
 
@@ -147,11 +173,7 @@ def _read_directory(path: Path, key: str | None) -> _Parts:
 
 def _read_model_directory(path: Path, key: str | None) -> _Parts:
     """A directory in the manner of the Hugging Face Hub: config.json beside a weight file."""
-    config = _read_json(path / "config.json")
-    names = [name + index for name in WEIGHT_FILES for index in ("", _INDEX)]
-    found = [path / name for name in names if (path / name).is_file()]
-    if not found:
-        raise UserError(f"{path}: has a config.json but none of {', '.join(names)}")
+    config, file = read_json(path / "config.json"), model_file(path)
     where = str(path / "config.json")
     preprocessing = path / "preprocessor_config.json"
     if "architecture" in config:
@@ -160,14 +182,14 @@ def _read_model_directory(path: Path, key: str | None) -> _Parts:
         told = huggingface.told_by_config(config, where)
         source = (huggingface.MODEL_TYPES | dino.MODEL_TYPES)[config["model_type"]]
         if preprocessing.is_file():
-            content = _read_json(preprocessing)
+            content = read_json(preprocessing)
             told |= huggingface.told_by_preprocessor(content, str(preprocessing))
-    card = _told_by_card(path / "README.md")
+    card = told_by_card(path / "README.md")
     if told.get("licence") == "other" and "licence" in card:
         del told["licence"]  # the card says its name
     if "licence" in told:
         card.pop("licence_link", None)  # which is another licence's
-    parts = _read_file(found[0], {**card, **told}, key)
+    parts = _read_file(file, {**card, **told}, key)
     _check_depth(config, parts.trunk, where)
     _restore_norm(parts.trunk, config.get("msn"), path / "config.json")
     notes = parts.notes
@@ -175,10 +197,20 @@ def _read_model_directory(path: Path, key: str | None) -> _Parts:
         notes += (f"mean and std of ImageNet assumed: {preprocessing.name} says none",)
     elif "mean" in told and list(told["mean"]) == [0.0] * 3:
         notes += (f"images are not normalised, as {preprocessing.name} says",)
-    return parts._replace(source=source, notes=notes)
+    native = native_of_hugging_face(str(config.get("model_type"))) or PAPER
+    if source == "timm":
+        pretrained = config.get("pretrained_cfg") or {}
+        native = native_of_timm(f"{config['architecture']}.{pretrained.get('tag')}")
+    if native.feature == "pooled":
+        native = TIMM  # of a plain vision transformer, that is the same
+    if parts.source == BACKBONE_FILE:  # our header: what we trained or exported
+        native = PAPER
+    if parts.native is FINE_TUNED_MAE:
+        native = FINE_TUNED_MAE
+    return parts._replace(source=source, notes=notes, native=native)
 
 
-def _told_by_card(path: Path) -> dict[str, str]:
+def told_by_card(path: Path) -> dict[str, str]:
     """The licence in the head of a model card, if there is one, and where its text is.
 
     A link that is relative to the card is made absolute where the directory is one of the Hub's
@@ -214,7 +246,8 @@ def _check_depth(config: Mapping[str, Any], trunk: Mapping[str, Tensor], where: 
         raise UserError(f"{where}: says {str(said)[:20]} blocks, the weights have {found}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a file, or a UserError."""
     try:
         if path.stat().st_size > _MAX_JSON:
             raise UserError(f"{path}: larger than {_MAX_JSON >> 20} MB; a configuration is not")
@@ -228,9 +261,33 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def model_file(path: Path) -> Path:
+    """The weight file, or its index, beside a config.json.
+
+    Raises:
+        UserError: if there is none.
+    """
+    names = [name + index for name in WEIGHT_FILES for index in ("", _INDEX)]
+    found = [path / name for name in names if (path / name).is_file()]
+    if not found:
+        raise UserError(f"{path}: has a config.json but none of {', '.join(names)}")
+    return found[0]
+
+
+def open_content(path: Path) -> tuple[Any, dict[str, str]]:
+    """What a weight file of any kind holds, as it is, and the metadata beside it.
+
+    Raises:
+        UserError: if it cannot be read or carries code.
+    """
+    if path.name.endswith(_INDEX):
+        return _open_sharded(path)
+    return read_onnx(path) if path.suffix == ".onnx" else open_weights(path)
+
+
 def _open_sharded(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The tensors of all files that an index names; they stand beside it."""
-    places = _read_json(path).get("weight_map")
+    places = read_json(path).get("weight_map")
     if not isinstance(places, dict) or not all(
         isinstance(file, str) and Path(file).name == file for file in places.values()
     ):
@@ -246,10 +303,7 @@ def _open_sharded(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _read_file(path: Path, told: Mapping[str, Any], key: str | None) -> _Parts:
     """Read one file; `told` is what files beside it say (num_heads, mean, std, licence, ...)."""
-    if path.name.endswith(_INDEX):
-        content, metadata = _open_sharded(path)
-    else:
-        content, metadata = read_onnx(path) if path.suffix == ".onnx" else open_weights(path)
+    content, metadata = open_content(path)
     if not isinstance(content, dict):
         raise UserError(f"{path}: must hold a dictionary of tensors, got {type(content).__name__}")
     content = {name: value for name, value in content.items() if isinstance(name, str)}
@@ -346,10 +400,18 @@ def _interpret(
     meta: dict[str, Any] = {}
     if decoder is not None:
         meta = {"kind": "mae", **arguments_of_mae(content)}
+    native = DINO if {"student", "teacher"} <= content.keys() else PAPER
     if (pooled := pooled_norm(trunk)) is not None:
         trunk, meta, notes = pooled, {"pool": "mean"}, (*notes, POOLED)
+        native = FINE_TUNED_MAE
     return _Parts(
-        source, trunk, decoder=decoder, meta=meta, ignored=ignored + (*found.beside,), notes=notes
+        source,
+        trunk,
+        decoder=decoder,
+        meta=meta,
+        ignored=ignored + (*found.beside,),
+        notes=notes,
+        native=native,
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from msn.errors import UserError
 from msn.method.vit import LAYER_NORM_EPS, PLAIN, SIZES, exact_ratio
 from msn.weights import dino
-from msn.weights.architecture import NOT_YET
+from msn.weights.architecture import NOT_OURS, OtherArchitecture
 from msn.weights.weights import (
     Family,
     Weights,
@@ -149,9 +149,13 @@ def told_by_config(content: Mapping[str, Any], where: str) -> dict[str, Any]:
         told["licence"] = pretrained["license"]
     for size in (arguments.get("img_size"), pretrained.get("input_size")):
         if isinstance(size, list) and len(set(size[-2:])) > 1:
-            raise UserError(f"{where}: image size {str(size)[:80]}: only square images are read")
+            raise OtherArchitecture(
+                f"{where}: image size {str(size)[:80]}: only square images are read"
+            )
     if strange := sorted(set(arguments) - _READ_ARGUMENTS):
-        raise UserError(f"{where}: model_args {', '.join(strange)[:80]}: cannot be read")
+        raise OtherArchitecture(
+            f"{where}: model_args {', '.join(strange)[:80]}: not of a plain ViT: {NOT_OURS}"
+        )
     model = named_model(content.get("architecture"), where)
     said = {ours: arguments.get(theirs) for theirs, ours in _ARGUMENTS.items()}
     size = arguments.get("img_size") or pretrained.get("input_size") or model.patch_embed.img_size
@@ -187,9 +191,9 @@ def named_model(name: Any, where: str) -> TimmModel:
         or type(model.blocks[0]) not in (Block, EvaBlock)
         or (isinstance(model, Eva) and not _is_dinov3(model))
     ):
-        raise UserError(
+        raise OtherArchitecture(
             f"{where}: architecture {name!r} is not a plain vision transformer, nor one of DINOv2 "
-            f"or DINOv3; {NOT_YET}"
+            f"or DINOv3: {NOT_OURS}"
         )
     mlp = model.blocks[0].get_submodule("mlp")
     activation = mlp.get_submodule("act")
@@ -197,7 +201,9 @@ def named_model(name: Any, where: str) -> TimmModel:
     exact = isinstance(activation, nn.GELU) and activation.approximate == "none"
     if not (gated or (exact and not isinstance(mlp, GluMlp | SwiGLU))):
         kind = type(activation).__name__
-        raise UserError(f"{where}: architecture {name!r} computes {kind}, not exact GELU")
+        raise OtherArchitecture(
+            f"{where}: architecture {name!r} computes {kind}, not exact GELU: {NOT_OURS}"
+        )
     return model
 
 

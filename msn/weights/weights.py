@@ -13,6 +13,7 @@ from torch import Tensor
 from msn.errors import UserError
 from msn.method.positions import resize_position_embeddings
 from msn.method.vit import VisionTransformer
+from msn.weights.families import PAPER, Native
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +107,8 @@ class Weights:
     """Names in the file that have no place in the network."""
     notes: tuple[str, ...] = ()
     """What was assumed or taken off in reading, to be said to the person."""
+    native: Native = PAPER
+    """What the family of the weights takes as the feature of an image."""
 
 
 def say_notes(said: Weights | Sequence[str], where: str) -> None:

@@ -226,7 +226,7 @@ def test_features_that_are_not_finite_name_the_first_image():
 
 @pytest.mark.parametrize("name", ["cls", "last_0", "last_x", ""])
 def test_unknown_features_are_refused(name):
-    with pytest.raises(UserError, match="feature must be class_token"):
+    with pytest.raises(UserError, match="feature must be native"):
         FeatureSettings(**{**FEATURES, "feature": name})
 
 

@@ -321,7 +321,7 @@ def test_the_papers_row_stands_once_and_beside_its_own_protocols_alone(tmp_path,
         ({"lists": []}, "name at least one file"),
         ({"logistic": {**LOGISTIC, "typo": 1}}, "unknown key protocol.logistic.typo"),
         ({"logistic": {**LOGISTIC, "folds": "x"}}, "protocol.logistic.folds must be a whole"),
-        ({"features": {**FEATURES, "feature": "x"}}, "feature must be class_token"),
+        ({"features": {**FEATURES, "feature": "x"}}, "feature must be native"),
     ],
 )
 def test_bad_settings_are_refused(change, message):

@@ -325,7 +325,7 @@ def test_a_list_of_paths_keeps_its_order(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"feature": "pixels"}, "feature must be class_token"),
+        ({"feature": "pixels"}, "feature must be native"),
         ({"feature": "last_9"}, "this backbone has 2 blocks"),
         ({"batch_size": 0}, "batch_size must be a whole number >= 1"),
         ({"device": "abacus"}, "device=abacus is not available"),

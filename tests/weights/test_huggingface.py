@@ -213,7 +213,7 @@ def test_another_family_is_named(tmp_path, kind):
     with pytest.raises(UserError, match="model_type must be one of") as error:
         read_weights(tmp_path)
     if isinstance(kind, str):
-        assert f"'{kind}': evaluation can use these once they are supported" in str(error.value)
+        assert f"'{kind}': it can be measured, but not trained" in str(error.value)
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu_new", ["gelu"]])
