@@ -316,7 +316,15 @@ def model_config(model: Mapping[str, Any], classes: Sequence[str] | None) -> dic
         "qkv_bias": model["qkv_bias"],
     }
     config |= {"num_register_tokens": registers} if registers else {"use_mask_token": False}
-    return config
+    return config | ({} if classes is None else labels(classes))
+
+
+def labels(classes: Sequence[str]) -> dict[str, Any]:
+    """The entries of `config.json` that name a classifier's classes."""
+    return {
+        "id2label": {str(index): name for index, name in enumerate(classes)},
+        "label2id": {name: index for index, name in enumerate(classes)},
+    }
 
 
 def _whole_ratio(model: Mapping[str, Any], gated: bool) -> int:

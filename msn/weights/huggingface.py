@@ -215,8 +215,7 @@ def model_config(
         "qkv_bias": True,
     }
     if classes is not None:
-        config["id2label"] = {str(index): name for index, name in enumerate(classes)}
-        config["label2id"] = {name: index for index, name in enumerate(classes)}
+        config |= dino.labels(classes)
     if mae is not None:
         decoder = mae["decoder"]
         config |= {

@@ -13,9 +13,12 @@ import transformers
 from safetensors.torch import save_file
 
 from msn.errors import UserError
+from msn.evaluation.backbones import FrozenBackbone
+from msn.evaluation.finetune import classifier_of
 from msn.method.network import MSN
 from msn.method.positions import resize_position_embeddings
 from msn.weights import build_trunk, initialise, load_backbone, read_weights
+from msn.weights.classifier import Classifier
 from msn.weights.export import FORMATS, export
 from msn.weights.weights import Weights
 from tests.conftest import SMALL_HEAD
@@ -214,6 +217,45 @@ def test_exports_are_the_family_s_own_models_and_read_back(tmp_path, name, forma
     if format == "timm":
         built = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
         assert built.pretrained_cfg["architecture"].endswith(name.partition("patch")[2])
+
+
+def a_head(width):
+    weight = torch.randn(5, width)
+    feature = {"feature": "class_token", "centred": True, "normalised": True}
+    return Classifier(weight, None, tuple("abcde"), **feature)
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "reg4_dinov2"])
+def test_a_classifier_of_dinov2_reads_the_class_token_alone_and_its_norm_comes_back(tmp_path, kind):
+    trunk = twins(f"vit_small_patch14_{kind}")[1]
+    weights = Weights(trunk.state_dict(), trunk.model_config, "test", meta={"licence": "mit"})
+    settings = {"image_size": None, "overwrite": False, "lowshot": None}
+    report = export(
+        weights, format="huggingface", out=tmp_path / "out", head=a_head(64), **settings
+    )
+    assert report["compared"] == "logits of the head"
+    assert report["max_abs_difference"] < 1e-5
+    assert_same(read_weights(tmp_path / "out").trunk, trunk.state_dict())
+
+
+def test_transformers_has_no_classifier_of_dinov3(tmp_path):
+    trunk = twins("vit_small_patch16_dinov3")[1]
+    weights = Weights(trunk.state_dict(), trunk.model_config, "test", meta={"licence": "mit"})
+    settings = {"image_size": None, "overwrite": False, "lowshot": None}
+    with pytest.raises(UserError, match="no classifier of DINOv3"):
+        export(weights, format="huggingface", out=tmp_path / "out", head=a_head(64), **settings)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"])
+def test_fine_tuning_starts_from_the_family_s_own_model(name):
+    trunk = twins(name)[1]
+    subject = FrozenBackbone("a", trunk, trunk.img_size, (0.5,) * 3, (0.5,) * 3)
+    model = classifier_of(subject, 3, drop_path=0.0, seed=0).eval()
+    images = torch.randn(2, 3, trunk.img_size, trunk.img_size)
+    with torch.no_grad():
+        found = model.forward_features(images)
+        expected = trunk.forward_features(images, norm=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_the_layout_of_the_reference_cannot_say_options(tmp_path):
