@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         evaluate,
         export,
         pretrain,
+        show_reconstruction,
         show_views,
         suggest_labels,
     )
@@ -36,6 +37,7 @@ __all__ = [
     "load_backbone",
     "load_mae",
     "pretrain",
+    "show_reconstruction",
     "show_views",
     "suggest_labels",
 ]

@@ -20,6 +20,7 @@ COMMANDS = {
     "suggest_labels": "which images to label first",
     "make_shards": "pack a folder of images into tar shards",
     "show_views": "draw what the networks would see of your images",
+    "show_reconstruction": "draw what a masked autoencoder makes of your images",
     "bench": "measure training on this machine: the step, files to views, what limits",
     "report": "a page for a browser on a run, or on several side by side",
     "replay": "take a step that was not finite again, from its dump",

@@ -228,6 +228,28 @@ def show_views(data: str | os.PathLike[str], out: str | os.PathLike[str], **keys
     return Path(out)
 
 
+def show_reconstruction(
+    checkpoint: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    **keys: Any,
+) -> Path:
+    """`python -m msn show_reconstruction`: what a MAE makes of images; returns `out`.
+
+    Args:
+        checkpoint: a run with `method=mae`, or anything with a decoder that `load_mae` takes.
+        data: a folder or a list file.
+        out: picture to write: .png, .jpg or .webp.
+        keys: any key of the command.
+
+    Raises:
+        UserError: a key, a value, a path or a file is wrong, or the file holds no decoder.
+    """
+    given = {"checkpoint": checkpoint, "data.root": data, "out": out}
+    _run("show_reconstruction", {**given, **keys}, quiet=True)
+    return Path(out)
+
+
 def suggest_labels(
     checkpoint: str | os.PathLike[str],
     data: str | os.PathLike[str],

@@ -37,7 +37,7 @@ def run(config: DictConfig) -> None:
     """
     refuse_other_target(config)
     settings = to_plain(config)
-    out = _picture_path(settings["out"])
+    out = picture_path(settings["out"])
     images = whole_number("images", settings["images"], 1)
     epoch, seed = (
         whole_number("epoch", settings["epoch"], 0),
@@ -64,16 +64,26 @@ def run(config: DictConfig) -> None:
     )
     originals = [Image.fromarray(batch.image(i).numpy()) for i in range(len(batch.indices))]
     sheet = views_sheet(made, kept, patch_size=views.patch_size, originals=originals)
-    buffer = io.BytesIO()
-    sheet.save(buffer, format=Image.registered_extensions()[out.suffix.lower()])
-    write_bytes(out, buffer.getvalue())
+    write_picture(out, sheet)
     print(
         f"{len(originals)} of {len(pools.train)} images with {views.num_views} views each, "
         f"{sheet.width} x {sheet.height} px: {out}"
     )
 
 
-def _picture_path(out: Any) -> Path:
+def write_picture(out: Path, picture: Image.Image) -> None:
+    """Write a picture, all or nothing, in the format that its name says."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format=Image.registered_extensions()[out.suffix.lower()])
+    write_bytes(out, buffer.getvalue())
+
+
+def picture_path(out: Any) -> Path:
+    """Where a picture may be written.
+
+    Raises:
+        UserError: if its name or place will not do.
+    """
     path = Path(str(out))
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"out={path}: must end in {', '.join(SUFFIXES)}")

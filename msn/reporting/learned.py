@@ -44,6 +44,10 @@ class Learned(NamedTuple):
     assignments: Tensor | None
     """Cosines to the prototypes, [n, K]; None where no checkpoint holds the head."""
 
+    def inputs(self, most: int) -> Tensor:
+        """The first images as the network takes them, normalised, [n, 3, S, S]."""
+        return _as_input(self.images[:most], self.trunk)
+
     def attention(self, chosen: list[int]) -> Tensor:
         """Attention of the class token in the last block, [n, heads, rows, columns]."""
         with torch.no_grad():

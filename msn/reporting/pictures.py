@@ -139,7 +139,7 @@ def _views(learned: Learned) -> Gallery:
         "Views and dropped patches",
         "One row per image. Anchors must find the target's assignment from what is left to them; "
         "dropped patches are grey.",
-        [_picture(sheet, told, f"Contact sheet: {told}.")],
+        [as_picture(sheet, told, f"Contact sheet: {told}.")],
     )
 
 
@@ -154,8 +154,8 @@ def _prototypes(learned: Learned, assignments: Tensor) -> Gallery:
         share = int(counts[prototype]) / len(strongest)
         caption = f"prototype {prototype}: {share:.1%} of images"
         pictures.append(
-            _picture(
-                _strip([_sized(learned.images[i], _THUMBNAIL) for i in nearest]),
+            as_picture(
+                _strip([sized(learned.images[i], _THUMBNAIL) for i in nearest]),
                 caption,
                 f"The {len(nearest)} images nearest to {caption}{_class_mix(learned, nearest)}.",
             )
@@ -178,11 +178,11 @@ def _attention(learned: Learned) -> Gallery:
     pictures = []
     for i, maps in zip(chosen, weights, strict=True):
         image = learned.images[i]
-        cells = [_sized(image, _ATTENTION_SIDE)]
+        cells = [sized(image, _ATTENTION_SIDE)]
         shown = [maps.mean(axis=0), *maps[:MOST_HEADS]]
-        cells += [_sized(_heated(image, weight), _ATTENTION_SIDE) for weight in shown]
+        cells += [sized(_heated(image, weight), _ATTENTION_SIDE) for weight in shown]
         pictures.append(
-            _picture(
+            as_picture(
                 _strip(cells),
                 _title_of(learned, i),
                 f"Image {_title_of(learned, i)}, the mean attention of its class token over "
@@ -240,7 +240,7 @@ def _class_mix(learned: Learned, chosen: Sequence[int]) -> str:
     return f" ({told})"
 
 
-def _sized(image: Image.Image, side: int) -> Image.Image:
+def sized(image: Image.Image, side: int) -> Image.Image:
     """Enlarged without smoothing, so that pixels and patches stay visible; reduced with it."""
     how = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
     return image.resize((side, side), how)
@@ -257,7 +257,8 @@ def _strip(cells: Sequence[Image.Image]) -> Image.Image:
     return strip
 
 
-def _picture(image: Image.Image, caption: str, alt: str) -> Picture:
+def as_picture(image: Image.Image, caption: str, alt: str) -> Picture:
+    """An image in WebP, for a page."""
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=85, method=4)
     data = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -301,16 +302,16 @@ def views_sheet(
     rows = []
     for i in range(images):
         target = Image.fromarray(view_pixels(views.target[i]))
-        cells = [_contained(originals[i], side), _sized(target, side)]
+        cells = [_contained(originals[i], side), sized(target, side)]
         for r, view in enumerate(views.rand[:, i]):
             masked = cover_dropped(view_pixels(view), _kept_of(kept, r, i), patch_size)
-            cells.append(_sized(Image.fromarray(masked), side))
+            cells.append(sized(Image.fromarray(masked), side))
         cells += [
-            _sized(Image.fromarray(view_pixels(view)), small_side) for view in views.focal[:, i]
+            sized(Image.fromarray(view_pixels(view)), small_side) for view in views.focal[:, i]
         ]
         rows.append(cells)
     captions = ["original", "target", *["rand"] * len(views.rand), *["focal"] * len(views.focal)]
-    return _tiled(rows, captions, transparent=transparent)
+    return tiled(rows, captions, transparent=transparent)
 
 
 def view_pixels(view: Tensor) -> np.ndarray:
@@ -352,7 +353,7 @@ def _contained(image: Image.Image, side: int) -> Image.Image:
     return image.resize((width, height), how)
 
 
-def _tiled(rows: list[list[Image.Image]], captions: list[str], *, transparent: bool) -> Image.Image:
+def tiled(rows: list[list[Image.Image]], captions: list[str], *, transparent: bool) -> Image.Image:
     """Columns as wide as their widest cell, a caption above each."""
     widths = [max(max(cell.width for cell in column), 40) for column in zip(*rows, strict=True)]
     heights = [max(cell.height for cell in row) for row in rows]

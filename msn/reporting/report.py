@@ -17,8 +17,10 @@ from msn.errors import UserError
 from msn.reporting.curves import Chart, accuracy_chart, curve_charts, table_of
 from msn.reporting.learned import look
 from msn.reporting.pictures import Gallery, Picture, feature_map, galleries
+from msn.reporting.reconstruction import SHOWN, reconstruction_gallery
 from msn.reporting.record import RunRecord
 from msn.schema import flat
+from msn.weights import load_mae
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +63,11 @@ def _pictures(record: RunRecord, images: int, device: torch.device) -> str:
     """Pictures of a run; where weights or images are gone, a line that says so."""
     try:
         learned = look(record.path, record.settings, most=images, device=device)
-        found = "".join(gallery_html(gallery) for gallery in galleries(learned))
+        shown = galleries(learned)
+        if record.settings["method"].get("kind") == "mae":
+            mae = load_mae(record.path, num_heads=record.settings["model"]["num_heads"])
+            shown.insert(0, reconstruction_gallery(mae, learned.inputs(SHOWN)))
+        found = "".join(map(gallery_html, shown))
     except (UserError, OSError) as error:
         log.warning("no pictures of %s: %s", record.name, error)
         return (

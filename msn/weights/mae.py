@@ -30,6 +30,7 @@ class LoadedMAE(MAE):
         transform: from a path, a PIL image of any mode or a uint8 tensor [3, H, W] to the tensor
             [3, S, S] that the network was made for, see `msn.weights.backbone.image_transform`.
         meta: what the file says about itself (epoch, data, method, licence, ...).
+        decoder_from_file: whether the decoder is the file's.
     """
 
     def __init__(self, weights: Weights, method: Mapping[str, Any]) -> None:
@@ -38,6 +39,7 @@ class LoadedMAE(MAE):
         self.trunk.load_state_dict(weights.trunk, strict=True)
         if weights.decoder is not None:
             self.decoder.load_state_dict(weights.decoder, strict=True)
+        self.decoder_from_file = weights.decoder is not None
         self.meta, self.transform = weights.meta, transform_of(weights)
 
 
