@@ -268,7 +268,7 @@ def find_target(config: DictConfig, key: str, kind: type = object) -> Callable[.
     try:
         target: Any = hydra.utils.get_object(name) if isinstance(name, str) else None
     except (ImportError, ValueError) as error:
-        raise UserError(f"{key}._target_={name}: {one_line(error)}") from None
+        raise UserError(f"{key}._target_={name}: {one_line(error).rstrip(':')}") from None
     if not callable(target) or settings.get("_partial_"):
         raise UserError(f"{key}._target_={name}: must name a class or a function to call")
     if isinstance(target, type) and not issubclass(target, kind):

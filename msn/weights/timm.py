@@ -239,7 +239,7 @@ def check_same_model(weights: Weights, model: TimmModel, where: str) -> None:
     found = {name: tensor for name, tensor in weights.trunk.items() if name != "pos_embed"}
     wrong = differences(found, expected)
     heads, named = weights.model["num_heads"], told_by_model(model)["num_heads"]
-    if heads != named:
+    if heads != named and not wrong:
         wrong.append(f"it has {heads} attention heads instead of {named}")
     if wrong:
         raise UserError(f"{where}: the file is of another model: {summary(wrong)}")

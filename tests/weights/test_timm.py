@@ -132,6 +132,9 @@ def test_a_file_of_a_named_model_is_compared_with_it(tmp_path):
                 named(other, tmp_path / "a.pth")
         else:
             assert named(other, tmp_path / "a.pth").trunk.num_heads == 3
+    # Whose 14 heads do not divide the file's width: the shapes are the reason all the same.
+    with pytest.raises(UserError, match="file is of another model: blocks.0.ls1.gamma is missing"):
+        named("vit_base_patch16_plus_240", tmp_path / "a.pth")
 
 
 def test_a_file_that_says_other_heads_than_the_named_model_is_refused(tmp_path):
