@@ -12,9 +12,9 @@ from timm.models import save_for_hf
 from transformers import AutoConfig, AutoModel, ViTImageProcessor
 
 SIZE = 32
-SMALL = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3}
+SMALL = {"hidden_size": 192, "num_hidden_layers": 3, "num_attention_heads": 3}
 SMALL |= {"intermediate_size": 768, "image_size": SIZE, "patch_size": 4}
-VIT = {"img_size": SIZE, "patch_size": 4, "embed_dim": 192, "depth": 6, "num_heads": 3}
+VIT = {"img_size": SIZE, "patch_size": 4, "embed_dim": 192, "depth": 3, "num_heads": 3}
 HUGGING_FACE = {
     **{"mae": "vit_mae", "dinov2": "dinov2_with_registers", "dinov3": "dinov3_vit"},
     **{"ijepa": "ijepa", "beit": "beit", "siglip": "siglip_vision_model"},

@@ -175,6 +175,7 @@ def knn_results(trial: Trial, neighbours: Sequence[int], temperature: float | No
                 labelled_images=len(labels),
                 neighbours=k,
                 votes=votes,
+                feature=trial.feature,
                 **({"variant": f"k={k}"} if len(neighbours) > 1 else {}),
             )
         )

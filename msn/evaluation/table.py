@@ -126,6 +126,7 @@ def note(rows: Sequence[Row]) -> str:
         numbers = " or ".join(map(str, splits))
         parts.append(f"+- standard deviation over {numbers} sets of labelled images")
     parts += _strengths(rows)
+    parts += _features(rows)
     if replaced := max((row.get("replaced_images", 0) for row in rows), default=0):
         parts.append(
             f"{_images(replaced, 'labelled')} cannot be read: others of the class stand in"
@@ -142,6 +143,19 @@ def note(rows: Sequence[Row]) -> str:
 
 def _images(count: int, kind: str) -> str:
     return f"{count} {kind} image{'' if count == 1 else 's'}"
+
+
+def _features(rows: Sequence[Row]) -> list[str]:
+    """Which feature each backbone gave, where they differ."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row.get("feature") not in (None, "pixels"):
+            found.setdefault(row["feature"], []).append(printable(row["backbone"]))
+    return [
+        f"feature {feature} ({', '.join(dict.fromkeys(names))})"
+        for feature, names in found.items()
+        if len(found) > 1
+    ]
 
 
 def _strengths(rows: Sequence[Row]) -> list[str]:
