@@ -89,6 +89,9 @@ class Recipe:
     # Least and greatest area of random crops relative to the image.
     crop_scale: Annotated[Sequence[float], Range(0, 1, above_low=True)]
     flip: _Fraction  # probability of a horizontal flip
+    # What the head reads: the class token after the final norm, or, as MAE's, the mean of patches
+    # after a new LayerNorm (`fc_norm`), without the final norm.
+    pool: str = "token"
 
     def __post_init__(self) -> None:
         check_ranges("protocol.recipe", self)
@@ -99,6 +102,8 @@ class Recipe:
                 f"protocol.recipe.warmup_epochs={self.warmup_epochs}: must be below the "
                 f"{self.epochs} epochs"
             )
+        if self.pool not in ("token", "mean"):
+            raise UserError(f"protocol.recipe.pool must be token or mean, got {self.pool}")
         if self.auto_augment is not None:
             _check_policy(self.auto_augment)
 
@@ -298,6 +303,8 @@ class FineTuning:
         self.half = features.precision == "bf16"
         classes = len(images.classes)
         self.model = classifier_of(subject, classes, drop_path=recipe.drop_path, seed=seed)
+        if recipe.pool == "mean":
+            average_patches(self.model, subject)
         self.model.to(self.device)
         self.mixture = recipe.mixture(classes)
         self.steps_per_epoch = len(images) // self.batch_size
@@ -411,3 +418,16 @@ def classifier_of(
         {"weight": _HEAD_STD * head, "bias": torch.zeros(num_classes)}
     )
     return twin.train()
+
+
+def average_patches(model: TimmModel, subject: FrozenBackbone) -> None:
+    """Make a classifier read the mean of patches through a new norm, as MAE's fine-tuning does.
+
+    A file that was fine-tuned so already gives that norm (`pool` of what is known about it).
+    """
+    norm = model.get_submodule("norm")
+    assert isinstance(norm, nn.LayerNorm)
+    new = nn.LayerNorm(norm.normalized_shape, eps=norm.eps)
+    if subject.about.get("pool") == "mean":
+        new.load_state_dict(norm.state_dict())
+    model.norm, model.fc_norm, model.global_pool = nn.Identity(), new, "avg"

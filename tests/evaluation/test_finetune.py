@@ -77,3 +77,22 @@ def test_two_processes_share_the_test_images_and_agree(tmp_path):
     assert one == other
     assert (opened, others) == (5, 4)
     assert (one["replaced_images"], one["unreadable_test_images"]) == (1, 1)
+
+
+def test_maes_recipe_reads_the_mean_of_patches_through_a_norm_of_its_own():
+    recipe = finetune(pool="mean").recipe
+    subject, images = toy_backbone(), torch.randn(2, 3, 16, 16)
+    tuning = FineTuning(
+        subject, ToyImages(2), recipe, features=finetune().features, seed=0,
+        runtime=Runtime((CPU,), 0, shared=False),
+    )  # fmt: skip
+    model = tuning.model.eval()
+    tokens = subject.trunk.forward_features(images, norm=False)
+    expected = torch.nn.functional.layer_norm(tokens[:, 1:].mean(dim=1), (tokens.shape[-1],))
+    found = model.forward_head(model.forward_features(images), pre_logits=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    names = {name for name, _ in model.named_parameters()}
+    assert {"fc_norm.weight", "fc_norm.bias"} <= names
+    assert "norm.weight" not in names
+    composed = compose("eval_lowshot", ["protocol=finetune_mae"]).protocol.recipe
+    assert (composed.random_erasing, composed.pool, composed.layer_decay) == (0.25, "mean", 0.65)
