@@ -3,8 +3,9 @@
     python benchmarks/step.py [json=FILE] [against=[eager_yardstick,lightly]] [key=value ...]
 
 Further keys are those of `msn bench what=step`: experiment=NAME, batch_size=, rounds=, ...
-Methods: msn, eager_yardstick (benchmarks/yardstick.py), lightly (where it is installed). Each has a
-process of its own; medians count.
+Methods: msn, eager_yardstick (benchmarks/yardstick.py), lightly (where it is installed); of an
+experiment with method=mae: msn and against=[transformers]. Each has a process of its own; medians
+count.
 """
 
 import importlib.util
@@ -40,7 +41,7 @@ from msn.commands.step import (
 from msn.errors import UserError
 from msn.training.cost import measure_matrix_rate
 
-COMPARISONS = ("eager_yardstick", "lightly")
+COMPARISONS = ("eager_yardstick", "lightly", "transformers")
 
 
 class YardstickStep:
@@ -80,11 +81,19 @@ def lightly_step(case: Case) -> LightlyStep:
     return LightlyStep(case.model, case.method, views, torch.device(case.device))
 
 
+def transformers_step(case: Case) -> Step:
+    """transformers' step of masked autoencoders, where it is installed."""
+    from benchmarks.transformers_step import TransformersStep  # an extra
+
+    return TransformersStep(case)
+
+
 # Travel by name to the processes, so each must be a class or function of a module.
 METHODS: dict[str, Callable[[Case], Step]] = {
     "msn": TrainingStep,
     "eager_yardstick": YardstickStep,
     "lightly": lightly_step,
+    "transformers": transformers_step,
 }
 
 
@@ -110,16 +119,18 @@ def run(settings: dict[str, Any], console: Console) -> list[dict[str, Any]]:
             f"against={against}: allowed are [{', '.join(COMPARISONS)}], one of them, or [] for "
             "neither"
         )
-    names = ["msn", *(name for name in available() if name in against)]
+    kind = case.method.get("kind")
+    names = ["msn", *(name for name in available(kind) if name in against)]
     seconds, rates, facts = _take_turns(names, case, settings["rounds"], console)
     rows = step_rows(case, seconds, statistics.median(rates), facts)
     show_step(rows, case, console)
     return rows
 
 
-def available() -> list[str]:
-    """Comparisons that can be measured here."""
-    return ["eager_yardstick", *(["lightly"] if importlib.util.find_spec("lightly") else [])]
+def available(kind: str | None = None) -> list[str]:
+    """Comparisons of a method that can be measured here; None is MSN."""
+    others, plain = ("transformers", []) if kind == "mae" else ("lightly", ["eager_yardstick"])
+    return [*plain, *([others] if importlib.util.find_spec(others) else [])]
 
 
 def _take_turns(

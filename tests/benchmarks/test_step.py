@@ -82,7 +82,7 @@ def fake_workers(monkeypatch):
     monkeypatch.setattr(FakeWorker, "broken", {})
     monkeypatch.setattr(FakeWorker, "closed", [])
     monkeypatch.setattr(step, "measure_matrix_rate", lambda device, dtype: 1e11)
-    monkeypatch.setattr(step, "available", lambda: list(step.COMPARISONS))
+    monkeypatch.setattr(step, "available", lambda kind: ["eager_yardstick", "lightly"])
     return FakeWorker
 
 
@@ -166,9 +166,12 @@ def test_each_row_says_the_precision_it_was_measured_in(fake_workers):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["against=[vissl]"], "allowed are [eager_yardstick, lightly]"),
-        (["against=null"], "against=None: allowed are [eager_yardstick, lightly]"),
-        (["against=lightly"], "against=lightly: allowed are [eager_yardstick, lightly]"),
+        (["against=[vissl]"], "allowed are [eager_yardstick, lightly, transformers]"),
+        (["against=null"], "against=None: allowed are [eager_yardstick, lightly, transformers]"),
+        (
+            ["against=lightly"],
+            "against=lightly: allowed are [eager_yardstick, lightly, transformers]",
+        ),
         (["rounds=0"], "rounds must be a whole number >= 1"),
         (["round=1"], "unknown key round"),
         (["experiment=nope"], "nope"),
