@@ -1,10 +1,6 @@
 """README's lines are what CI runs; its snippets and those of docs/ run."""
 
 import re
-import shutil
-import subprocess
-import sys
-import tarfile
 
 import pytest
 import torch
@@ -106,28 +102,3 @@ def test_every_deviation_has_its_reason_its_effect_and_a_test():
     for row in rows:
         assert len(row) == 4, row
         assert re.search(r"`tests/", row[3]), row
-
-
-@pytest.mark.slow
-def test_the_source_distribution_holds_what_the_readme_names(tmp_path):
-    pytest.importorskip("setuptools", minversion="77")
-    copy = tmp_path / "copy"
-    shutil.copytree(
-        ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "*.egg-info", "build")
-    )
-    build = "from setuptools import build_meta; build_meta.build_sdist('..')"
-    subprocess.run([sys.executable, "-c", build], cwd=copy, check=True, capture_output=True)
-    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
-        held = {name.partition("/")[2] for name in archive.getnames()}
-    named = set(re.findall(r"\]\(([^)#:]+)\)", README))
-    named |= {path for path in re.findall(r"`([\w./]+)`", README) if (ROOT / path).exists()}
-    named |= {
-        "CHANGELOG.md",
-        "CONTRIBUTING.md",
-        "LICENSE",
-        ".ci/run",
-        "docs/weights.md",
-        "train.py",
-    }
-    assert len(named) > 15
-    assert sorted(path for path in named if path.rstrip("/") not in held) == []
