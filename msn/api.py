@@ -11,6 +11,7 @@ import logging
 import os
 import random
 import re
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -285,8 +286,19 @@ def _run(command: str, keys: Mapping[str, Any], *, quiet: bool = False) -> Any:
     with _undisturbed():
         config = compose(command, overrides)
         job = explained(import_module(f"msn.commands.{command}").run)
-        with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
+        with _quiet() if quiet else contextlib.nullcontext():
             return job(config)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what a command prints for a terminal to itself, also from a notebook's display."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        if "IPython" in sys.modules:
+            capture = import_module("IPython.utils.capture")
+            stack.enter_context(capture.capture_output(stdout=False, stderr=False))
+        yield
 
 
 @contextlib.contextmanager
