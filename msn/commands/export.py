@@ -11,6 +11,7 @@ from msn.commands.entry import to_plain
 from msn.errors import UserError
 from msn.weights.classifier import read_classifier
 from msn.weights.export import FORMATS, export
+from msn.weights.hub import check_push, push
 from msn.weights.reading import newest_valid_checkpoint, read_weights
 from msn.weights.weights import check_heads, say_notes
 
@@ -26,8 +27,9 @@ def run(config: DictConfig) -> None:
     if settings["format"] not in FORMATS:
         allowed = ", ".join(FORMATS)
         raise UserError(f"format must be one of {allowed}, got {settings['format']!r}")
-    if not isinstance(settings["overwrite"], bool):
-        raise UserError(f"overwrite must be true or false, got {settings['overwrite']!r}")
+    _check_switch("overwrite", settings["overwrite"])
+    _check_switch("private", settings["private"])
+    repository = None if settings["push"] is None else check_push(settings["push"])
     weights = read_weights(
         _source(checkpoint, settings["format"]),
         num_heads=settings["model"]["num_heads"],
@@ -59,6 +61,13 @@ def run(config: DictConfig) -> None:
         f"{report['max_abs_difference']:.1e} (allowed {report['tolerance']:.0e})"
     )
     print(f"exported to: {out}")
+    if repository is not None:
+        print(f"pushed to: {push(out, repository, private=settings['private'])}")
+
+
+def _check_switch(key: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise UserError(f"{key} must be true or false, got {value!r}")
 
 
 def _source(checkpoint: Path, format: str) -> Path:

@@ -25,6 +25,7 @@ from msn.method.vit import VisionTransformer
 from msn.weights import ForeignBackbone, build_trunk, open_backbone_of
 from msn.weights.backbone import image_transform, trimmed
 from msn.weights.families import NATIVE, PAPER, Native
+from msn.weights.hub import PREFIX
 from msn.weights.weights import BASELINES, IMAGENET_MEAN, IMAGENET_STD, say_notes
 
 
@@ -260,7 +261,7 @@ def open_backbone(
 def _name_and_path(entry: str, *, alone: bool) -> tuple[str, str]:
     """Split `name:path`; a path that exists as it stands is not split."""
     name, colon, path = entry.partition(":")
-    if Path(entry).exists() or not colon or "/" in name:
+    if Path(entry).exists() or not colon or "/" in name or entry.startswith(PREFIX):
         return ("msn" if alone else Path(entry).stem), entry
     if not name or not path:
         raise UserError(f"checkpoint={entry}: write name:path")

@@ -8,6 +8,7 @@ from msn.images.depth import levels_of, recorded_depth
 from msn.method.vit import PLAIN
 from msn.weights.classifier import Classifier
 from msn.weights.dino import DINOV3_LICENCE
+from msn.weights.hub import model_index
 from msn.weights.weights import PUBLISHED_LICENCE
 
 # Names of licences on the Hub that weights have; all others are "other" with name and link there.
@@ -80,7 +81,7 @@ def model_card(
         lowshot: rows of lowshot.json, if any.
     """
     parts = [
-        _front_matter(format, header, head),
+        _front_matter(format, header, head, lowshot),
         f"# {_NAMES[_kind(header)]}",
         _facts(header),
         _licence(header),
@@ -97,14 +98,21 @@ def _kind(header: Mapping[str, Any]) -> str:
     return "mae" if header.get("kind") == "mae" else "msn"
 
 
-def _front_matter(format: str, header: Mapping[str, Any], head: Classifier | None) -> str:
+def _front_matter(
+    format: str,
+    header: Mapping[str, Any],
+    head: Classifier | None,
+    lowshot: list[dict[str, Any]] | None,
+) -> str:
     task = "image-feature-extraction" if head is None else "image-classification"
     lines = ["---", *_licence_lines(str(header["licence"]), header.get("licence_link"))]
     if format in _LIBRARIES:
         lines.append(f"library_name: {_LIBRARIES[format]}")
-    return "\n".join(
-        [*lines, f"pipeline_tag: {task}", "tags:", f"- {_kind(header)}", "- vit", "---"]
-    )
+    lines += [f"pipeline_tag: {task}", "tags:", f"- {_kind(header)}", "- vit"]
+    data = header.get("data")
+    measured_on = data.get("source") if isinstance(data, Mapping) else data
+    lines += model_index(_kind(header), lowshot or [], _text(measured_on))
+    return "\n".join([*lines, "---"])
 
 
 def _licence_lines(licence: str, link: str | None) -> list[str]:

@@ -26,6 +26,7 @@ from msn.weights.families import (
     native_of_hugging_face,
     native_of_timm,
 )
+from msn.weights.hub import local_path
 from msn.weights.onnx import read_onnx
 from msn.weights.released import (
     POOLED,
@@ -104,7 +105,8 @@ def read_weights(
             its newest checkpoint); a state dict in timm's or Hugging Face's names (`.pth`, `.pt`,
             `.bin`, `.safetensors`) or those of facebookresearch/dinov2 and dinov3; a timm
             directory; a Hugging Face directory of ViTMSN, ViTMAE, ViT, DINOv2 or DINOv3; a
-            `.pth.tar` in the layout of facebookresearch/msn.
+            `.pth.tar` in the layout of facebookresearch/msn; or one of these directories on the
+            Hugging Face Hub, `hf://USER/NAME[@REVISION]`.
         num_heads: attention heads where the file cannot tell, else of no effect; default: those
             of the published models of that width, where all have the same.
         key: which of several trunks in a file, by the names that the refusal lists (`model_ema`).
@@ -114,7 +116,7 @@ def read_weights(
         UserError: if there is nothing to read, it is damaged, carries code, holds several trunks,
             numbers that are not finite, or another architecture.
     """
-    path, where = Path(path), str(path)
+    path, where = local_path(path), str(path)
     parts = _read_directory(path, key) if path.is_dir() else _read_file(path, {}, key)
     told = {**parts.model, "released": parts.source == "released"}
     model, assumed = infer_model(parts.trunk, told, num_heads, family, where)

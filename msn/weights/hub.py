@@ -1,0 +1,128 @@
+"""The Hugging Face Hub, both ways: `hf://USER/NAME[@REVISION]` is read, an export is pushed.
+
+Only safetensors and plain data are fetched; they stay in the Hub's own cache, which serves again
+without a network (`HF_HUB_OFFLINE=1`).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from msn.errors import UserError
+
+PREFIX = "hf://"
+# A path that was normalised has one slash.
+_ADDRESS = re.compile(r"hf:/{1,2}([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_FETCHED = ("*.safetensors", "*.json", "*.yaml", "README.md")
+
+
+def local_path(path: str | Path) -> Path:
+    """The path itself, or the directory into which what `hf://` names was fetched.
+
+    Raises:
+        UserError: the address is none, huggingface-hub is not installed, or the Hub does not give
+            it: the network or a token is missing, or there is no such repository.
+    """
+    text = str(path)
+    if not text.startswith("hf:/"):
+        return Path(path)
+    found = _ADDRESS.fullmatch(text)
+    if found is None:
+        raise UserError(f"{text}: must be {PREFIX}USER/NAME or {PREFIX}USER/NAME@REVISION")
+    name, revision = found.groups()
+    hub = _hub(text)
+    try:
+        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=_FETCHED))
+    except Exception as error:  # of the network: anything
+        raise UserError(f"{text}: the Hub does not give it ({_line(error)}){_HINT}") from error
+
+
+def check_push(name: Any) -> str:
+    """The repository that `push` names; fails before anything is made.
+
+    Raises:
+        UserError: the name is none, or there is no token.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise UserError(f"push={name}: must be USER/NAME")
+    if _hub(f"push={name}").get_token() is None:
+        raise UserError(f"push={name}: no token: run `hf auth login` or set HF_TOKEN")
+    return name
+
+
+def push(directory: Path, name: str, *, private: bool) -> str:
+    """Upload an export.
+
+    Args:
+        directory: the export.
+        name: USER/NAME; the repository is made if it is not there.
+        private: whether a new repository is.
+
+    Returns:
+        Where it can be seen.
+
+    Raises:
+        UserError: the Hub does not take it; the export stays.
+    """
+    hub = _hub(f"push={name}")
+    try:
+        api = hub.HfApi()
+        address = api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=directory, commit_message="Export by msn")
+    except Exception as error:  # of the network: anything
+        raise UserError(
+            f"push={name}: the Hub does not take it ({_line(error)}); the export is in {directory}"
+        ) from error
+    return str(address)
+
+
+def model_index(name: str, rows: Sequence[Mapping[str, Any]], data: str) -> list[str]:
+    """Lines of a card's front matter with low-shot accuracies, in the Hub's form.
+
+    Args:
+        name: of the model.
+        rows: of lowshot.json; those of baselines are left out.
+        data: what they were measured on.
+    """
+    own = [row for row in rows if row["backbone"] not in ("random", "pixels")]
+    if not own:
+        return []
+    lines = ["model-index:", f"- name: {name}", "  results:"]
+    for row in own:
+        labels = f"{row['labels']} labels per class"
+        labels = "all labels" if row["labels"] == "all" else labels
+        labels = labels.replace("% labels per class", "% of the labels")
+        top1 = f"top-1, {row['classifier']}, {labels}"
+        lines += [
+            "  - task: {type: image-classification}",
+            f"    dataset: {{name: {_quoted(data)}, type: {_quoted(data)}}}",
+            "    metrics:",
+            "    - type: accuracy",
+            f"      name: {_quoted(top1)}",
+            f"      value: {row['top1_mean']:.4f}",
+        ]
+    return lines
+
+
+_HINT = (
+    "; private ones need `hf auth login` or HF_TOKEN, and HF_HUB_OFFLINE=1 takes what was fetched "
+    "before"
+)
+
+
+def _hub(what: str) -> Any:
+    try:
+        return import_module("huggingface_hub")
+    except ImportError as error:
+        raise UserError(f"{what}: needs `pip install 'msn-pretraining[hf]'` ({error})") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join((str(error).strip() or type(error).__name__).split("\n")[0].split())
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
