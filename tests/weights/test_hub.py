@@ -146,14 +146,11 @@ def test_an_export_is_pushed_and_read_again_also_without_the_network(stand_in, t
     for out in ("again", "offline"):
         theirs = load_backbone(tmp_path / out).state_dict()
         assert all(theirs[name].equal(tensor) for name, tensor in ours.items())
-    for address, reason in {
-        "hf://me/nothing": "the Hub does not give it",
-        "hf://nothing": "must be hf://USER/NAME",
-    }.items():
-        wrong = run(stand_in, tmp_path, "export", f"checkpoint={address}", "format=torch", "out=no")
-        assert wrong.returncode == 2
-        (line,) = wrong.stderr.splitlines()
-        assert reason in line
+    nothing = ("export", "checkpoint=hf://me/nothing", "format=torch", "out=no")
+    wrong = run(stand_in, tmp_path, *nothing)
+    assert wrong.returncode == 2
+    (line,) = wrong.stderr.splitlines()
+    assert "hf://me/nothing: the Hub does not give it" in line
 
 
 def test_what_fails_is_one_line_before_anything_is_made(monkeypatch, tmp_path):
