@@ -14,6 +14,7 @@ from msn.weights.families import POOLED, TIMM, native_of_timm
 from msn.weights.foreign import ForeignBackbone
 from msn.weights.foreign_huggingface import open_huggingface
 from msn.weights.foreign_timm import open_timm
+from msn.weights.hub import local_path
 from msn.weights.reading import model_file, open_content, read_json, read_weights, told_by_card
 from msn.weights.timm import check_same_model, named_model, timm_family, told_by_model
 from msn.weights.weights import EXACT_GELU, Weights, check_heads, say_notes
@@ -84,6 +85,8 @@ def open_backbone_of(
     model, at, file = text.removeprefix(_TIMM).partition("@") if named else ("", "", text)
     if named and not (at and file):
         raise UserError(f"checkpoint={text}: write {_TIMM}MODEL@FILE")
+    if not named:
+        file = str(local_path(path))
     try:
         if named:
             return _named_weights(model, file, text, key, family)

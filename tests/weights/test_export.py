@@ -460,7 +460,13 @@ def test_a_finished_run_is_exported_with_its_anchor_head_and_prototypes(tmp_path
     save_checkpoint(tmp_path / "run" / "checkpoints" / "epoch-5-step-50.ckpt", network)
     (tmp_path / "run" / "config.yaml").write_text("{}")
     settings = {"checkpoint": str(tmp_path / "run"), "format": "official", "image_size": None}
-    settings |= {"out": str(tmp_path / "out"), "head": None, "overwrite": False}
+    settings |= {
+        "out": str(tmp_path / "out"),
+        "head": None,
+        "overwrite": False,
+        "push": None,
+        "private": True,
+    }
     command.run(OmegaConf.create({**settings, "model": {"num_heads": None}, "init_key": None}))
     weights = read_weights(tmp_path / "out" / "msn.pth.tar")
     assert_same(weights.trunk, network.target.trunk.state_dict())
