@@ -39,7 +39,7 @@ COMMAND_LINES = {
     "~model.depth": "model.depth is missing",
     "~callbacks.preemption": "callbacks.preemption is missing",
     "~run.root": "run.root is missing",
-    "method=null": "method=null: allowed are msn, msn_no_sinkhorn, pmsn",
+    "method=null": "method=null: allowed are mae, msn, msn_no_sinkhorn, pmsn",
     "logger=null": "allowed are csv, tensorboard, wandb",
     "experiment=null": "allowed are digits",
     "data=3": "data=3: allowed are",
