@@ -247,13 +247,14 @@ def open_backbone(
         return FrozenBackbone(name, found, found.img_size, mean, std, about, native=found.native)
     say_notes(found, path)
     trunk = build_trunk(found).float()
+    method = "mae" if found.meta.get("kind") == "mae" else "msn"
     return FrozenBackbone(
         name,
         trunk,
         trunk.img_size if image_size is None else image_size,
         tuple(found.meta.get("mean", IMAGENET_MEAN)),
         tuple(found.meta.get("std", IMAGENET_STD)),
-        {**found.meta, "path": path, "kind": found.source},
+        {**found.meta, "path": path, "kind": found.source, "pretrained_by": method},
         native=found.native,
     )
 

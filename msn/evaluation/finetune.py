@@ -205,7 +205,7 @@ class FineTune(Protocol):
         check_draws(splits, seed)
         if shots is not None and shots < 1:
             raise UserError(f"protocol.shots must be >= 1, got {shots}")
-        self.is_the_papers = self.recipe.pool == "token"  # MSN's; MAE's figures are no row of it
+        self.methods = ("msn",) if self.recipe.pool == "token" else ("mae",)
         self.shots, self.fraction, self.splits, self.seed = shots, fraction, splits, seed
 
     def label_sets(self, train: LabelledSet) -> list[LabelSet]:

@@ -258,6 +258,22 @@ _FIGURES: dict[str, dict[tuple[str, str], tuple[float, float | None]]] = {
 }
 
 
+# Of masked autoencoders: the MSN paper's low-shot rows, and table 3 and section 4.3 of arXiv
+# 2111.06377 with its own fine-tuning.
+_MAE_MODELS = {(768, 12, 16): "ViT-B/16", (1024, 24, 16): "ViT-L/16", (1280, 32, 14): "ViT-H/14"}
+_MAE_FIGURES: dict[str, dict[tuple[str, str], tuple[float, float | None]]] = {
+    "ViT-B/16": {("finetune", "all"): (0.836, None)},
+    "ViT-L/16": {
+        ("logistic", "1"): (0.123, None),
+        ("logistic", "2"): (0.193, None),
+        ("logistic", "5"): (0.423, None),
+        ("finetune", "all"): (0.859, None),
+    },
+    "ViT-H/14": {("finetune", "all"): (0.869, None)},
+}
+_PUBLISHED = {"msn": (_MODELS, _FIGURES), "mae": (_MAE_MODELS, _MAE_FIGURES)}
+
+
 def is_imagenet(classes: Sequence[str]) -> bool:
     """Whether class names are those of ImageNet-1k: a thousand WordNet ids."""
     return len(classes) == IMAGENET_CLASSES and all(
@@ -266,15 +282,17 @@ def is_imagenet(classes: Sequence[str]) -> bool:
 
 
 def paper_figure(
-    model: Mapping[str, int | float], classifier: str, labels: str
+    model: Mapping[str, int | float], classifier: str, labels: str, method: str = "msn"
 ) -> PaperFigure | None:
-    """The paper's figure for an architecture on ImageNet-1k, None where it has none.
+    """The published figure for an architecture on ImageNet-1k, None where there is none.
 
     Args:
         model: the six numbers of `VisionTransformer`.
         classifier: `logistic`, `linear`, `finetune` or `knn`.
         labels: `1`, `2`, `5`, `1%` or `all`.
+        method: `msn` or `mae`, which pretrained the network.
     """
-    name = _MODELS.get((int(model["embed_dim"]), int(model["depth"]), int(model["patch_size"])))
-    found = _FIGURES.get(name, {}).get((classifier, labels)) if name else None
+    models, figures = _PUBLISHED[method]
+    name = models.get((int(model["embed_dim"]), int(model["depth"]), int(model["patch_size"])))
+    found = figures.get(name, {}).get((classifier, labels)) if name else None
     return None if name is None or found is None else PaperFigure(name, *found)

@@ -79,6 +79,7 @@ class Linear(Protocol):
 
     baselines: ClassVar[tuple[str, ...]] = ()  # a hundred passes over all images each
     is_the_papers = True
+    methods = ("msn",)  # MAE's probe has a BatchNorm and another optimiser
 
     def __init__(
         self,

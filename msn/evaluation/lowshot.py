@@ -48,11 +48,13 @@ class Protocol(ABC):
     Attributes:
         baselines: what stands beside the backbones unless the user says otherwise: what costs
             little and tells much.
-        is_the_papers: whether figures of the paper may stand beside this protocol's.
+        is_the_papers: whether published figures may stand beside this protocol's.
+        methods: of networks whose published figures were taken in this way.
     """
 
     baselines: ClassVar[tuple[str, ...]] = ("random", "pixels")
     is_the_papers: bool = False
+    methods: tuple[str, ...] = ("msn", "mae")
 
     def __init__(self, features: Mapping[str, Any]) -> None:
         self.features = make("protocol.features", features, FeatureSettings, complete=True)
@@ -205,7 +207,7 @@ def evaluate(
         with in_one_line(lambda: less_memory("protocol.features.batch_size", batch_size)):
             found = protocol.run(subject, plan, held_out, runtime)
         _say_what(found, subject)
-        _set_beside_paper(found, subject if comparable else None)
+        _set_beside_paper(found, subject if comparable else None, protocol.methods)
         results += found
     return results
 
@@ -218,12 +220,15 @@ def _say_what(results: Sequence[Result], subject: Subject) -> None:
             result.row.update(weights=digest, image_size=subject.image_size)
 
 
-def _set_beside_paper(results: Sequence[Result], subject: Subject | None) -> None:
-    """Add the paper's figure for an architecture of the paper; None where nothing compares."""
+def _set_beside_paper(
+    results: Sequence[Result], subject: Subject | None, methods: Sequence[str]
+) -> None:
+    """Add the published figure for an architecture of a paper; None where nothing compares."""
     for result in results:
         figure = None
         if isinstance(subject, FrozenBackbone) and not subject.is_baseline:
             classifier, labels = result.row["classifier"], result.row["labels"]
-            if isinstance(subject.trunk, VisionTransformer):
-                figure = paper_figure(subject.trunk.model_config, classifier, labels)
+            method = subject.about.get("pretrained_by", "msn")
+            if isinstance(subject.trunk, VisionTransformer) and method in methods:
+                figure = paper_figure(subject.trunk.model_config, classifier, labels, method)
         result.row["paper"] = None if figure is None else figure._asdict()

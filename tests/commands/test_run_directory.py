@@ -188,7 +188,7 @@ def test_a_run_without_a_whole_checkpoint_begins_again_and_keeps_the_old(
 
 def test_a_finished_run_without_its_report_says_how_to_make_it(tmp_path):
     (tmp_path / "run.json").write_text('{"status": "finished"}')
-    with pytest.raises(UserError, match=r"finished run.*msn report runs=\["):
+    with pytest.raises(UserError, match=r"finished run.*msn report runs="):
         chosen(tmp_path)
     (tmp_path / "report.html").touch()
     with pytest.raises(UserError, match="choose another run.name or run.dir$"):

@@ -30,6 +30,7 @@ KINDS = {
     "linear": Linear,
     "finetune": FineTune,
     "finetune_few": FineTune,
+    "finetune_mae": FineTune,
 }
 
 
@@ -287,6 +288,10 @@ def test_the_papers_figures_stand_beside_an_architecture_of_the_paper():
     assert (figure.model, figure.top1, figure.std) == ("ViT-S/16", 0.628, 0.003)
     assert paper_figure(small, "knn", "all") is None
     assert paper_figure({**small, "patch_size": 8}, "logistic", "5") is None
+    large = {**small, "embed_dim": 1024, "depth": 24}
+    assert paper_figure(large, "logistic", "5", "mae").top1 == 0.423
+    assert paper_figure(large, "logistic", "5") is None
+    assert paper_figure(small, "finetune", "all", "mae") is None
     ids = [f"n{i:08d}" for i in range(1000)]
     assert is_imagenet(ids)
     assert not is_imagenet(ids[:-1])

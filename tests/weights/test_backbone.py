@@ -161,7 +161,7 @@ def test_the_transform_reads_16_bits_as_the_training_did(tmp_path):
         (torch.zeros(3, 0, 0, dtype=torch.uint8), r"got uint8 .3, 0, 0."),
         (torch.tensor(7, dtype=torch.uint8), r"got uint8 .."),
         (Image.new("RGB", (0, 5)), "must have pixels, got 0 x 5"),
-        (7, "must be a path, a PIL image or a tensor"),
+        (7, "must be a path, a PIL image, an array or a tensor"),
     ],
 )
 def test_what_is_no_image_is_told(tmp_path, picture, message):

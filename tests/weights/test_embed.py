@@ -54,6 +54,7 @@ def run(folder, **changes):
         "overwrite": False,
         "model": {"num_heads": None},
         "init_key": None,
+        "init_family": None,
         **changes,
     }
     return embed.run(OmegaConf.create(settings))

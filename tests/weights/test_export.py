@@ -8,11 +8,11 @@ import signal
 import pytest
 import timm
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from msn.commands import export as command
+from msn.commands.entry import compose
 from msn.errors import UserError
 from msn.weights import build_trunk, load_backbone, read_weights
 from msn.weights.classifier import Classifier
@@ -459,15 +459,8 @@ def test_a_finished_run_is_exported_with_its_anchor_head_and_prototypes(tmp_path
     save_run(tmp_path / "run", network.target.trunk)
     save_checkpoint(tmp_path / "run" / "checkpoints" / "epoch-5-step-50.ckpt", network)
     (tmp_path / "run" / "config.yaml").write_text("{}")
-    settings = {"checkpoint": str(tmp_path / "run"), "format": "official", "image_size": None}
-    settings |= {
-        "out": str(tmp_path / "out"),
-        "head": None,
-        "overwrite": False,
-        "push": None,
-        "private": True,
-    }
-    command.run(OmegaConf.create({**settings, "model": {"num_heads": None}, "init_key": None}))
+    where = [f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'out'}"]
+    command.run(compose("export", [*where, "format=official"]))
     weights = read_weights(tmp_path / "out" / "msn.pth.tar")
     assert_same(weights.trunk, network.target.trunk.state_dict())
     assert_same(weights.anchor_head, network.anchor.head.state_dict())
