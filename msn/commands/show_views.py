@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from PIL import Image
+from torch import Tensor
 
 from msn.commands.entry import to_plain
 from msn.commands.eval_lowshot import refuse_other_target
@@ -16,9 +17,10 @@ from msn.data.dataset import ImageBatch, TrainingSet
 from msn.data.pools import Pools, PoolSettings, build_pools
 from msn.data.reference_views import make_reference_views
 from msn.data.sampler import BatchKey, EpochSampler
-from msn.data.views import ViewSettings, view_settings
+from msn.data.views import ViewSettings, draw_noise, view_settings
 from msn.errors import UserError
 from msn.files import write_bytes
+from msn.method.mae import num_kept_patches
 from msn.method.masking import PatchDrop, draw_key
 from msn.reporting.pictures import views_sheet
 from msn.schema import make, take, whole_number
@@ -46,7 +48,13 @@ def run(config: DictConfig) -> None:
     data = settings["data"]
     views = view_settings(data["views"])
     _refuse_beyond_reason(images, views)
-    drop = PatchDrop(**take("method", settings["method"], PatchDrop))
+    is_mae = "mask_ratio" in settings["method"]
+    if is_mae:
+        num_kept_patches(
+            (views.rand_size // views.patch_size) ** 2, settings["method"]["mask_ratio"]
+        )
+    else:
+        drop = PatchDrop(**take("method", settings["method"], PatchDrop))
     pools = build_pools(make("data", data, PoolSettings))
     order = _order(pools, data["global_batch_size"], seed)
     key = order.keys(epoch)[0]
@@ -55,20 +63,39 @@ def run(config: DictConfig) -> None:
         made = make_reference_views(batch, views, device=torch.device("cpu"), dtype=torch.float32)
     else:
         made = make_batched_views(batch, views, dtype=torch.float32)
-    kept = drop.draw(
-        (views.rand_size // views.patch_size) ** 2,
-        rand_views=views.rand_views,
-        images=range(len(batch.indices)),
-        global_batch_size=order.global_batch_size,
-        key=draw_key(seed, epoch * len(order)),
-    )
+    if is_mae:
+        made = made._replace(rand=made.target[None])  # its only view, as the encoder sees it
+        kept: Tensor | None = _kept_by_mae(settings["method"]["mask_ratio"], views, batch, seed)
+    else:
+        kept = drop.draw(
+            (views.rand_size // views.patch_size) ** 2,
+            rand_views=views.rand_views,
+            images=range(len(batch.indices)),
+            global_batch_size=order.global_batch_size,
+            key=draw_key(seed, epoch * len(order)),
+        )
     originals = [Image.fromarray(batch.image(i).numpy()) for i in range(len(batch.indices))]
-    sheet = views_sheet(made, kept, patch_size=views.patch_size, originals=originals)
+    sheet = views_sheet(
+        made,
+        kept,
+        patch_size=views.patch_size,
+        originals=originals,
+        masked="masked" if is_mae else "rand",
+    )
     write_picture(out, sheet)
     print(
         f"{len(originals)} of {len(pools.train)} images with {views.num_views} views each, "
         f"{sheet.width} x {sheet.height} px: {out}"
     )
+
+
+def _kept_by_mae(mask_ratio: float, views: ViewSettings, batch: ImageBatch, seed: int) -> Tensor:
+    """Patches that a masked autoencoder sees of each image in this epoch, [1, B, M]."""
+    count = (views.rand_size // views.patch_size) ** 2
+    indices = batch.indices.numpy()
+    noise = draw_noise(seed=seed, epoch=batch.epoch, indices=indices, count=count)
+    kept = torch.from_numpy(noise).argsort(dim=1, stable=True)
+    return kept[None, :, : num_kept_patches(count, mask_ratio)]
 
 
 def write_picture(out: Path, picture: Image.Image) -> None:

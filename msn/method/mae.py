@@ -75,7 +75,7 @@ class MAE(Network):
                 "MAE's positions are fixed: leave out model.position, registers, class_position"
             )
         side = self.trunk.img_size // self.trunk.patch_size
-        self.num_kept = _num_kept(side**2, mask_ratio)
+        self.num_kept = num_kept_patches(side**2, mask_ratio)
         self.norm_pix_loss = norm_pix_loss
         self.decoder = Decoder(self.trunk, **decoder)
         _set_positions(places, side)
@@ -267,7 +267,12 @@ def _init_linear(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _num_kept(patches: int, mask_ratio: float) -> int:
+def num_kept_patches(patches: int, mask_ratio: float) -> int:
+    """N (1 - mask_ratio), rounded down, of N patches.
+
+    Raises:
+        UserError: if the ratio is not in (0, 1), or keeps no patch.
+    """
     if not 0 < mask_ratio < 1:
         raise UserError(f"mask_ratio must be in (0, 1), got {mask_ratio}")
     kept = int(patches * (1 - mask_ratio))

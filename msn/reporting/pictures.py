@@ -279,6 +279,7 @@ def views_sheet(
     *,
     patch_size: int,
     originals: Sequence[Image.Image],
+    masked: str = "rand",
     transparent: bool = False,
 ) -> Image.Image:
     """Draw one row per image: the original, the target, rand anchors, focal anchors.
@@ -290,6 +291,7 @@ def views_sheet(
         kept: patches that rand anchors keep, [M] or [R, B, M]; None keeps all.
         patch_size: side of a patch in px of the views.
         originals: the B images before they were cropped, any size.
+        masked: caption of rand anchors.
         transparent: leave the ground between the views out (RGBA), for pages in light and dark.
 
     Returns:
@@ -304,13 +306,13 @@ def views_sheet(
         target = Image.fromarray(view_pixels(views.target[i]))
         cells = [_contained(originals[i], side), sized(target, side)]
         for r, view in enumerate(views.rand[:, i]):
-            masked = cover_dropped(view_pixels(view), _kept_of(kept, r, i), patch_size)
-            cells.append(sized(Image.fromarray(masked), side))
+            covered = cover_dropped(view_pixels(view), _kept_of(kept, r, i), patch_size)
+            cells.append(sized(Image.fromarray(covered), side))
         cells += [
             sized(Image.fromarray(view_pixels(view)), small_side) for view in views.focal[:, i]
         ]
         rows.append(cells)
-    captions = ["original", "target", *["rand"] * len(views.rand), *["focal"] * len(views.focal)]
+    captions = ["original", "target", *[masked] * len(views.rand), *["focal"] * len(views.focal)]
     return tiled(rows, captions, transparent=transparent)
 
 

@@ -37,6 +37,29 @@ def test_the_sheet_shows_the_first_images_of_the_epoch_as_training_sees_them(
     assert np.abs(sheet.astype(int) - drawn).mean() < 0.5
 
 
+def test_the_sheet_of_a_masked_autoencoder_shows_what_its_encoder_sees(command, images, tmp_path):
+    small = ["experiment=mae_small_images", *SMALL[1:]]
+    code, out, error = command(
+        "show_views", *small, f"data.root={images}", f"out={tmp_path / 'views.png'}"
+    )
+    assert code == 0, error
+    sheet = np.asarray(Image.open(tmp_path / "views.png")).astype(int)
+
+    config = compose(
+        "train", [*(s for s in small if s[:4] not in ("imag", "epoc")), f"data.root={images}"]
+    )
+    data, module = build(config, "data"), build(config, "module")
+    key = data.sampler(rank=0, world_size=1).keys(2)[0]
+    batch = next(iter(data.loader([BatchKey(key.epoch, key.batch, key.indices[:3])])))
+    views = data.on_after_batch_transfer(batch, 0)
+    seen = module.draw_noise(views).argsort(dim=1)[:, : module.network.num_kept]
+    masked = views._replace(rand=views.target[None])
+    originals = [Image.fromarray(batch.image(i).numpy()) for i in range(3)]
+    patch = config.model.patch_size
+    drawn = views_sheet(masked, seen[None], patch_size=patch, originals=originals, masked="masked")
+    assert np.abs(sheet - np.asarray(drawn)).mean() < 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
