@@ -267,8 +267,8 @@ def find_target(config: DictConfig, key: str, kind: type = object) -> Callable[.
     name = settings["_target_"]
     try:
         target: Any = hydra.utils.get_object(name) if isinstance(name, str) else None
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{key}._target_={name}: {one_line(error).rstrip(':')}") from None
+    except (ImportError, ValueError):
+        raise UserError(f"{key}._target_={name}: cannot be imported") from None
     if not callable(target) or settings.get("_partial_"):
         raise UserError(f"{key}._target_={name}: must name a class or a function to call")
     if isinstance(target, type) and not issubclass(target, kind):

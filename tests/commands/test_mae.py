@@ -135,10 +135,14 @@ def test_a_whole_run_gives_backbone_table_and_report_and_the_other_method_begins
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_give_what_one_gives(tmp_path, strategy):
+@pytest.mark.parametrize(
+    # Lightning's FSDP2 does not take float64.
+    ("strategy", "precision", "bound"),
+    [("ddp", "64-true", 1e-6), ("fsdp2", "32-true", 1e-4)],
+)
+def test_two_processes_give_what_one_gives(tmp_path, strategy, precision, bound):
     """Also stopped on two and resumed on two."""
-    precise = [*SMALL, "trainer.precision=64-true", "report=false"]
+    precise = [*SMALL, f"trainer.precision={precision}", "report=false"]
     code, out = end(start(PROGRAM, *precise, f"run.dir={tmp_path / 'one'}"))
     assert code == 0, out
     two = [*precise, f"trainer.strategy={strategy}", f"run.dir={tmp_path / 'two'}"]
@@ -151,4 +155,4 @@ def test_two_processes_give_what_one_gives(tmp_path, strategy):
     assert one.keys() == both.keys()
     # Views are made in single precision, from batches of other sizes.
     for name, value in one.items():
-        torch.testing.assert_close(both[name], value, rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(both[name], value, rtol=10 * bound, atol=bound, msg=name)
