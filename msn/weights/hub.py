@@ -13,8 +13,7 @@ from typing import Any
 from msn.errors import UserError
 
 PREFIX = "hf://"
-# A path that was normalised has one slash.
-_ADDRESS = re.compile(r"hf:/{1,2}([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+_ADDRESS = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _FETCHED = ("*.safetensors", "*.json", "*.yaml", "README.md")
 
@@ -27,8 +26,9 @@ def local_path(path: str | Path) -> Path:
             it: the network or a token is missing, or there is no such repository.
     """
     text = str(path)
-    if not text.startswith("hf:/"):
+    if not text.startswith("hf:/"):  # one slash: a path that was normalised
         return Path(path)
+    text = PREFIX + text.removeprefix("hf:").lstrip("/")
     found = _ADDRESS.fullmatch(text)
     if found is None:
         raise UserError(f"{text}: must be {PREFIX}USER/NAME or {PREFIX}USER/NAME@REVISION")

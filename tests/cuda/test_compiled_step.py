@@ -44,14 +44,14 @@ def test_compiled_blocks_of_trunk_and_decoder_break_nowhere(gpu):
 ATTEND = Block._attend_from_class
 
 
-def break_the_graph(self, normed):
+def break_the_graph(self, normed, turn):
     torch._dynamo.graph_break()
-    return ATTEND(self, normed)
+    return ATTEND(self, normed, turn)
 
 
-def compile_again(self, normed):
+def compile_again(self, normed, turn):
     self.calls = getattr(self, "calls", 0) + 1  # a number that compiled code takes for fixed
-    return ATTEND(self, normed) * self.calls
+    return ATTEND(self, normed, turn) * self.calls
 
 
 @pytest.mark.parametrize("wrong", [break_the_graph, compile_again])

@@ -165,7 +165,7 @@ def test_what_fails_is_one_line_before_anything_is_made(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     for address in ("hf://a/b", "hf:/a/b@v1"):
-        with pytest.raises(UserError, match=rf"{address}: the Hub does not give it .no route."):
+        with pytest.raises(UserError, match="^hf://a/b.*: the Hub does not give it .no route."):
             hub.local_path(address)
     with pytest.raises(UserError, match="must be hf://USER/NAME"):
         hub.local_path("hf://a")
