@@ -51,7 +51,7 @@ class Table(Sequence[dict[str, Any]]):
 
         from msn.evaluation.table import table_of
 
-        console = Console(record=True, file=io.StringIO(), width=160)
+        console = Console(record=True, file=io.StringIO(), width=160, force_jupyter=False)
         console.print(table_of(self.rows, ""))
         return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
