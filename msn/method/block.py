@@ -4,6 +4,7 @@ Legend: B images, L tokens of one image (class token first, then registers, then
 D embedding width, d width of a head, T tokens of all views together.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -18,13 +19,11 @@ from msn.method.positions import rotate
 
 # (number of images, tokens per image) of each view size in a packed [T, D] matrix.
 Groups = Sequence[tuple[int, int]]
-
-
 # For each view size how its patches turn (`Rope.rotations`); None without rotary positions.
 Turns = Sequence[Tensor] | None
 
 
-class PackedBlock(nn.Module):
+class PackedBlock(nn.Module, ABC):
     """A pre-norm block, applied to packed tokens [T, D] with attention inside each image."""
 
     # Modules of timm's blocks, which differ in their types.
@@ -45,13 +44,13 @@ class PackedBlock(nn.Module):
         tokens = tokens + self.scaled(1, self._attend(self.norm1(tokens), groups, turns))
         return tokens + self.scaled(2, self.mlp(self.norm2(tokens)))
 
+    @abstractmethod
     def qkv(self) -> tuple[Tensor, Tensor | None]:
         """Weight [3 D, D] and bias [3 D] of queries, keys and values."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scaled(self, branch: int, tokens: Tensor) -> Tensor:
         """What attention (1) or MLP (2) adds, times the layer scale where there is one."""
-        raise NotImplementedError
 
     def class_tokens(self, tokens: Tensor, groups: Groups, turns: Turns = None) -> Tensor:
         """The same block where only class tokens are wanted: exact, without the others' work.

@@ -118,13 +118,15 @@ class Rope:
         Returns:
             [N or M, 2 d], or [B, M, 2 d] where each image keeps its own; sines first.
         """
-        kind = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
-        centres = [(torch.arange(length, **kind) + 0.5) / length * 2 - 1 for length in grid]  # type: ignore[call-overload]
+        wide, device = torch.promote_types(like.dtype, torch.float32), like.device
+        numbers = [torch.arange(length, device=device, dtype=wide) for length in grid]
+        centres = [(number + 0.5) / len(number) * 2 - 1 for number in numbers]
         places = torch.stack(torch.meshgrid(*centres, indexing="ij"), dim=-1).flatten(0, 1)
         if moved is not None:
             shift, stretch = moved.to(places)
             places = (places + shift) * stretch
-        exponents = torch.arange(self.width // 4, **kind) / (self.width // 4)  # type: ignore[call-overload]
+        count = self.width // 4
+        exponents = torch.arange(count, device=device, dtype=wide) / count
         angles = 2 * math.pi * places[:, :, None] / self.base**exponents  # [N, 2, d / 4]
         angles = angles.flatten(1).repeat(1, 2)
         turns = torch.cat([angles.sin(), angles.cos()], dim=-1)

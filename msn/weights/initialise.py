@@ -56,17 +56,7 @@ def initialise_msn(network: MSN, weights: Weights) -> list[tuple[str, str]]:
 
     The anchor gets the file's own anchor where it has one, else the target's weights as the target
     does. A part that is not there or does not fit keeps its fresh initialisation; head and target
-    head stay equal then.
-
-    Args:
-        network: freshly built; changed in place.
-        weights: as `read_weights` gives them.
-
-    Returns:
-        A table of (part, what happened to it): loaded, resized, initialised or ignored.
-
-    Raises:
-        UserError: if the trunks differ in more than the image size; the network is unchanged then.
+    head stay equal then. Arguments, result and errors are those of `initialise`.
     """
     note = _check_fits(network.target.trunk, weights)
     anchor_trunk, anchor_head = weights.anchor_trunk, weights.anchor_head

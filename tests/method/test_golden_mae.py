@@ -8,21 +8,14 @@ from safetensors.torch import load_file, save_file
 
 from msn.commands.verify import load_golden, replay
 from msn.method.mae import MAE
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, SMALL_MODEL
 from tests.method.test_mae import transformers_twin
 
 FILE = GOLDEN["default"].with_name("golden_mae.safetensors")
 STEPS = 6
 CONFIG = {
     "kind": "mae",
-    "model": {
-        "img_size": 16,
-        "patch_size": 4,
-        "embed_dim": 24,
-        "depth": 2,
-        "num_heads": 2,
-        "mlp_ratio": 4.0,
-    },
+    "model": SMALL_MODEL,
     "decoder": {"embed_dim": 16, "depth": 1, "num_heads": 2},
     "mask_ratio": 0.75,
     "norm_pix_loss": True,
