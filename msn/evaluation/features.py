@@ -163,9 +163,10 @@ class FeatureSettings:
         check_feature(self.feature, None)
         check_ranges("features", self)
         if self.batch_size * (self.image_size or 1) ** 2 > _MOST_PIXELS:
+            size = "" if self.image_size is None else f"features.image_size={self.image_size}: "
             raise UserError(
-                f"features.image_size={self.image_size}: a batch of {self.batch_size} images would "
-                f"have more than {_MOST_PIXELS:.0e} pixels; lower it or features.batch_size"
+                f"{size}a batch of {self.batch_size} images would have more than "
+                f"{_MOST_PIXELS:.0e} pixels; lower features.batch_size"
             )
         if self.precision not in PRECISIONS:
             raise UserError(
