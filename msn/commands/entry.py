@@ -247,7 +247,8 @@ def build(config: DictConfig, key: str, kind: type = object, **runtime: Any) -> 
             extra = key.rpartition(".")[2]
             hint = f'python -m pip install "msn-pretraining[{extra}]"'
             raise UserError(f"{key}: {one_line(cause)}: {hint}") from None
-        if isinstance(cause, TypeError) and not ours:  # an unknown key or a wrong type
+        # An unknown key or a wrong type; a logger has many classes of errors.
+        if not ours and (isinstance(cause, TypeError) or key.startswith("logger.")):
             raise UserError(f"{key}: {one_line(cause)}") from None
         raise cause from None
     if not isinstance(made, kind):

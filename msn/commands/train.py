@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from msn.commands import plan
-from msn.commands.entry import build, to_plain
+from msn.commands.entry import build, one_line, to_plain
 from msn.commands.eval_lowshot import check_baselines, check_seed
 from msn.commands.result import evaluated, finish
 from msn.commands.run_directory import (
@@ -167,7 +167,7 @@ def _set_up(
         directory.begin_again()
         directory.create(config)
     for logger in trainer.loggers:
-        logger.log_hyperparams(settings)  # wandb begins here, or says why not
+        _begin(logger, settings)
     if trainer.is_global_zero:
         directory.write_status("unfinished", facts=_facts(trainer, data, module))
 
@@ -386,6 +386,16 @@ def _build_loggers(config: DictConfig, directory: RunDirectory) -> list[Logger]:
         for name in config.logger
     ]
     return [metrics, *others]
+
+
+def _begin(logger: Logger, settings: dict[str, Any]) -> None:
+    """Give a logger the settings: wandb and MLflow begin here, or say why not."""
+    try:
+        logger.log_hyperparams(settings)
+    except Exception as error:  # of login, network or server: foreign loggers have many classes
+        if type(logger).__module__.startswith("msn."):
+            raise
+        raise UserError(f"{type(logger).__name__}: {one_line(error)}") from None
 
 
 @contextlib.contextmanager

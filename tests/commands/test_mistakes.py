@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
@@ -40,7 +41,7 @@ COMMAND_LINES = {
     "~callbacks.preemption": "callbacks.preemption is missing",
     "~run.root": "run.root is missing",
     "method=null": "method=null: allowed are mae, msn, msn_no_sinkhorn, pmsn",
-    "logger=null": "allowed are csv, tensorboard, wandb",
+    "logger=null": "allowed are csv, mlflow, tensorboard, wandb",
     "experiment=null": "allowed are digits",
     "data=3": "data=3: allowed are",
     "resume=foo": "resume=foo: allowed are auto, never",
@@ -207,6 +208,23 @@ def test_an_optional_logger_that_is_not_installed(tiny, tmp_path, monkeypatch):
     message = refused(tiny, {"logger": logger, "run.root": str(tmp_path / "runs")})
     assert 'python -m pip install "msn-pretraining[tensorboard]"' in message
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("at", ["start", "settings"])
+def test_a_server_of_a_logger_that_does_not_answer(tiny, tmp_path, monkeypatch, at):
+    class Unreachable(CSVLogger):
+        def __init__(self, *, experiment_name, run_name, tracking_uri, save_dir):
+            super().__init__(save_dir)
+            if at == "start":
+                raise ConnectionError("no server")
+
+        def log_hyperparams(self, params):
+            raise ConnectionError("no server")
+
+    monkeypatch.setattr("lightning.pytorch.loggers.MLFlowLogger", Unreachable)
+    logger = compose("train", ["logger=mlflow"]).logger
+    message = refused(tiny, {"logger": logger, "run.root": str(tmp_path / "runs")})
+    assert message == f"{'logger.mlflow' if at == 'start' else 'Unreachable'}: no server"
 
 
 @pytest.mark.parametrize(
