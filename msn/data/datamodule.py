@@ -1,4 +1,4 @@
-"""The data module: one object from settings to batches of views, on whatever device trains."""
+"""The data module: from settings to batches of views on the training device."""
 
 from __future__ import annotations
 
@@ -106,8 +106,8 @@ class MSNDataModule(LightningDataModule):
 
     @property
     def num_workers(self) -> int:
-        """Of this process: as set, or the node's cores shared out over its processes."""
-        # Lightning's own launcher tells nothing in the environment that torchrun tells.
+        """Workers of this process: as set, or the cores of the node divided by its processes."""
+        # Lightning's own launcher sets no LOCAL_WORLD_SIZE, as torchrun does.
         processes = 1 if self.trainer is None else self.trainer.num_devices
         return resolve_workers(
             self.settings.num_workers, in_memory=self._in_memory, processes=processes
@@ -147,14 +147,14 @@ class MSNDataModule(LightningDataModule):
         )
 
     def prepare_data(self) -> None:
-        """Let images count again that an earlier start of this run could not read and we can."""
+        """Take images back that an earlier start of this run could not read and this one can."""
         self._open_ledger()
         self.ledger.forget(self._can_be_read)
 
     def _can_be_read(self, image: BadImage) -> bool:
         train = self.pools.train
         if image.number >= len(train) or train.name(image.number) != image.path:
-            return True  # of other data, which this run was made to go on with
+            return True  # resume.force=true: the data are other ones now
         try:
             train.source.decode(int(train.positions[image.number]), full_size)
         except BadImageError:
@@ -162,7 +162,7 @@ class MSNDataModule(LightningDataModule):
         return True
 
     def train_dataloader(self) -> DataLoader:
-        """Loader of decoded batches; with it comes the position that a checkpoint stored."""
+        """Loader of decoded batches, from the position that a checkpoint stored."""
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         self._sampler = self.sampler(rank=rank, world_size=world)
@@ -189,7 +189,7 @@ class MSNDataModule(LightningDataModule):
             sampler=sampler,
             batch_size=None,
             pin_memory=torch.cuda.is_available(),
-            # Its own, so that making an iterator draws nothing from the run's global generator.
+            # A generator of its own: making an iterator draws nothing from the global one.
             generator=torch.Generator(),
             persistent_workers=several,
             prefetch_factor=self.settings.prefetch_batches if several else None,
@@ -208,9 +208,9 @@ class MSNDataModule(LightningDataModule):
         return self.make_views(batch, self._view_dtype())._replace(origin=origin)
 
     def _view_dtype(self) -> torch.dtype:
-        """That of the network's first product, which rounds its input to it under autocast.
+        """Type of the views: that of the network's first product, which casts them anyway.
 
-        A method that predicts pixels gets them as exact as the network's weights.
+        A method that predicts pixels gets them in the type of the network's weights.
         """
         if self.trainer is None:
             return torch.float32
@@ -239,7 +239,7 @@ class MSNDataModule(LightningDataModule):
             self.ledger.file = Path(self.run_dir) / "bad_images.csv"
 
     def fingerprint(self) -> dict[str, Any]:
-        """What must be the same for a resumed run to see the same batches."""
+        """Values that must not change if a resumed run is to see the same batches."""
         train = self.pools.train
         digest = hashlib.sha256()
         step = max(1, len(train) // 1000)
@@ -254,7 +254,7 @@ class MSNDataModule(LightningDataModule):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the data and what the data were; plain values."""
+        """Position in the data and fingerprint of the data; plain values."""
         epoch, batch = self._position
         batches = len(self.sampler(rank=0, world_size=1))
         if self.trainer is not None and self.trainer.num_training_batches < batches:
@@ -264,7 +264,7 @@ class MSNDataModule(LightningDataModule):
         return {"epoch": epoch, "batch": batch, "fingerprint": self.fingerprint()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a stored position.
+        """Continue from a stored position.
 
         Raises:
             UserError: the checkpoint was trained on other data, and `force_resume` is not set.
@@ -308,14 +308,14 @@ def resolve_workers(num_workers: int | None, *, in_memory: bool, processes: int 
 
 
 def _to_device(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On CUDA the copy runs beside the step before, for which the host does not wait."""
+    """Copy to the device; on CUDA the copy overlaps the step before and the host does not wait."""
     if device.type != "cuda":
         return pixels.to(device, non_blocking=True)
     step, copies = torch.cuda.current_stream(device), copy_stream(device)
     with torch.cuda.stream(copies):
         pixels = pixels.to(device, non_blocking=True)
     step.wait_stream(copies)
-    pixels.record_stream(step)  # its memory is not the next copy's while the step may read it
+    pixels.record_stream(step)  # the next copy does not take its memory while the step reads it
     return pixels
 
 

@@ -1,6 +1,6 @@
-"""Batches of training images as workers make them, and labelled images as evaluation sees them.
+"""Batches of training images, made by worker processes, and labelled images for evaluation.
 
-The decoded images of a batch have different sizes and lie in one buffer, without padding.
+The decoded images of a batch have different sizes; they lie in one buffer without padding.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Subset:
         return self.source.name(int(self.positions[i]))
 
     def identity(self, i: int) -> str:
-        """Changes when image i has other pixels; see `Source.identity`."""
+        """A key for caches: it changes when the pixels of image i change."""
         file = self.source.identity(int(self.positions[i]))
         depth = self.source.depth
         return file if levels_of(depth) == SIXTEEN_BITS else f"{file} depth {depth}"
@@ -104,11 +104,11 @@ class ImageBatch(NamedTuple):
 
 
 class PixelBuffer:
-    """Takes images of different sizes one after the other into one buffer.
+    """Collects images of different sizes in one buffer.
 
-    Each image is copied while it is still in the cache, and its own memory is free for the next. In
-    a worker process the buffer is shared memory where there is room, so that sending it copies
-    nothing. Room that is not used is never touched and costs nothing.
+    Each image is copied while it is still in the processor's cache, then its memory is free again.
+    In a worker process the buffer is shared memory if there is room, so sending it copies nothing.
+    Unused room is never touched and costs nothing.
 
     Args:
         count: images that are expected.
@@ -144,9 +144,9 @@ class PixelBuffer:
 
 
 class TrainingSet(Dataset[ImageBatch]):
-    """Turns the key of a batch into decoded images with the parameters of their views.
+    """Maps the key of a batch to decoded images and the parameters of their views.
 
-    It holds no state that a batch changes, so any worker of any process gives the same answer.
+    It has no state that a batch changes, so every worker of every process gives the same answer.
 
     Args:
         images: what to train on.
@@ -211,7 +211,7 @@ class TrainingSet(Dataset[ImageBatch]):
         return max(1, int((sides / wanted).min() / REDUCING_GAP))
 
     def _decode_or_replace(self, index: int, epoch: int) -> tuple[DecodedImage, list[BadImage]]:
-        """Decode an image; where that fails, another one that depends on the first alone."""
+        """Decode an image; if that fails, another one, drawn by the number of the first."""
         bad: list[BadImage] = []
         candidate = index
         for attempt in range(REPLACEMENT_TRIES):
@@ -226,12 +226,12 @@ class TrainingSet(Dataset[ImageBatch]):
                 candidate = int(drawn % np.uint64(len(self)))
             else:
                 return image, bad
-        # The data are gone altogether; the main process sees what is bad and ends the run.
+        # All data are gone; the main process sees the list of bad images and ends the run.
         return DecodedImage(np.zeros((1, 1, 3), np.uint8), 1, 1, 1), bad
 
 
 def _may_reduce(settings: ViewSettings, area: int) -> bool:
-    """Whether any draw could allow a reduction: a quick look before drawing."""
+    """Whether any draw could allow a reduction: a cheap test before drawing."""
     kinds = [(settings.rand_size, settings.rand_scale)]
     if settings.focal_views:
         kinds.append((settings.focal_side, settings.focal_scale))

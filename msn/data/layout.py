@@ -24,11 +24,11 @@ _DEEPEST = 8  # folders around each other; links may make a circle
 
 
 def find_parts(root: str, val_root: str | None) -> tuple[str, str | None]:
-    """Where the training images are, and where those that are held out.
+    """Find the folder of training images and that of held-out images.
 
-    `train` is a part, and not a class of that name, where `val` lies beside it, where everything
-    beside it is named like a part, or where `val_root` is given. A folder around it, the only one
-    below the root, is stepped into.
+    A folder `train` is a part, and not a class of that name, if `val` lies beside it, if all
+    folders beside it are named like parts, or if `val_root` is given. If the root holds a single
+    folder and nothing else, that folder is searched instead.
 
     Args:
         root: as set; a folder, or a file (a list of images, one shard).
@@ -59,7 +59,7 @@ def find_parts(root: str, val_root: str | None) -> tuple[str, str | None]:
 
 
 def _step_in(root: str) -> tuple[str, set[str]]:
-    """The folder that an archive put around `train`, if nothing else is there, and its folders."""
+    """Step into the folder that an archive put around `train`; return it and its folders."""
     folders = inside = _folders(root)
     inner = root
     for _ in range(_DEEPEST):
@@ -68,7 +68,7 @@ def _step_in(root: str) -> tuple[str, set[str]]:
         inner = os.path.join(inner, *inside)
         inside = _folders(inner)
     if inner == root or TRAIN not in inside:
-        return root, folders  # of further folders around classes the labels take care
+        return root, folders  # the labels handle further folders around the classes
     log.info("%s holds nothing but %s, where train/ is: takes that", root, inner)
     return inner, inside
 
@@ -88,7 +88,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _holds_data(folder: str) -> bool:
-    """Whether images or shards lie in a folder itself."""
+    """Whether images or shards lie directly in a folder."""
     with os.scandir(folder) as entries:
         return any(e.name.lower().endswith((*SUFFIXES, ".tar")) for e in entries)
 
@@ -113,16 +113,16 @@ class FolderLabels(NamedTuple):
 
 
 def read_folder_labels(paths: Sequence[str], *, where: str) -> FolderLabels:
-    """The label of an image is the first folder of its path that is not the same for all.
+    """Label images by the first folder of their paths that is not the same for all.
 
-    Two folders `labelled` and `unlabelled` are not classes: the folders in the first one are.
+    Two folders `labelled` and `unlabelled` are not classes; the folders in `labelled` are.
 
     Args:
         paths: sorted relative paths.
         where: name of their folder in messages.
 
     Returns:
-        Labels where every image lies in one of at least two such folders.
+        Labels, if every image lies in one of at least two such folders.
 
     Raises:
         UserError: `labelled` and `unlabelled` lie beside further folders.
@@ -154,7 +154,7 @@ def labels_from_folders(
 
     Args:
         paths: relative paths.
-        above: what all of them begin with and which is not a class: "" or folders with a `/`.
+        above: what all paths begin with and is not a class: "" or folders with a `/`.
 
     Returns:
         Labels int64 [n] and class names; None and [] if one lies outside any folder, or all in one.

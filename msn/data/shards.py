@@ -1,10 +1,10 @@
-"""Tar shards in WebDataset's layout, read at random: by byte offset, from an index in the cache.
+"""Tar shards in WebDataset's layout, with random access by byte offset; the index is cached.
 
-A sample is a run of members that differ in their extension alone: `cat/17.jpg`, `cat/17.cls`. The
-image is what has an image's extension, of several the shortest; `.cls`, where every image has one,
-is the number of its class, -1 for none, and `classes.txt` beside the shards names the classes, one
-per line (a name that is not one line is a JSON string). Else the first folder of the members is the
-class, as it is for a folder of images.
+A sample is a run of members whose names differ only in the extension: `cat/17.jpg`, `cat/17.cls`.
+Its image is the member with an image extension (the shortest one, if there are several). If every
+image has a `.cls` member, that holds the number of its class (-1: no label), and `classes.txt`
+beside the shards names the classes, one per line (as a JSON string if a name does not fit in one
+line). Otherwise the first folder of a member is its class, as in a folder of images.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _COMPRESSED = (".tar.gz", ".tgz")
 
 
 class Members(NamedTuple):
-    """Where each image lies: shard number, byte offset, bytes, class number or -1, name.
+    """Per image: number of its shard, byte offset, size in bytes, class number or -1, name.
 
-    `folders` names the classes where these are the members' folders; it is empty where the numbers
-    were in `.cls` members. `without_cls` counts the images that have no such number.
+    `folders` names the classes if folders are the classes; it is empty if `.cls` members number
+    them. `without_cls` counts the images without such a number.
     """
 
     shard: np.ndarray
@@ -77,8 +77,8 @@ def find_shards(root: str, *, key: str) -> list[str]:
 
 
 def _tar_files(root: str) -> list[str]:
-    """Sorted paths of all tar files below a folder, each file and folder by one of its paths."""
-    seen = {os.path.realpath(root)}  # links may lead up the tree, or to what is here anyway
+    """Sorted paths of all tar files below a folder; what links reach again is listed once."""
+    seen = {os.path.realpath(root)}
 
     def is_new(path: str) -> bool:
         before = len(seen)
@@ -95,7 +95,7 @@ def _tar_files(root: str) -> list[str]:
 
 
 def _is_file(path: str) -> bool:
-    """Whether it is a regular file; a pipe would be waited for, a device never ends."""
+    """Whether it is a regular file: reading a pipe would wait, reading a device never ends."""
     if os.path.isfile(path):
         return True
     if os.path.exists(path):
@@ -127,7 +127,7 @@ def index_shards(root: str, shards: list[str]) -> Members:
     watched = {path: stamp(path) for path in shards}
     contents = _read_shards(root, shards)
     members = _members(contents)
-    # Else it is said at every start.
+    # An index with faults is not kept, so that they are reported at every start.
     if all(found.damage is None and not found.links for found in contents):
         arrays = {name: getattr(members, name) for name in ("shard", "offset", "size", "label")}
         strings = {"names": members.names, "folders": members.folders}
@@ -137,7 +137,7 @@ def index_shards(root: str, shards: list[str]) -> Members:
 
 
 def _read_shards(root: str, shards: list[str]) -> list[ShardContents]:
-    """What each shard holds; says which are damaged, and how many images are not taken."""
+    """Read the headers of all shards; report damaged shards and images that are skipped."""
     contents: list[ShardContents] = []
     images = 0
     with (
@@ -163,7 +163,7 @@ def _read_shards(root: str, shards: list[str]) -> list[ShardContents]:
 
 
 def _members(contents: list[ShardContents]) -> Members:
-    """One table of all shards' images, with classes from the folders where a number is missing."""
+    """One table of all images; if a class number is missing, folders give all classes."""
     rows = [(i, *image[:3]) for i, found in enumerate(contents) for image in found.images]
     names = [image.name for found in contents for image in found.images]
     table = np.array(rows, np.int64).reshape(-1, 4)
@@ -181,7 +181,7 @@ def _members(contents: list[ShardContents]) -> Members:
 
 
 class _OpenShard:
-    """A shard that is open; it closes with its last reader, in any thread."""
+    """An open shard; it closes when no thread uses it any more."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -228,7 +228,7 @@ class ShardSource(Source):
         return self.members.names[i]
 
     def identity(self, i: int) -> str:
-        """Where the bytes of image i are, and size and time of last change of that shard."""
+        """Shard, its size and time of last change, and the byte offset of image i."""
         path = self.shards[int(self.members.shard[i])]
         return f"{os.path.realpath(path)} {stamp(path)} {int(self.members.offset[i])}"
 
@@ -248,14 +248,14 @@ class ShardSource(Source):
         return data
 
     def _opened(self, shard: int) -> _OpenShard:
-        """A shard, opened when it is first needed; the one that is open longest makes room."""
+        """Open a shard when it is first needed; close the one that has been open longest."""
         opened = self._open.get(shard)
         if opened is not None:
             return opened
         if self._open and len(self._open) >= min(_MOST_OPEN, open_files_limit() // 8):
-            for oldest in list(self._open)[:1]:  # none where another thread was first
+            for oldest in list(self._open)[:1]:  # empty if another thread was first
                 self._open.pop(oldest, None)
-        flags = os.O_RDONLY | os.O_NONBLOCK  # what has become a pipe since is not waited for
+        flags = os.O_RDONLY | os.O_NONBLOCK  # does not wait if the file is a pipe by now
         try:
             descriptor = os.open(self.shards[shard], flags)
         except OSError as error:
@@ -267,7 +267,7 @@ class ShardSource(Source):
         return opened
 
     def __getstate__(self) -> dict[str, object]:
-        """Descriptors do not travel to other processes."""
+        """State for another process, without the open files."""
         return {**self.__dict__, "_open": {}}
 
 
@@ -309,7 +309,7 @@ def _labels(root: str, members: Members, *, key: str) -> tuple[np.ndarray | None
             f"{key}={root}: {CLASSES_FILE} names {len(listed)} classes, a shard has number "
             f"{count - 1}"
         )
-    # Classes without an image are left out, as they are where folders are the classes.
+    # As with folders, a class without an image is left out.
     used = np.unique(numbers[numbers != UNLABELLED])
     if len(used) < 2:
         return None, []
@@ -318,17 +318,17 @@ def _labels(root: str, members: Members, *, key: str) -> tuple[np.ndarray | None
 
 
 def class_line(name: str) -> str:
-    """A class in `classes.txt`: as it is, or as a JSON string where a line cannot hold it so."""
+    """A line of `classes.txt`: the name, or a JSON string if the name does not fit in a line."""
     plain = name.isprintable() and name.strip() == name and name[:1] not in ("", '"')
     return name if plain else json.dumps(name)
 
 
 def _listed_classes(root: str) -> list[str]:
-    """The classes that `classes.txt` names, none where there is no such file.
+    """The classes in `classes.txt`; [] if there is no such file.
 
     Raises:
-        UserError: a line is empty, so that it is not clear what the next ones number, or two lines
-            name the same class.
+        UserError: a line is empty, which makes the numbers after it unclear, or two lines name the
+            same class.
     """
     folder = root if os.path.isdir(root) else os.path.dirname(os.path.abspath(root))
     path = os.path.join(folder, CLASSES_FILE)

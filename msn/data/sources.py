@@ -1,8 +1,8 @@
-"""Where images come from: files below folders or in lists, and arrays in memory.
+"""Where images come from: files in folders or lists, and arrays in memory.
 
-A source is a numbered collection of images with names, and labels where it has any. It decodes an
-image or says why it cannot; what happens then is decided elsewhere. scikit-learn's digits and
-torchvision's small sets come with other packages.
+A source is a numbered collection of named images, with or without labels. It decodes an image or
+raises `BadImageError`; the caller decides what happens then. The arrays are scikit-learn's digits
+and torchvision's small data sets.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from msn.images.kinds import FORMATS, SUFFIXES, BadImageError, read_file
 
 log = logging.getLogger(__name__)
 
-_LOOKED_AT = 64  # images whose values decide on a depth
-_NAMES_LOOKED_AT = 4096  # among which these are chosen
-# Those of other images cannot have more; names without an ending tell nothing.
+_LOOKED_AT = 64  # images whose values decide the depth
+_NAMES_LOOKED_AT = 4096  # names among which these images are chosen
+# Formats of 8 bits; a name without an ending may be of any format.
 _SHALLOW = set(SUFFIXES) - {".png", ".tif", ".tiff"}
 _TORCHVISION = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
@@ -46,7 +46,7 @@ class Source(ABC):
         labels: class numbers, int64 [n], -1 for an image without a label; or None.
         classes: names of the classes, empty without labels.
         depth: which values are black and white in images of more than 8 bits, None for 16 bits.
-        why: why there are no labels, and what to do.
+        why: the reason why there are no labels, and what to do about it.
     """
 
     where: str
@@ -63,7 +63,7 @@ class Source(ABC):
         """Name of image i, for instance its path relative to the root."""
 
     def identity(self, i: int) -> str:
-        """Changes when image i is another image: what may be kept under it is kept under this."""
+        """A key for caches: it changes when image i changes."""
         return f"{os.path.realpath(self.where)}/{self.name(i)}"
 
     @abstractmethod
@@ -164,11 +164,11 @@ class ArraySource(Source):
 
 
 def find_depth(source: Source, depth: str | Depth) -> Depth | None:
-    """The depth of a set: what was set, or with `auto` what a sample of the images needs.
+    """The depth of a data set: as set, or with `auto` as a sample of the images needs.
 
-    Unsigned values give the least number of bits, 8 at least, that holds the largest; where there
-    are negative ones, the least and the largest are black and white, and so are 0 and 1 alone;
-    where all is black, it is 16 bits. The answer is said once.
+    For unsigned values it is the smallest number of bits, at least 8, that holds the largest value.
+    With negative values, or with 0 and 1 alone, the smallest and the largest value are black and
+    white. If all values are 0, it is 16 bits. The answer is logged once.
 
     Returns:
         None where `auto` finds no image of more than 8 bits.
@@ -184,7 +184,7 @@ def find_depth(source: Source, depth: str | Depth) -> Depth | None:
     for i in chosen.tolist():
         try:
             found.append(extremes(source.read(deep[i])))
-        except BadImageError:  # it is told where it is used
+        except BadImageError:  # reported when the image is used
             continue
     ranges = [pair for pair in found if pair is not None]
     if not ranges:
@@ -215,8 +215,8 @@ def folder_source(root: str, *, key: str, use_labels: bool) -> FileSource:
         use_labels: False leaves the images without labels whatever their folders are called.
 
     Raises:
-        UserError: the folder is missing, not a folder, unreadable, holds no image, or folders that
-            are neither classes nor parts.
+        UserError: the folder is missing, not a folder or unreadable, it holds no image, or its
+            folders are neither classes nor parts.
     """
     check_folder(root, key=key)
     try:

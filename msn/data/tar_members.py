@@ -1,7 +1,7 @@
-"""What one tar shard holds: its samples, as WebDataset counts them, and where it is damaged.
+"""Read the headers of one tar shard: its samples, as WebDataset groups them, and any damage.
 
-Headers are read here and not by `tarfile`, which allocates what a header claims, goes backwards
-where a size is negative, and recurses where one long name follows another.
+`tarfile` does not do: it allocates as much memory as a header claims, goes backwards at a negative
+size, and recurses when one long name follows another.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from msn.images.kinds import SUFFIXES
 
 NO_CLASS = -2  # no .cls member, or no number in it; UNLABELLED is a number that says so
 _LARGEST_META = 1 << 20  # bytes of a long name or of a PAX header
-_LOOKED_BEHIND = 64 << 20  # bytes behind the end of an archive that may hold another one
+_LOOKED_BEHIND = 64 << 20  # bytes after the end of an archive in which another one is looked for
 _MOST_CLASSES = 1 << 31  # a greater number in a .cls member is a mistake
 _LONGEST_NUMBER = 32  # bytes of a .cls member
 _BLOCK = 512
@@ -27,7 +27,7 @@ _CHUNK = 1 << 20  # bytes read at a time
 _FILES, _LINKS, _SPARSE = (b"0", b"\0", b"7"), (b"1", b"2"), b"S"
 _WITHOUT_DATA = (*_LINKS, b"3", b"4", b"5", b"6")  # devices, folders, pipes
 _LONG_NAME, _LONG_LINK, _PAX, _PAX_OF_ALL = b"L", b"K", (b"x", b"X"), b"g"
-_META = (_LONG_NAME, _LONG_LINK, *_PAX, _PAX_OF_ALL)  # they speak of the next member
+_META = (_LONG_NAME, _LONG_LINK, *_PAX, _PAX_OF_ALL)  # they describe the next member
 
 _IS_SPARSE = "a sparse file, whose bytes are not as they are read"
 _WRONG_SIZE = "the size of a member is not a number >= 0"
@@ -47,9 +47,9 @@ class ShardContents(NamedTuple):
 
     Attributes:
         images: one per sample, in the order of the members.
-        further: images that lie beside a chosen one in its sample.
-        links: images that are links to others and are skipped.
-        damage: from which byte on the shard cannot be read and why; None for a whole one.
+        further: number of other images in samples that have an image already; they are skipped.
+        links: number of images that are links to others; they are skipped.
+        damage: first byte that cannot be read, and why; None if the shard is whole.
     """
 
     images: list[ShardImage]
@@ -68,14 +68,14 @@ class _Member(NamedTuple):
 
 
 class _Damage(Exception):
-    """From a byte of the shard on nothing is read."""
+    """The shard is damaged from this byte on."""
 
     def __init__(self, at: int, why: str) -> None:
         super().__init__(f"byte {at} ({why})")
 
 
 def read_shard(path: str) -> ShardContents:
-    """List the images of one uncompressed tar file; of a damaged one those before the damage.
+    """List the images of one uncompressed tar file, up to the first damage.
 
     Raises:
         UserError: it is not an uncompressed tar file.
@@ -99,12 +99,12 @@ def read_shard(path: str) -> ShardContents:
 
 
 def member_name(name: str) -> str:
-    """A name inside a shard: without what lists' paths and others' tars have to climb or begin."""
+    """A name inside a shard, without leading slashes, `.` and `..`."""
     return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
 
 
 class _Samples:
-    """Puts members together to samples: a run of members whose names up to the first dot agree."""
+    """Groups members into samples: a run of members with the same name up to the first dot."""
 
     def __init__(self) -> None:
         self.images: list[ShardImage] = []
@@ -118,9 +118,9 @@ class _Samples:
         self._found: list[tuple[int, ShardImage]] = []
 
     def add(self, descriptor: int, member: _Member) -> None:
-        """Take the next member of the shard.
+        """Add the next member of the shard.
 
-        An extension that is there already begins a sample of the same name, so nothing is lost.
+        A repeated extension begins a new sample of the same name, so no image is lost.
         """
         name = member_name(member.name)
         folder, slash, file = name.rpartition("/")
@@ -143,11 +143,11 @@ class _Samples:
             self._found.append((len(extension), image))
 
     def close(self, *, cut_off: bool = False) -> None:
-        """End the sample: `1.jpg` is its image, `1.seg.png` what somebody made of it.
+        """End the sample; of `1.jpg` and `1.seg.png` the first is its image.
 
         Args:
-            cut_off: whether the shard is damaged behind it. Its number may lie there: without one
-                it is not taken where the sample before has one.
+            cut_off: whether the shard is damaged after it. Its class number may be lost then: a
+                sample without a number is skipped if the one before has a number.
         """
         if not self._found:
             return
@@ -163,8 +163,7 @@ def _read_label(descriptor: int, member: _Member) -> int:
     """The number in a `.cls` member, or NO_CLASS.
 
     Raises:
-        _Damage: its block does not end in zeros: it is another one, whose first bytes a number
-            might be too.
+        _Damage: its block does not end in zeros, so it is not the block of a class number.
     """
     if member.size > _LONGEST_NUMBER:
         return NO_CLASS
@@ -179,13 +178,13 @@ def _read_label(descriptor: int, member: _Member) -> int:
 
 
 def _members(descriptor: int) -> Iterator[_Member]:
-    """The members of a tar file up to the end of the archive, each with all its bytes there.
+    """The complete members of a tar file up to the end of the archive.
 
     Raises:
-        _Damage: what follows is no member.
+        _Damage: the next block is not a member.
     """
     file_size = os.fstat(descriptor).st_size
-    begin = at = 0  # the member begins with the first of the headers that speak of it
+    begin = at = 0  # a member begins with the first of the headers that describe it
     long_name, pax_size, is_link = None, None, False
     while (block := os.pread(descriptor, _BLOCK, at)).strip(b"\0"):
         name, kind, size = _header(block, begin)
@@ -229,7 +228,7 @@ def _header(block: bytes, at: int) -> tuple[bytes, bytes, int]:
     """Name, kind and size of a header [512 bytes].
 
     Raises:
-        _Damage: it is none, its size is negative, or its data are those of a sparse file.
+        _Damage: it is not a header, its size is negative, or the file is sparse.
     """
     if not _is_header(block):
         raise _Damage(at, "no header of a member")
@@ -245,7 +244,7 @@ def _header(block: bytes, at: int) -> tuple[bytes, bytes, int]:
 
 
 def _is_header(block: bytes) -> bool:
-    """Whether the checksum is right, of bytes with or without a sign: programs differ."""
+    """Whether the checksum is right; some programs sum signed bytes, some unsigned ones."""
     if len(block) < _BLOCK:
         return False
     said = _number(block[148:156])
@@ -254,7 +253,7 @@ def _is_header(block: bytes) -> bool:
 
 
 def _number(field: bytes) -> int | None:
-    """An octal number, or one to base 256 where the first bit is set; None for anything else."""
+    """An octal number, or a binary one if the first bit is set; None for anything else."""
     if field[0] in (0x80, 0xFF):
         return int.from_bytes(field[1:], "big", signed=field[0] == 0xFF)
     text = field.partition(b"\0")[0].strip()
@@ -262,7 +261,7 @@ def _number(field: bytes) -> int | None:
 
 
 def _read_pax(data: bytes, at: int) -> tuple[bytes | None, int | None]:
-    """Path and size that the records `LENGTH KEY=VALUE` of a PAX header give, each or None.
+    """Path and size from the records `LENGTH KEY=VALUE` of a PAX header; None if absent.
 
     Raises:
         _Damage: a record is damaged, or says that the file is sparse.
@@ -292,7 +291,7 @@ def _shown(name: bytes) -> str:
 
 
 def _refuse_more(descriptor: int, end: int) -> None:
-    """What `tar` skips silently: bytes that are not zero behind the end of the archive.
+    """Refuse bytes other than zero after the end of the archive, which `tar` skips silently.
 
     Args:
         descriptor: of the shard.
