@@ -39,8 +39,8 @@ def main() -> None:
     elif name in COMMANDS:
         run_named(name, sys.argv[2:])
     else:
-        wish = f"unknown command {name!r}" if name else "no command given"
-        print(f"error: {wish}: allowed are {', '.join(COMMANDS)}", file=sys.stderr)
+        problem = f"unknown command {name!r}" if name else "no command given"
+        print(f"error: {problem}: allowed are {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -40,7 +40,7 @@ def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
         write: writes the content to the binary file that it is given.
 
     Raises:
-        OSError: whatever the system said, about `path`; the old file is untouched then.
+        OSError: the system's error, about `path`; the old file is untouched then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
@@ -139,7 +139,7 @@ def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
         checkpoint: tensors, numbers, strings, and lists, tuples and dicts of them.
 
     Raises:
-        OSError: whatever the system said, or that too little space is free; an older file of that
+        OSError: the system's error, or too little space is free; an older file of that
             name is untouched then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
         try:
             torch.save(checkpoint, cast("IO[bytes]", hashing))  # torch only writes and flushes
         except RuntimeError as error:
-            # torch puts an error of its own in the place of what the system said.
+            # torch raises its own error instead of the system's.
             raise hashing.error or error from None
         _seal(file, hashing.digest.hexdigest())
 

@@ -1,4 +1,4 @@
-"""A progress bar for whatever takes long and is no training."""
+"""A progress bar for everything slow but training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Progress:
 
     Args:
         title: what is being done.
-        total: how many steps are to come; None where nobody knows.
+        total: number of steps; None if unknown.
         show: False is always silent.
     """
 

@@ -31,7 +31,7 @@ Job = Callable[[DictConfig], Any]
 
 # What users can mend: the message says how.
 MISTAKES = (UserError, OSError, HydraException, OmegaConfBaseException)
-# Hydra lets some of its own errors out as these.
+# Hydra raises some of its own errors as these.
 _OF_COMPOSITION = (HydraException, OmegaConfBaseException, ValueError, TypeError)
 
 # Groups of named parts to which users may add more.

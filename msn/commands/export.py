@@ -81,7 +81,7 @@ def _source(checkpoint: Path, format: str) -> Path:
 
 
 def _run_directory(checkpoint: Path) -> Path | None:
-    """The run that a checkpoint belongs to, None if there is none."""
+    """The run that a checkpoint belongs to, None if it belongs to none."""
     places = [checkpoint] if checkpoint.is_dir() else [checkpoint.parent]
     if places[0].name == "checkpoints":
         places.append(places[0].parent)

@@ -182,13 +182,13 @@ def forecast(
     module: PretrainingModule, case: Case, processes: int = 1, sharded: bool = False
 ) -> Memory:
     """Memory of a training's step, see `training.cost.forecast_memory`."""
-    wish = compilation(case.compile)
+    compiles = compilation(case.compile)
     return module.forecast_memory(
         ViewSettings(**case.views),
         batch_size=case.batch_size,
         chunk_size=case.chunk_size,
         precision=case.precision,
-        compiled=case.device == "cuda" if wish is None else wish,
+        compiled=case.device == "cuda" if compiles is None else compiles,
         processes=processes,
         sharded=sharded,
     )

@@ -192,7 +192,7 @@ def forget_directory() -> None:
 
 
 def read_status(path: Path) -> dict[str, Any]:
-    """What run.json of a run directory says, empty where there is none.
+    """Content of run.json of a run directory; empty without one.
 
     Raises:
         UserError: if it is no file.

@@ -275,7 +275,7 @@ def _write(out: Path, pool: Subset, choice: Choice) -> None:
 
 
 def _path(pool: Subset, i: int, number: int, directory: Path) -> str:
-    """What the table names: the file itself, or a copy of an image that lies in no file of its own.
+    """The path in the table: the file itself, or a copy of an image that is not a file.
 
     Args:
         pool: all images.

@@ -1,4 +1,4 @@
-"""The batched back end on CUDA: five kernels for each size of views, whatever the batch.
+"""The batched back end on CUDA: five kernels per size of views, for any batch.
 
 Every view is made from the decoded pixels where they lie, so images of any sizes stand side by
 side without padding: crops as in `msn.data.batched_views`, colours and blur as in

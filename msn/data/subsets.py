@@ -132,7 +132,7 @@ def positions_of(
         )
     ambiguous = [name for name in listed if table[name] < 0]
     if ambiguous:
-        raise UserError(f"{where}: several images bear a listed name: {_some(ambiguous)}")
+        raise UserError(f"{where}: several images have a listed name: {_some(ambiguous)}")
     positions = torch.tensor([table[name] for name in listed]).sort().values
     if (positions.diff() == 0).any():
         raise UserError(f"{where}: lists an image twice, by different names")

@@ -210,7 +210,7 @@ def _members(descriptor: int) -> Iterator[_Member]:
         elif kind == _LONG_LINK:
             is_link = True
         elif is_link and kind not in _LINKS:
-            raise _Damage(begin, "a header speaks of a link, a file follows")
+            raise _Damage(begin, "a header describes a link, a file follows")
         else:
             whole = name if long_name is None else long_name
             if kind == b"\0" and whole.endswith(b"/"):  # how folders were written once
@@ -218,7 +218,7 @@ def _members(descriptor: int) -> Iterator[_Member]:
             yield _Member(whole.decode("utf-8", "surrogateescape"), kind, data, size)
             begin, long_name, pax_size, is_link = at, None, None, False
     if begin != at:
-        raise _Damage(begin, "the member that a header speaks of is missing")
+        raise _Damage(begin, "the member that a header describes is missing")
     if not block:
         raise _Damage(min(at, file_size), "the end of the archive is missing, it may be cut off")
     _refuse_more(descriptor, at)

@@ -41,7 +41,7 @@ class FrozenBackbone:
         std: likewise.
         about: what its file says of it (epoch, licence, ...), for the results.
         is_baseline: True for baselines, which only stand beside others.
-        native: what its family takes as the feature of an image; None where nobody says.
+        native: what its family takes as the feature of an image; None if unknown.
     """
 
     name: str
@@ -94,7 +94,7 @@ class FrozenBackbone:
         """What the features are, for rows and heads.
 
         Raises:
-            UserError: if its own are wanted and nobody says what these are.
+            UserError: if the family's own feature is asked for and is unknown.
         """
         if isinstance(self.trunk, ForeignBackbone):
             return self.trunk.resolve(settings.feature)

@@ -74,7 +74,7 @@ def official_sets(
 
     Args:
         directory: with `splitN/` or `imagenet_subsetsN/`; None fetches what the cache lacks.
-        train: ImageNet's training images, or any that bear the listed names.
+        train: ImageNet's training images, or any images with the listed names.
         shots: which of 1, 2, 5 images per class.
         one_percent: whether to include the 1 % list.
 
@@ -284,7 +284,7 @@ def is_imagenet(classes: Sequence[str]) -> bool:
 def paper_figure(
     model: Mapping[str, int | float], classifier: str, labels: str, method: str = "msn"
 ) -> PaperFigure | None:
-    """The published figure for an architecture on ImageNet-1k, None where there is none.
+    """The published figure for an architecture on ImageNet-1k, None if there is none.
 
     Args:
         model: the six numbers of `VisionTransformer`.

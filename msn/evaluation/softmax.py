@@ -23,7 +23,7 @@ Found = TypeVar("Found")
 def in_threads(function: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
     """Results of a function for every item, in order, on as many threads as torch uses.
 
-    Each item is computed by one thread whatever their number, so results do not depend on it.
+    Each item is computed by one thread, so results do not depend on the number of threads.
     """
     threads = min(torch.get_num_threads(), len(items))
     if threads <= 1:

@@ -87,7 +87,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 
 def _in_markdown(name: str) -> str:
-    """A name that stays one cell and text: no column, tag or link of its own."""
+    """A name as plain text of one cell: it makes no new column, tag or link."""
     return re.sub(r"([\\`*\[\]|])", r"\\\1", escape(name, quote=False))
 
 

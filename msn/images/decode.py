@@ -235,7 +235,7 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
             height = int.from_bytes(data[at + 5 : at + 7], "big")
             width = int.from_bytes(data[at + 7 : at + 9], "big")
             plain = data[at + 4] == 8 and data[at + 9] in (1, 3) and height * width > 0
-            limit = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)  # beyond it Pillow speaks of a bomb
+            limit = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)  # above it Pillow refuses
             return (height, width) if plain and height * width <= limit else None
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
         if begin == b"MPF\0" or 0xD0 <= marker <= 0xDA:

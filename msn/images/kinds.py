@@ -82,7 +82,7 @@ def unreadable(error: OSError, where: str = "") -> BadImageError:
 
     Args:
         error: of the system.
-        where: what it speaks of, where that is not the image's own file.
+        where: the file, if it is not the image's own.
 
     Raises:
         OSError: the image is not to blame: too many files are open, or memory is short.

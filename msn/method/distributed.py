@@ -17,12 +17,12 @@ from torch.distributed.tensor import DTensor
 
 
 def num_processes() -> int:
-    """World size of the default process group, 1 where there is none."""
+    """World size of the default process group; 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def process_index() -> int:
-    """Rank in the default process group, 0 where there is none."""
+    """Rank in the default process group; 0 without one."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 

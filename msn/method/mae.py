@@ -203,7 +203,7 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(trunk.embed_dim, embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side**2, embed_dim))
-        # timm declares a class; whatever makes a norm from a width will do.
+        # timm declares a class; any function from a width to a norm works.
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, 4.0, qkv_bias=True, norm_layer=norm)  # type: ignore[arg-type]
             for _ in range(depth)

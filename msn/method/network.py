@@ -22,7 +22,7 @@ from msn.method.vit import VisionTransformer, init_linear
 
 
 class Network(nn.Module, ABC):
-    """What training must know of a method's network, whatever the method."""
+    """What training needs of the network of any method."""
 
     @property
     @abstractmethod

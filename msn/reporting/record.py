@@ -52,7 +52,7 @@ class RunRecord:
 
 
 def read_record(path: Path, settings: Mapping[str, Any], name: str) -> RunRecord:
-    """Read a run directory; whatever is missing in it (a run may be unfinished) stays empty.
+    """Read a run directory; what is missing (the run may be unfinished) stays empty.
 
     Args:
         path: the directory.

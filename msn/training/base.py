@@ -39,7 +39,7 @@ class PretrainingModule(LightningModule, ABC):
     name: ClassVar[str]
     """Of the method: in tables, and in files unless it is MSN's."""
     reads_pixels: ClassVar[bool] = False
-    """Whether views are looked at in full precision whatever products are taken in."""
+    """Whether views stay in full precision under autocast."""
 
     def __init__(
         self,
@@ -169,7 +169,7 @@ class PretrainingModule(LightningModule, ABC):
     def on_train_epoch_start(self) -> None:
         """Put the target of MSN into train mode too: its head normalises by its own batches (A.1).
 
-        Lightning keeps whatever mode a module was left in.
+        Lightning keeps the mode that a module was left in.
         """
         self.network.train()
 

@@ -1,8 +1,8 @@
 """Checkpoints: written off the training thread, kept or removed by rule, resumed exactly.
 
-A resumed run must have the settings and shapes that its checkpoint says. No draw of a training run
-depends on the global generators (order, views and masks are functions of the seed), but whatever a
-user adds may: their states are kept as well.
+A resumed run must have the settings and shapes of its checkpoint. Order, views and masks are
+functions of the seed and not of the global generators; a user's own code may use these, so their
+states are kept as well.
 """
 
 import logging
@@ -99,14 +99,14 @@ def _write_and_tell(
 ) -> None:
     try:
         write_checkpoint(path, checkpoint)
-    except Exception as error:  # whatever it is, it must not be lost with the thread
+    except Exception as error:  # any error: it must not be lost with the thread
         tell(path, error)
     else:
         tell(path, None)
 
 
 def copy_to_host(data: Any) -> Any:
-    """Nested plain data with every tensor copied to host memory of its own."""
+    """Nested plain data with a copy of every tensor in host memory."""
     copied = _copy_to_host(data)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -211,7 +211,7 @@ class PeriodicCheckpoint(Checkpoint):
     def save(self, trainer: Trainer, *, finished_epochs: int, wait: bool = False) -> Path | None:
         """Save at a step boundary; to be called by all processes.
 
-        A step waits for the copy to the host alone: where the file before this one is still being
+        A step only waits for the copy to the host. If the file before this one is still being
         written, nothing is saved.
 
         Args:
@@ -220,7 +220,7 @@ class PeriodicCheckpoint(Checkpoint):
             wait: save in any case and return only when the file is durable.
 
         Returns:
-            The file, or None where nothing was saved.
+            The file, or None if nothing was saved.
 
         Raises:
             UserError: if this many saves in a row have failed, or, with `wait`, this one.
@@ -240,7 +240,7 @@ class PeriodicCheckpoint(Checkpoint):
         return path
 
     def _agree(self, trainer: Trainer, *, busy: bool, allowed_failures: int) -> bool:
-        """Only process 0 writes, and what it knows must decide for all."""
+        """Process 0 writes; what it knows decides for all processes."""
         decision: tuple[bool, list[str]] = trainer.strategy.broadcast((busy, self._failures))
         busy, failures = decision
         if len(failures) >= allowed_failures:
@@ -259,7 +259,7 @@ class PeriodicCheckpoint(Checkpoint):
         log.error("%s; training goes on, %s", self._failures[-1], there)
 
     def _remove_old(self, written: Path) -> None:
-        """Files newer than the one just written are leftovers that do not count."""
+        """Remove old files; files newer than the one just written are leftovers and not counted."""
         removable = [
             path
             for path in checkpoints(self.directory)
@@ -313,7 +313,7 @@ def gather_random_states() -> list[dict[str, Any]]:
 
 
 def restore_random_state(states: list[dict[str, Any]], rank: int) -> None:
-    """Take up this process's state; with another number of processes there is none to take up.
+    """Restore this process's state; with another number of processes nothing is restored.
 
     Args:
         states: what `gather_random_states` gave.

@@ -179,7 +179,7 @@ def forecast_memory(
         patch_drop: of rand views.
         precision: as Lightning names it, resolved: "32-true", "bf16-mixed", ...
         compiled: whether the blocks are; it makes a difference in mixed precision.
-        processes: that train together, each on a device of its own.
+        processes: that train together, each on its own device.
         sharded: whether the network is cut over them (`msn.training.strategy`); else it is DDP's.
     """
     size = _bytes_a_number(precision)

@@ -180,7 +180,7 @@ class WandbRun(WandbLogger):
         job_type: of wandb; None for a training.
 
     Raises:
-        UserError: if `artifacts` is none of these, or `save_dir` is not UTF-8.
+        UserError: if `artifacts` is something else, or `save_dir` is not UTF-8.
     """
 
     def __init__(
@@ -207,7 +207,7 @@ class WandbRun(WandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The run of wandb, begun or gone on with when it is first needed.
+        """The run of wandb, begun or resumed when it is first needed.
 
         Raises:
             UserError: if wandb knows no login or does not answer.
@@ -271,7 +271,7 @@ class WandbRun(WandbLogger):
 
     @rank_zero_only
     def close(self, *, failed: bool) -> None:
-        """End the run of wandb, so that the next run of a sweep begins one of its own."""
+        """End the run of wandb; the next run of a sweep begins a new one."""
         if self._experiment is not None:
             self._experiment.finish(exit_code=int(failed))
 

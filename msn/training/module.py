@@ -161,7 +161,7 @@ class MSNModule(PretrainingModule):
     def repeat_step(self, views: Views, inputs: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
         """See the base; spoilt are images with a projection that is not finite."""
         kept = inputs[0]["kept"]
-        if kept is not None and kept.ndim > 1:  # a choice of its own for each image
+        if kept is not None and kept.ndim > 1:  # a separate choice for each image
             kept = torch.cat([part["kept"] for part in inputs], dim=1)
         if kept is not None:
             kept = kept.to(views.target.device)

@@ -1,4 +1,4 @@
-"""Signals of a cluster or a keyboard: a flag, an agreement, a checkpoint, an exit code."""
+"""Signals of a cluster or a keyboard: all processes agree, save a checkpoint and exit."""
 
 import logging
 import os
@@ -22,10 +22,10 @@ from msn.training.trainer import callbacks_of, override
 log = logging.getLogger(__name__)
 
 EXIT_CODE = 75
-"""Of a run that was interrupted, saved, and goes on when the command is given again."""
+"""Exit code of an interrupted run that is saved; the same command resumes it."""
 
-# Larger wins where processes got different ones: SIGUSR1, and submitit's SIGUSR2, also ask for a
-# requeue; after SIGTERM the cluster itself decides.
+# The larger value wins if processes get different signals. SIGUSR1, and submitit's SIGUSR2, also
+# ask for a requeue; after SIGTERM the cluster itself decides.
 _SIGNALS = {
     **{signal.SIGTERM: 1, signal.SIGINT: 1, signal.SIGHUP: 1},
     **{signal.SIGUSR1: 2, signal.SIGUSR2: 2},
@@ -35,7 +35,7 @@ _SAME_SIGNAL_SECONDS = 0.5
 
 
 class Preempted(BaseException):
-    """The run was asked to stop. Not an `Exception`, which whoever saves a part's failure catches.
+    """The run was asked to stop. Not an `Exception`, so no `except Exception` catches it.
 
     Attributes:
         checkpoint: what was saved; None before the first step and after the last one.
@@ -84,7 +84,7 @@ class Preemption(Callback):
                 self._before[number] = signal.signal(number, self._on_signal)
 
     def uninstall(self) -> None:
-        """Give the signals back to whom they belonged."""
+        """Restore the handlers from before."""
         for number, before in self._before.items():
             signal.signal(number, before)
         self._before.clear()

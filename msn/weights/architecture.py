@@ -255,7 +255,7 @@ def _check_grid(pos_embed: Tensor, where: str) -> None:
     alike = (patches[1:] * patches[:-1]).sum(1)
     alike = F.normalize(alike - alike.mean(), dim=0)
     drops = {side: 0.0}
-    # Longer grids than these are nobody's; but embeddings that were enlarged 14 -> 28 repeat by 2.
+    # No known model has longer grids; but embeddings that were enlarged 14 -> 28 repeat by 2.
     longest = _LONGEST_GRID * count
     shapes = (n for n in range(2, count) if count % n == 0)
     for columns in (n for n in shapes if count <= _LONGEST_GRID * n * n and n * n <= longest):
@@ -356,7 +356,7 @@ class Candidate(NamedTuple):
 def find_trunk(content: Mapping[Any, Any], key: str | None, where: str) -> Candidate:
     """The one trunk in nested dictionaries of tensors, or the one that a person chose.
 
-    Where there is none, the dictionary with most tensors, as it is.
+    If there is none, the dictionary with most tensors, unchanged.
 
     Args:
         content: what a file holds.

@@ -161,7 +161,7 @@ class Opened:
         self.levels = levels
 
     def __call__(self, picture: Picture) -> Image.Image:
-        """An upright RGB image; a UserError for what is none or cannot be read."""
+        """An upright RGB image; a UserError if it is not one or cannot be read."""
         if isinstance(picture, Tensor):
             return _from_tensor(picture)
         if isinstance(picture, np.ndarray):

@@ -5,7 +5,7 @@ Legend: C classes, D embedding width; x a class token before the final norm, c =
 Low-shot heads see u = c / |c| (paper A.2). LayerNorm without affine gives
 z = c / sqrt(|c|^2 / D + eps), which is sqrt(D) u up to a positive factor an image that eps alone
 makes differ from 1. So weight / sqrt(D) on z gives the head's logits times that factor: without an
-intercept every argmax is the same, whatever eps and the norm's trained affine are.
+intercept every argmax is the same for any eps and any trained affine of the norm.
 """
 
 import json

@@ -221,7 +221,7 @@ def export(
             that of the weights. Position embeddings are resized as the paper does.
         head: a classifier to put on top; for huggingface alone.
         overwrite: replace `out` where it exists.
-        lowshot: rows of a lowshot.json for the model card, None where there are none; figures of
+        lowshot: rows of a lowshot.json for the model card, None if there are none; figures of
             other weights than those written, or of another size, are left out.
         model_type: for huggingface alone: vit_msn, vit, or vit_mae, which takes MAE's decoder along
             (`ViTMAEForPreTraining`). None is vit_msn; of MAE's weights vit_mae where they have a
@@ -346,7 +346,7 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
 
 def _is_export(directory: Path) -> bool:
-    """Whether we have made a directory, and nobody has made folders in it since."""
+    """Whether we have made a directory and no folder was added to it since."""
     try:
         report = json.loads((directory / PARITY_FILE).read_text())
     except (OSError, ValueError):

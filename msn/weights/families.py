@@ -68,5 +68,5 @@ def native_of_timm(name: str) -> Native:
 
 
 def native_of_hugging_face(model_type: str) -> Native | None:
-    """The feature of a family of transformers; None where nobody says."""
+    """The feature of a family of transformers; None if unknown."""
     return _HUGGING_FACE.get(model_type)

@@ -45,7 +45,7 @@ class Card:
     image_size: int
     """Side in px that the transform gives and the network takes."""
     native: Native | None
-    """What its family takes as the feature of an image; None where nobody says."""
+    """What its family takes as the feature of an image; None if unknown."""
     transform: Callable[[Image.Image], Tensor]
     """The library's own, from an RGB image to [3, S, S]."""
     preprocessing: Mapping[str, Any]
@@ -69,13 +69,13 @@ class ForeignBackbone(nn.Module):
     Args:
         net: the library's network, which gives [B, D] or [B, D, 1, 1] for images [B, 3, S, S], or
             None where the library pools nothing.
-        norm: name of its final norm in `net`; None where there is none.
+        norm: name of its final norm in `net`; None if there is none.
         card: what it is.
 
     Attributes:
         transform: from a path, a PIL image of any mode or a uint8 tensor [3, H, W] to the tensor
             [3, S, S] that the network takes; EXIF rotation is applied.
-        embed_dim: width of the native feature, or of the final norm where nobody names one.
+        embed_dim: width of the native feature, or of the final norm if that is unknown.
     """
 
     num_heads = depth = None  # the library's business
@@ -97,7 +97,7 @@ class ForeignBackbone(nn.Module):
         """The kind of feature that `native` stands for; others are what they are.
 
         Raises:
-            UserError: if nobody says what the family's feature is.
+            UserError: if the family's feature is unknown.
         """
         if kind != NATIVE:
             return kind

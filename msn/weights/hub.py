@@ -22,7 +22,7 @@ def local_path(path: str | Path) -> Path:
     """The path itself, or the directory into which what `hf://` names was fetched.
 
     Raises:
-        UserError: the address is none, huggingface-hub is not installed, or the Hub does not give
+        UserError: the address is wrong, huggingface-hub is not installed, or the Hub does not give
             it: the network or a token is missing, or there is no such repository.
     """
     text = str(path)
@@ -44,7 +44,7 @@ def check_push(name: Any) -> str:
     """The repository that `push` names; fails before anything is made.
 
     Raises:
-        UserError: the name is none, or there is no token.
+        UserError: the name is not one, or there is no token.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise UserError(f"push={name}: must be USER/NAME")

@@ -1,4 +1,4 @@
-"""Masked autoencoders from files: trunk and decoder, whoever wrote them."""
+"""Masked autoencoders from files of any origin: trunk and decoder."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -34,7 +34,7 @@ CHECKSUM = "msn.sha256"
 
 
 def open_weights(path: Path) -> tuple[Any, dict[str, str]]:
-    """Read a weight file to the CPU, whatever its kind.
+    """Read a weight file of any kind to the CPU.
 
     Args:
         path: a `.safetensors` file, or any other name for what `torch.save` wrote.
@@ -64,7 +64,7 @@ def open_weights(path: Path) -> tuple[Any, dict[str, str]]:
         raise UserError(f"{path}: {what} ({error.strerror or error})") from error
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: {_refused(path, error)}") from error
-    # The bytes are not ours: a damaged pickle raises whatever its opcodes run into.
+    # The bytes are not ours: a damaged pickle can raise any error.
     except Exception as error:
         kind = "safetensors file" if path.suffix == ".safetensors" else "file that torch.save wrote"
         raise UserError(
@@ -162,7 +162,7 @@ def check_torch_file(path: Path) -> None:
 
     Raises:
         UserError: in one line.
-        Exception: whatever a damaged pickle or archive raises.
+        Exception: any error, of a damaged pickle or archive.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -224,7 +224,7 @@ class _Dict(OrderedDict[Any, Any]):
 
 
 def _counted(file: IO[bytes], path: Path, size: int) -> Any:
-    """Read one pickle into stand-ins; the file stands behind it then."""
+    """Read one pickle into stand-ins; the file position is after it then."""
     start = file.tell()
     made = 0
     for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):

@@ -1,4 +1,4 @@
-"""What a weight file holds, in one language: timm's names, whatever file it came from."""
+"""What a weight file of any origin holds, under timm's names."""
 
 import hashlib
 import logging

@@ -128,7 +128,7 @@ def test_missing_classes_are_named(listed):
 
 
 def test_a_bare_name_of_several_images_is_refused():
-    with pytest.raises(UserError, match=r"several images bear a listed name: 1\.jpg"):
+    with pytest.raises(UserError, match=r"several images have a listed name: 1\.jpg"):
         positions_of(["1.jpg"], NAMES, classes=["cat", "dog"], where="list.txt")
 
 

@@ -95,7 +95,7 @@ def test_a_size_that_cannot_be_ends_the_shard_where_it_stands(size, kind, shard)
         (pax(b"1" * 60_000), "a PAX header is damaged"),
         (pax(b"11 path=ab\n", b"g"), "a header gives all members one name or size"),
         (with_field(member("././@LongLink", b"n" * 300), 156, b"L") + END, "is missing"),
-        (with_field(member("././@LongLink", b"n" * 300), 156, b"K"), "a header speaks of a link"),
+        (with_field(member("././@LongLink", b"n" * 300), 156, b"K"), "a header describes a link"),
     ],
 )
 def test_headers_that_lie_end_the_shard_where_they_begin(headers, why, shard):

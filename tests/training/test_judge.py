@@ -294,7 +294,7 @@ def test_healthy_runs_are_not_called_wrong(tmp_path, overrides):
 
 
 @pytest.mark.slow
-def test_a_collapsed_run_is_stopped_where_that_is_wished(tmp_path):
+def test_a_collapsed_run_can_be_stopped(tmp_path):
     with pytest.raises(UserError, match=r"stopped after epoch 4 .*collapsed to 1 of 64"):
         verdicts(tmp_path, *NO_SINKHORN, "trainer.max_epochs=6", on_collapse="stop")
     assert len(read_verdicts(tmp_path / "verdicts.csv")) == 4

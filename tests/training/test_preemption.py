@@ -42,13 +42,13 @@ KEYBOARD_AND_CLUSTER = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 @pytest.mark.parametrize("number", [*KEYBOARD_AND_CLUSTER, signal.SIGUSR1, signal.SIGUSR2])
 def test_the_first_signal_is_a_flag_and_a_second_ends_the_process_at_once(number, monkeypatch):
-    wish = 1 if number in KEYBOARD_AND_CLUSTER else 2
-    assert in_child(listen_and_send(number)) == 40 + wish
+    asked = 1 if number in KEYBOARD_AND_CLUSTER else 2
+    assert in_child(listen_and_send(number)) == 40 + asked
     monkeypatch.setattr(preemption, "_SAME_SIGNAL_SECONDS", 0.01)
     assert in_child(listen_and_send(number, number, pause=0.05)) == 128 + number
 
 
-def test_one_wish_that_comes_twice_is_one_wish():
+def test_a_signal_that_comes_twice_counts_once():
     assert in_child(listen_and_send(signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1)) == 42
 
 

@@ -92,9 +92,9 @@ def test_without_a_compiler_training_goes_on(monkeypatch, caplog, device, missin
     for variable in ("CC", "CXX"):
         monkeypatch.delenv(variable, raising=False)
     with caplog.at_level("INFO", logger="msn"):
-        wish = None if device == "cuda" else True
+        wanted = None if device == "cuda" else True
         device = torch.device(device)
-        assert make_fast(network(), device, wanted=wish) is False
+        assert make_fast(network(), device, wanted=wanted) is False
     assert f"no {missing}" in caplog.text
 
 
