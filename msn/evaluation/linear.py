@@ -1,4 +1,4 @@
-"""Linear evaluation with all labels: the paper's SGD probe (A.3) and logistic regression."""
+"""Linear evaluation with all labels: the paper's SGD probe (A.3), MAE's, logistic regression."""
 
 import logging
 import math
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from timm.optim import Lars
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -46,25 +47,73 @@ Batches = Iterator[tuple[Tensor, Tensor, int]]
 
 @dataclass(frozen=True, kw_only=True)
 class SGD:
-    """Settings of the linear probe; the values live in `configs/protocol/linear.yaml`.
+    """Settings of the linear probe; the values live in `configs/protocol/linear*.yaml`.
 
     Raises:
-        UserError: a number is out of range.
+        UserError: a value is out of range.
     """
 
     epochs: Annotated[int, Range(1)]  # over the labelled images
     # Images per step over all processes; a smaller labelled set is one batch.
     batch_size: Annotated[int, Range(1)]
     lr: Annotated[float, Range(0, above_low=True)]  # peak, for this batch size; cosine to 0
-    momentum: Annotated[float, Range(0, 1, below_high=True)]  # of Nesterov
+    warmup_epochs: Annotated[float, Range(0)]  # of a linear warm-up from 0, below `epochs`
+    momentum: Annotated[float, Range(0, 1, below_high=True)]  # Nesterov's, plain with `lars`
     weight_decay: Annotated[float, Range(0)]
+    # Each step of the weight matrix is measured by the matrix itself (LARS, arXiv 1708.03888, trust
+    # coefficient 0.001), which is drawn with a standard deviation of 0.01 for that; else it is 0.
+    lars: bool
+    # BatchNorm without affine before the layer; False centres and normalises each row by itself.
+    batch_norm: bool
     # Random resized crops and flips, seen by the backbone anew in every epoch; False takes the
     # features of centre crops, which costs one pass.
     augment: bool
-    seed: int  # of order and crops
+    interpolation: str  # of the crops, bilinear or bicubic
+    seed: int  # of order, crops and first weights
 
     def __post_init__(self) -> None:
         check_ranges("protocol.sgd", self)
+        if self.warmup_epochs >= self.epochs:
+            raise UserError(
+                f"protocol.sgd.warmup_epochs={self.warmup_epochs}: must be below the "
+                f"{self.epochs} epochs"
+            )
+        if self.interpolation not in ("bilinear", "bicubic"):
+            raise UserError(
+                f"protocol.sgd.interpolation must be bilinear or bicubic, got {self.interpolation}"
+            )
+
+    def learning_rate(self, epoch: float) -> float:
+        """Warm-up, then cosine to 0."""
+        if epoch < self.warmup_epochs:
+            return self.lr * epoch / self.warmup_epochs
+        progress = (epoch - self.warmup_epochs) / (self.epochs - self.warmup_epochs)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def prepared(self, features: Tensor) -> Tensor:
+        """Features as the probe takes them, [n, D]."""
+        return features if self.batch_norm else centre_and_normalise(features)
+
+    def optimiser(self, head: nn.Linear) -> torch.optim.Optimizer:
+        """For a new layer, whose first weights it draws."""
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        if not self.lars:
+            return torch.optim.SGD(
+                head.parameters(),
+                lr=self.lr,
+                momentum=self.momentum,
+                weight_decay=self.weight_decay,
+                nesterov=self.momentum > 0,
+            )
+        draws = torch.Generator().manual_seed(self.seed)
+        first = torch.empty(head.weight.shape)
+        head.weight.data.copy_(nn.init.trunc_normal_(first, std=0.01, generator=draws))
+        groups = [
+            {"params": [head.weight], "weight_decay": self.weight_decay, "always_adapt": True},
+            {"params": [head.bias]},
+        ]
+        return Lars(groups, lr=self.lr, momentum=self.momentum)
 
 
 class Linear(Protocol):
@@ -79,7 +128,6 @@ class Linear(Protocol):
 
     baselines: ClassVar[tuple[str, ...]] = ()  # a hundred passes over all images each
     is_the_papers = True
-    methods = ("msn",)  # MAE's probe has a BatchNorm and another optimiser
 
     def __init__(
         self,
@@ -96,6 +144,8 @@ class Linear(Protocol):
             self.logistic = make("protocol.logistic", logistic, Logistic, complete=True)
         if sgd is not None:
             self.sgd = make("protocol.sgd", sgd, SGD, complete=True)
+        mae = self.sgd is not None and self.sgd.batch_norm
+        self.methods = ("mae",) if mae else ("msn",)
 
     def label_sets(self, train: LabelledSet) -> list[LabelSet]:
         """All images."""
@@ -122,6 +172,14 @@ class Linear(Protocol):
             trial = Trial(subject.name, kind, plan.sets, train_set, test_set, runtime.devices[0])
             results += logistic_results(trial, self.logistic)
         if self.sgd is not None:
+            if (count := len(plan.images)) < self.sgd.batch_size:
+                log.info(
+                    "%s: the %d labelled images, fewer than protocol.sgd.batch_size=%d, are one "
+                    "batch, so an epoch is one step",
+                    subject.name,
+                    count,
+                    self.sgd.batch_size,
+                )
             if augment and isinstance(subject, FrozenBackbone):
                 batches = augmented_batches(
                     subject, plan, self.sgd, self.features, runtime, replaced=replaced
@@ -132,7 +190,7 @@ class Linear(Protocol):
             weight, bias = train_probe(
                 batches,
                 self.sgd,
-                count=len(plan.images),
+                count=count,
                 classes=len(test.classes),
                 runtime=runtime,
             )
@@ -144,7 +202,7 @@ class Linear(Protocol):
         self, subject: Subject, weight: Tensor, bias: Tensor, plan: LabelPlan, test: FeatureSet
     ) -> Result:
         assert self.sgd is not None
-        predicted = F.linear(centre_and_normalise(test.features), weight, bias).argmax(dim=1)
+        predicted = F.linear(self.sgd.prepared(test.features), weight, bias).argmax(dim=1)
         labelled, feature = plan.sets[0], subject.kind(self.features)
         row = make_row(
             backbone=subject.name,
@@ -156,13 +214,14 @@ class Linear(Protocol):
             feature=feature,
             augmented=self.sgd.augment and isinstance(subject, FrozenBackbone),
         )
-        return Result(row, Head(weight, bias, test.classes, feature, True, True, labelled.split))
+        rows = not self.sgd.batch_norm
+        return Result(row, Head(weight, bias, test.classes, feature, rows, rows, labelled.split))
 
 
 def train_probe(
     batches: Batches, sgd: SGD, *, count: int, classes: int, runtime: Runtime
 ) -> tuple[Tensor, Tensor]:
-    """Train a linear layer on centred, normalised rows by SGD with Nesterov momentum.
+    """Train a linear layer by SGD with momentum.
 
     Args:
         batches: rows [b, D] of this process, their labels [b], and the size of the whole batch;
@@ -170,29 +229,25 @@ def train_probe(
         sgd: settings.
         count: labelled images.
         classes: C.
-        runtime: `shared` averages gradients over the processes.
+        runtime: `shared` sums gradients over the processes.
 
     Returns:
-        Weight [C, D] and bias [C], on the CPU.
+        Weight [C, D] and bias [C] for rows as `sgd.prepared` gives them, on the CPU: BatchNorm's
+        running statistics are folded in.
     """
     head: nn.Linear | None = None
-    optimiser: torch.optim.SGD | None = None
-    steps = sgd.epochs * max(1, count // min(sgd.batch_size, count))
+    optimiser: torch.optim.Optimizer | None = None
+    norm: _BatchNorm | None = None
+    steps_per_epoch = max(1, count // min(sgd.batch_size, count))
     for step, (rows, labels, whole) in enumerate(batches):
         if head is None or optimiser is None:
             head = nn.Linear(rows.shape[1], classes, device=rows.device)
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
-            optimiser = torch.optim.SGD(
-                head.parameters(),
-                lr=sgd.lr,
-                momentum=sgd.momentum,
-                weight_decay=sgd.weight_decay,
-                nesterov=sgd.momentum > 0,
-            )
+            optimiser = sgd.optimiser(head)
+            norm = _BatchNorm(head.weight[0].detach(), runtime.shared) if sgd.batch_norm else None
         for group in optimiser.param_groups:
-            group["lr"] = sgd.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-        loss = F.cross_entropy(head(rows), labels, reduction="sum") / whole
+            group["lr"] = sgd.learning_rate(step / steps_per_epoch)
+        seen = rows if norm is None else norm(rows, whole)
+        loss = F.cross_entropy(head(seen), labels, reduction="sum") / whole
         optimiser.zero_grad()
         loss.backward()
         if runtime.shared:
@@ -201,18 +256,52 @@ def train_probe(
                 dist.all_reduce(parameter.grad)
         optimiser.step()
     assert head is not None
-    return head.weight.detach().cpu(), head.bias.detach().cpu()
+    weight, bias = head.weight.detach(), head.bias.detach()
+    if norm is not None:
+        weight = weight * norm.scale
+        bias = bias - weight @ norm.mean
+    return weight.cpu(), bias.cpu()
+
+
+class _BatchNorm:
+    """`nn.BatchNorm1d` without affine, of rows that need no gradient, over all processes."""
+
+    def __init__(self, like: Tensor, shared: bool) -> None:
+        self.shared = shared
+        self.mean, self.variance = torch.zeros_like(like), torch.ones_like(like)  # running, [D]
+
+    def __call__(self, rows: Tensor, whole: int) -> Tensor:
+        """Normalise this process's rows [b, D] of a batch of `whole` rows."""
+        mean = self._sum(rows) / whole
+        variance = self._sum((rows - mean).square()) / whole
+        self.mean.lerp_(mean, 0.1)
+        self.variance.lerp_(variance * (whole / max(1, whole - 1)), 0.1)
+        return (rows - mean) * (variance + _EPS).rsqrt()
+
+    @property
+    def scale(self) -> Tensor:
+        """What it multiplies rows by after training, [D]."""
+        return (self.variance + _EPS).rsqrt()
+
+    def _sum(self, rows: Tensor) -> Tensor:
+        total = rows.sum(dim=0)
+        if self.shared:
+            dist.all_reduce(total)
+        return total
+
+
+_EPS = 1e-6  # of BatchNorm
 
 
 def frozen_batches(train: FeatureSet, sgd: SGD, runtime: Runtime) -> Batches:
-    """Rows of centre crops, shuffled anew in every epoch; all processes see the whole batch."""
+    """Rows of centre crops, shuffled anew in every epoch; each process takes its share of each."""
     device = runtime.devices[0]
-    rows, labels = centre_and_normalise(train.features).to(device), train.labels.to(device)
+    rows, labels = sgd.prepared(train.features).to(device), train.labels.to(device)
     size = min(sgd.batch_size, len(rows))
     for epoch in range(sgd.epochs):
         for batch in epoch_batches(len(rows), size, seed=sgd.seed, epoch=epoch):
-            # Gradients are summed over processes that all hold the same rows.
-            yield rows[batch], labels[batch], size * runtime.world
+            mine = batch[runtime.rank :: runtime.world]
+            yield rows[mine], labels[mine], size
 
 
 def augmented_batches(
@@ -238,7 +327,7 @@ def augmented_batches(
         for epoch in range(sgd.epochs):
             for pieces in training_pieces(
                 plan.images,
-                random_crops(subject.image_size, subject.mean, subject.std),
+                random_crops(subject, sgd.interpolation),
                 batch_size=size,
                 piece_size=features.batch_size,
                 seed=sgd.seed,
@@ -250,22 +339,22 @@ def augmented_batches(
                 for images, wanted in pieces:
                     with torch.autocast(device.type, torch.bfloat16, enabled=half):
                         found = forward_feature(trunk, images.to(device), feature)
-                    rows.append(centre_and_normalise(found.float()))
+                    rows.append(sgd.prepared(found.float()))
                     labels.append(wanted.to(device))
                 yield torch.cat(rows), torch.cat(labels), size
                 progress.advance(size)
 
 
-def random_crops(
-    image_size: int, mean: tuple[float, ...], std: tuple[float, ...]
-) -> Callable[[Image.Image], Tensor]:
+def random_crops(subject: FrozenBackbone, interpolation: str) -> Callable[[Image.Image], Tensor]:
     """Random resized crop and flip, normalised (paper A.3)."""
     return v2.Compose(
         [
-            v2.RandomResizedCrop(image_size),
+            v2.RandomResizedCrop(
+                subject.image_size, interpolation=v2.InterpolationMode(interpolation)
+            ),
             v2.RandomHorizontalFlip(),
             v2.PILToTensor(),
             v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(mean=list(mean), std=list(std)),
+            v2.Normalize(mean=list(subject.mean), std=list(subject.std)),
         ]
     )

@@ -28,6 +28,7 @@ KINDS = {
     "imagenet_lowshot": ImageNetLowShot,
     "knn": KNN,
     "linear": Linear,
+    "linear_mae": Linear,
     "finetune": FineTune,
     "finetune_few": FineTune,
     "finetune_mae": FineTune,
@@ -114,7 +115,9 @@ def finetune(**changes):
 
 def linear(augment):
     sgd = {"epochs": 2, "batch_size": 9, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}
-    return Linear(logistic=None, sgd={**sgd, "augment": augment, "seed": 0}, features=FEATURES)
+    more = {"warmup_epochs": 0, "lars": False, "batch_norm": False, "interpolation": "bilinear"}
+    sgd |= {"augment": augment, "seed": 0, **more}
+    return Linear(logistic=None, sgd=sgd, features=FEATURES)
 
 
 @pytest.mark.parametrize(
@@ -290,6 +293,7 @@ def test_the_papers_figures_stand_beside_an_architecture_of_the_paper():
     assert paper_figure({**small, "patch_size": 8}, "logistic", "5") is None
     large = {**small, "embed_dim": 1024, "depth": 24}
     assert paper_figure(large, "logistic", "5", "mae").top1 == 0.423
+    assert paper_figure(large, "linear", "all", "mae").top1 == 0.758
     assert paper_figure(large, "logistic", "5") is None
     assert paper_figure(small, "finetune", "all", "mae") is None
     ids = [f"n{i:08d}" for i in range(1000)]
