@@ -68,7 +68,7 @@ def test_a_run_is_what_the_command_leaves(run):
     assert run.path.is_absolute()
     assert run.metrics[-1]["step"] == "2"
     assert run.verdicts[-1]["verdict"] == "warming up"
-    assert {row["backbone"] for row in run.table} == {"msn", "random", "pixels"}
+    assert {row["backbone"] for row in run.table} == {"msn", "random", "pixels", "majority"}
     assert run.table.rows == json.loads((run.path / "lowshot.json").read_text())["rows"]
     assert run.backbone(torch.zeros(1, 3, 32, 32)).shape == (1, 24)
     assert "<pre>" in run._repr_html_()

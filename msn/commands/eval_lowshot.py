@@ -28,14 +28,14 @@ from msn.evaluation.backbones import (
     open_backbones,
     random_backbone,
 )
-from msn.evaluation.lowshot import PIXELS, Protocol, evaluate
+from msn.evaluation.lowshot import Protocol, evaluate
 from msn.evaluation.sets import Result
 from msn.evaluation.table import print_table, write_results
 from msn.images.depth import trained_depth
 from msn.schema import make
 from msn.training.launch import ignore_left_overs, join_launched_processes, meeting
+from msn.weights.weights import BASELINES, MAJORITY, PIXELS, RANDOM
 
-BASELINES = ("random", PIXELS)
 TABLE_FILE = "lowshot.json"
 
 
@@ -98,6 +98,7 @@ def _run(config: DictConfig) -> Path | None:
             device=choose_devices(settings["device"], processes),
             cache_dir=cache_directory(settings["cache_dir"]),
             shared=processes > 1,
+            majority=MAJORITY in wanted,
         )
     if directory is None:
         return None
@@ -121,9 +122,9 @@ def write_table(
     Raises:
         UserError: if it cannot be written.
     """
-    train, held_out = (len(pool) for pool in pools)
-    write_results(directory / TABLE_FILE, results, settings)
-    print_table(results, f"labels from {train} images, {held_out} held out")
+    train, held_out = pools
+    write_results(directory / TABLE_FILE, results, settings, held_out)
+    print_table(results, f"labels from {len(train)} images, {len(held_out)} held out")
 
 
 def check_baselines(setting: Any, protocol: Protocol) -> list[str]:
@@ -155,7 +156,7 @@ def check_seed(seed: Any) -> int:
 def baselines(wanted: list[str], like: FrozenBackbone, seed: int) -> list[Subject]:
     """A random network of the same shape and raw pixels, those that are wanted."""
     found: list[Subject] = []
-    if "random" in wanted:
+    if RANDOM in wanted:
         found.append(random_backbone(like, seed=seed))
     if PIXELS in wanted:
         found.append(RawPixels(PIXELS, min(like.image_size, LARGEST_SIDE)))

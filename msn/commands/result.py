@@ -1,6 +1,7 @@
 """What a finished run leaves: the backbone, the low-shot table, and the line that says where."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,10 +13,14 @@ from msn.commands.run_directory import RunDirectory
 from msn.data.datamodule import MSNDataModule
 from msn.evaluation.backbones import FrozenBackbone
 from msn.evaluation.lowshot import Protocol, evaluate
+from msn.evaluation.sets import Row
 from msn.schema import as_argument
 from msn.training.base import PretrainingModule
+from msn.training.judge import NOT_ABOVE, add_to_verdict
 from msn.training.loggers import TensorBoardRun, WandbRun
 from msn.weights import save_backbone
+from msn.weights.card import floors_note
+from msn.weights.weights import MAJORITY, PIXELS, RANDOM
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +62,11 @@ def finish(
             num_workers=data.num_workers,
             device=device,
             shared=trainer.world_size > 1,
+            majority=MAJORITY in wanted,
         )
         if first:
             write_table(directory.path, results, labelled, settings)
+            _judge_by_table(directory, [result.row for result in results])
     if not first:
         return
     directory.write_status("finished")
@@ -80,6 +87,24 @@ def evaluated(module: PretrainingModule, protocol: Protocol) -> FrozenBackbone:
     backbone = FrozenBackbone(module.name, trunk, image_size)
     protocol.check_backbone(backbone)
     return backbone
+
+
+def _judge_by_table(directory: RunDirectory, rows: Sequence[Row]) -> None:
+    """Take "learning" back where the table shows a backbone that is worth no more than none.
+
+    The verdict changes if no column is above a random network, or none above raw pixels; if some
+    are, its line says which are not.
+    """
+    for line in floors_note(rows, (RANDOM, PIXELS)):
+        own = [row["above"] for row in rows if row.get("above")]
+        nowhere = any(
+            all(above[floor]["interval"][0] <= 0 for above in own if floor in above)
+            for floor in (RANDOM, PIXELS)
+            if any(floor in above for above in own)
+        )
+        verdict = add_to_verdict(directory.path, line, kind=NOT_ABOVE if nowhere else None)
+        if verdict is not None:
+            print(f"verdict: {verdict['line']}")
 
 
 def _report(directory: RunDirectory, device: torch.device) -> None:

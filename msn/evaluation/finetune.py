@@ -38,6 +38,7 @@ from msn.evaluation.lowshot import (
     check_draws,
     with_unreadable,
 )
+from msn.evaluation.outcomes import outcome_of
 from msn.evaluation.sets import (
     ChosenImages,
     LabelSet,
@@ -52,7 +53,7 @@ from msn.progress import Progress
 from msn.schema import Range, check_ranges, make
 from msn.weights import ForeignBackbone
 from msn.weights.timm import TimmModel, timm_twin
-from msn.weights.weights import resized_positions
+from msn.weights.weights import MAJORITY, resized_positions
 
 _Positive = Annotated[float, Range(0, above_low=True)]
 _Fraction = Annotated[float, Range(0, 1)]
@@ -185,7 +186,7 @@ class FineTune(Protocol):
             accumulated, which is exact without BatchNorm) and `precision`.
     """
 
-    baselines: ClassVar[tuple[str, ...]] = ()  # a whole training each
+    baselines: ClassVar[tuple[str, ...]] = (MAJORITY,)  # a whole training each
     is_the_papers = True
 
     def __init__(
@@ -231,7 +232,8 @@ class FineTune(Protocol):
         """Fine-tune once for each label set; raw pixels have nothing to tune."""
         if not isinstance(subject, FrozenBackbone):
             return []
-        correct, replaced, unreadable = [], set(), 0
+        found: list[tuple[Tensor, Tensor]] = []
+        replaced: set[int] = set()
         for number, labelled in enumerate(plan.sets):
             images = ChosenImages(plan.images, labelled.positions)
             training = FineTuning(
@@ -243,21 +245,24 @@ class FineTune(Protocol):
                 runtime=runtime,
             )
             training.run()
-            predicted, missing = training.predict(test)
-            correct.append((predicted == test.labels) & ~missing)
-            unreadable = int(missing.sum())
-            found = over_processes(training.replaced, runtime)
-            replaced |= {int(labelled.positions[i]) for i in found}
+            found.append(training.predict(test))
+            seen = over_processes(training.replaced, runtime)
+            replaced |= {int(labelled.positions[i]) for i in seen}
+        (scores, missing), predicted = found[0], torch.stack([s.argmax(dim=1) for s, _ in found])
+        outcome = outcome_of(
+            test.labels, predicted, test.classes, unreadable=missing, scores=scores
+        )
         row = make_row(
             backbone=subject.name,
             classifier="finetune",
             labels=plan.sets[0].labels,
-            correct=torch.stack(correct),
+            outcome=outcome,
             splits=[labelled.split for labelled in plan.sets],
             labelled_images=len(plan.sets[0].positions),
             epochs=self.recipe.epochs,
         )
-        return with_unreadable([Result(row)], labelled=len(replaced), held_out=unreadable)
+        result = Result(row, None, outcome)
+        return with_unreadable([result], labelled=len(replaced), held_out=int(missing.sum()))
 
 
 class FineTuning:
@@ -354,7 +359,7 @@ class FineTuning:
 
     @torch.no_grad()
     def predict(self, test: LabelledSet) -> tuple[Tensor, Tensor]:
-        """Classes of the centre crops of some images, and which cannot be read: [m] each."""
+        """Probabilities of the centre crops of some images, [m, C], and which are unreadable."""
         views = TransformedImages(test, self.subject.transform)
         mine = range(self.rank, len(test), self.world)  # each process its share
         loader = make_loader(
@@ -362,15 +367,15 @@ class FineTuning:
             batch_sampler=in_pieces(mine, self.piece_size),
             num_workers=self.runtime.num_workers,
         )
-        found = torch.zeros(2, len(test), dtype=torch.long)
+        found = torch.zeros(len(test), len(test.classes) + 1)
         for piece, (images, replaced) in zip(in_pieces(mine, self.piece_size), loader, strict=True):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-                found[0, piece] = self.model(images.to(self.device)).argmax(dim=1).cpu()
-            found[1, piece] = replaced.long()
+                scores = self.model(images.to(self.device)).float().softmax(dim=1)
+            found[piece, :-1], found[piece, -1] = scores.cpu(), replaced.float()
         if self.world > 1:
             found = found.to(self.device)  # where every kind of process group can sum
             dist.all_reduce(found)
-        return found[0].cpu(), found[1].bool().cpu()
+        return found[:, :-1].cpu(), found[:, -1].bool().cpu()
 
     def _groups(self) -> list[dict[str, Any]]:
         """Parameters by layer, each group with its `lr_scale`."""

@@ -19,7 +19,8 @@ from torch import Tensor
 from msn.data.sampler import permutation
 from msn.errors import UserError
 from msn.evaluation.logistic import LogisticFit, centre_and_normalise, fit_logistic
-from msn.evaluation.neighbours import knn_predictions
+from msn.evaluation.neighbours import knn_scores
+from msn.evaluation.outcomes import Outcome, balanced_accuracies, spread
 from msn.evaluation.sets import Head, LabelSet, Result, Trial, make_row
 from msn.progress import Progress
 from msn.schema import Range, check_ranges
@@ -118,7 +119,7 @@ def logistic_results(trial: Trial, settings: Logistic) -> list[Result]:
             backbone=trial.backbone,
             classifier="logistic",
             labels=name,
-            correct=fits.correct,
+            outcome=fits.outcome,
             splits=[labelled.split for labelled in group],
             lambda_=sum(fits.lambdas) / len(fits.lambdas),
             lambd=lambds[0] if len(set(lambds)) == 1 else lambds,
@@ -131,7 +132,7 @@ def logistic_results(trial: Trial, settings: Logistic) -> list[Result]:
         weight = fits.weight[:, :-1] if settings.intercept else fits.weight
         split = group[0].split
         head = Head(weight, bias, trial.train.classes, trial.feature, True, True, split)
-        results.append(Result(row, head))
+        results.append(Result(row, head, fits.outcome))
     return results
 
 
@@ -155,39 +156,40 @@ def knn_results(trial: Trial, neighbours: Sequence[int], temperature: float | No
     (labelled,) = trial.sets
     train, test, device = trial.train, trial.test, trial.device
     references, labels = train.features[labelled.positions], train.labels[labelled.positions]
-    predictions = knn_predictions(
+    found = knn_scores(
         references.to(device),
         labels.to(device),
         test.features.to(device),
         neighbours=neighbours,
         temperature=temperature,
         num_classes=len(train.classes),
-    ).cpu()
+    )
     votes = "majority" if temperature is None else f"temperature {temperature:g}"
-    return [
-        Result(
-            make_row(
-                backbone=trial.backbone,
-                classifier="knn",
-                labels=labelled.labels,
-                correct=(predicted == test.labels).unsqueeze(0),
-                splits=[labelled.split],
-                labelled_images=len(labels),
-                neighbours=k,
-                votes=votes,
-                feature=trial.feature,
-                **({"variant": f"k={k}"} if len(neighbours) > 1 else {}),
-            )
+    results = []
+    for k, scores in zip(neighbours, found, strict=True):
+        shares = (scores / scores.sum(dim=1, keepdim=True)).cpu()
+        outcome = test.outcome(shares.argmax(dim=1).unsqueeze(0), shares)
+        row = make_row(
+            backbone=trial.backbone,
+            classifier="knn",
+            labels=labelled.labels,
+            outcome=outcome,
+            splits=[labelled.split],
+            labelled_images=len(labels),
+            neighbours=k,
+            votes=votes,
+            feature=trial.feature,
+            **({"variant": f"k={k}"} if len(neighbours) > 1 else {}),
         )
-        for k, predicted in zip(neighbours, predictions, strict=True)
-    ]
+        results.append(Result(row, None, outcome))
+    return results
 
 
 class _Fits(NamedTuple):
     """Classifiers of some label sets, as the table sees them."""
 
     weight: Tensor  # of the first set, [C, D]
-    correct: Tensor  # bool [S, m]
+    outcome: Outcome
     lambdas: list[float]  # lambda of each set
     converged: bool
 
@@ -203,11 +205,11 @@ class _Problem:
         self.rows = settings.prepare(train.features.to(device))
         self.labels = train.labels.to(device)
         self.test_rows = settings.prepare(test.features.to(device))
-        self.test_labels = test.labels.to(device)
+        self.test = test
 
     def fit(self, group: Sequence[LabelSet], lambds: Sequence[float]) -> _Fits:
         """Fit every set with its own lambd and classify the test images."""
-        correct = torch.empty(len(group), len(self.test_rows), dtype=torch.bool)
+        predicted = torch.empty(len(group), len(self.test_rows), dtype=torch.long)
         converged, first = True, self.rows
         sizes = [len(labelled.positions) for labelled in group]
         # Sets of one size and strength are solved side by side.
@@ -217,10 +219,11 @@ class _Problem:
                 fit = self._solve(positions, [lambd], self.settings.tolerance)
                 converged &= bool(fit.converged.all())
                 for i, weight in zip(some, fit.weight[:, 0], strict=True):
-                    correct[i] = (self._predicted(weight) == self.test_labels).cpu()
+                    predicted[i] = self._predicted(weight)
                     first = weight if i == 0 else first
         lambdas = [lambd / size for lambd, size in zip(lambds, sizes, strict=True)]
-        return _Fits(first.cpu(), correct, lambdas, converged)
+        outcome = self.test.outcome(predicted, self._probabilities(first))
+        return _Fits(first.cpu(), outcome, lambdas, converged)
 
     def cross_validate(self, group: Sequence[LabelSet]) -> list[float] | None:
         """The lambd that each set chooses by itself; None where it cannot or need not."""
@@ -270,8 +273,13 @@ class _Problem:
         return hits, loss
 
     def _predicted(self, weight: Tensor) -> Tensor:
-        step = max(1, _MAX_SCORES // self.num_classes)
-        return torch.cat([(rows @ weight.T).argmax(1) for rows in self.test_rows.split(step)])
+        return torch.cat([(rows @ weight.T).argmax(1).cpu() for rows in self._test_parts()])
+
+    def _probabilities(self, weight: Tensor) -> Tensor:
+        return torch.cat([(rows @ weight.T).softmax(1).cpu() for rows in self._test_parts()])
+
+    def _test_parts(self) -> Sequence[Tensor]:
+        return self.test_rows.split(max(1, _MAX_SCORES // self.num_classes))
 
     def _chunks(self, members: list[int], size: int) -> list[list[int]]:
         step = max(1, _MAX_GATHERED // (size * self.rows.shape[1]))
@@ -285,13 +293,15 @@ def _grouped(keys: Sequence[Any]) -> list[tuple[Any, list[int]]]:
 
 
 def _summary(fits: _Fits, lambds: list[float]) -> dict[str, Any]:
-    top1 = fits.correct.double().mean(dim=1)
+    top1, balanced = fits.outcome.correct.double().mean(dim=1), balanced_accuracies(fits.outcome)
     return {
         "lambd": lambds,
         "lambda": fits.lambdas,
         "top1_mean": float(top1.mean()),
-        "top1_std": float(top1.std()) if len(top1) > 1 else 0.0,
-        "top1": [float(value) for value in top1],
+        "top1_std": spread(top1),
+        "top1": top1.tolist(),
+        "balanced_mean": float(balanced.mean()),
+        "balanced_std": spread(balanced),
     }
 
 

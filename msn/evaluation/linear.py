@@ -39,6 +39,7 @@ from msn.evaluation.sets import (
 )
 from msn.progress import Progress
 from msn.schema import Range, check_ranges, make
+from msn.weights.weights import MAJORITY
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ class Linear(Protocol):
         features: settings, see `FeatureSettings`.
     """
 
-    baselines: ClassVar[tuple[str, ...]] = ()  # a hundred passes over all images each
+    baselines: ClassVar[tuple[str, ...]] = (MAJORITY,)  # a hundred passes over all images each
     is_the_papers = True
 
     def __init__(
@@ -202,20 +203,22 @@ class Linear(Protocol):
         self, subject: Subject, weight: Tensor, bias: Tensor, plan: LabelPlan, test: FeatureSet
     ) -> Result:
         assert self.sgd is not None
-        predicted = F.linear(self.sgd.prepared(test.features), weight, bias).argmax(dim=1)
+        scores = F.linear(self.sgd.prepared(test.features), weight, bias)
+        outcome = test.outcome(scores.argmax(dim=1).unsqueeze(0), scores.softmax(dim=1))
         labelled, feature = plan.sets[0], subject.kind(self.features)
         row = make_row(
             backbone=subject.name,
             classifier="linear",
             labels=labelled.labels,
-            correct=(predicted == test.labels).unsqueeze(0),
+            outcome=outcome,
             splits=[labelled.split],
             labelled_images=len(plan.images),
             feature=feature,
             augmented=self.sgd.augment and isinstance(subject, FrozenBackbone),
         )
         rows = not self.sgd.batch_norm
-        return Result(row, Head(weight, bias, test.classes, feature, rows, rows, labelled.split))
+        head = Head(weight, bias, test.classes, feature, rows, rows, labelled.split)
+        return Result(row, head, outcome)
 
 
 def train_probe(

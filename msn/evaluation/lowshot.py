@@ -13,6 +13,7 @@ from msn.errors import UserError
 from msn.evaluation.backbones import FrozenBackbone, Subject
 from msn.evaluation.features import FeatureSettings, LabelledSet, Runtime, weights_key
 from msn.evaluation.imagenet import is_imagenet, paper_figure
+from msn.evaluation.outcomes import above, is_unbalanced, outcome_of
 from msn.evaluation.sets import (
     ChosenImages,
     LabelSet,
@@ -21,11 +22,14 @@ from msn.evaluation.sets import (
     check_labelled,
     held_out_features,
     labelled_features,
+    make_row,
     renumber,
+    table_key,
     used_positions,
 )
 from msn.method.vit import VisionTransformer
 from msn.schema import make
+from msn.weights.weights import BASELINES, MAJORITY
 
 _MOST_SPLITS = 10_000
 
@@ -52,7 +56,7 @@ class Protocol(ABC):
         methods: of networks whose published figures were taken in this way.
     """
 
-    baselines: ClassVar[tuple[str, ...]] = ("random", "pixels")
+    baselines: ClassVar[tuple[str, ...]] = BASELINES
     is_the_papers: bool = False
     methods: tuple[str, ...] = ("msn", "mae")
 
@@ -163,9 +167,6 @@ class _LabelsAlone:
         return len(self.labels)
 
 
-PIXELS = "pixels"
-
-
 def evaluate(
     protocol: Protocol,
     subjects: Sequence[Subject],
@@ -176,6 +177,7 @@ def evaluate(
     device: torch.device | tuple[torch.device, ...],
     cache_dir: Path | None = None,
     shared: bool = False,
+    majority: bool = False,
 ) -> list[Result]:
     """Run a protocol on every backbone, with the same labelled images for all.
 
@@ -189,6 +191,7 @@ def evaluate(
         cache_dir: where features are kept between calls; None keeps none.
         shared: whether every process of the default group makes this call, to share the
             extraction. All get the same results then; one should write them.
+        majority: whether rows follow that name the largest class of `train` for every image.
 
     Returns:
         Rows of `lowshot.json`, with fitted heads.
@@ -209,7 +212,55 @@ def evaluate(
         _say_what(found, subject)
         _set_beside_paper(found, subject if comparable else None, protocol.methods)
         results += found
+    if majority:
+        results += _majority(results, train, held_out)
+    _set_beside_floors(results)
     return results
+
+
+def _majority(results: Sequence[Result], train: LabelledSet, held_out: LabelledSet) -> list[Result]:
+    """The largest class for every image, a row for each column of the table."""
+    largest = int(torch.bincount(train.labels).argmax())
+    predicted = torch.full((1, len(held_out)), largest)
+    outcome = outcome_of(held_out.labels, predicted, held_out.classes)
+    made = make_row(
+        backbone=MAJORITY,
+        classifier="",
+        labels="",
+        outcome=outcome,
+        splits=[train.classes[largest]],
+    )
+    columns = {table_key(result.row): result.row for result in reversed(results)}
+    kept = ("classifier", "labels", "variant", "neighbours", "labelled_images")
+    return [
+        Result(
+            {**made, "paper": None, **{key: row[key] for key in kept if key in row}}, None, outcome
+        )
+        for row in reversed(columns.values())
+    ]
+
+
+def _set_beside_floors(results: Sequence[Result]) -> None:
+    """Add to every backbone's row how far it is above each baseline of its column.
+
+    Unbalanced classes are compared by balanced accuracy; what the majority class is good at is
+    top-1, so that counts there.
+    """
+    for result in results:
+        if result.row["backbone"] in BASELINES or result.outcome is None:
+            continue
+        floors = {
+            other.row["backbone"]: above(
+                result.outcome,
+                other.outcome,
+                balanced=is_unbalanced(result.row) and other.row["backbone"] != MAJORITY,
+            )
+            for other in results
+            if other.row["backbone"] in BASELINES
+            and table_key(other.row) == table_key(result.row)
+            and other.outcome is not None
+        }
+        result.row["above"] = floors
 
 
 def _say_what(results: Sequence[Result], subject: Subject) -> None:

@@ -4,7 +4,8 @@ Legend: n reference rows, m query rows, D feature width, C classes, k neighbours
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -126,7 +127,7 @@ def _tally(weights: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     return scores.scatter_add_(1, labels, weights)
 
 
-def knn_predictions(
+def knn_scores(
     references: Tensor,
     labels: Tensor,
     queries: Tensor,
@@ -134,8 +135,8 @@ def knn_predictions(
     neighbours: Sequence[int],
     temperature: float | None,
     num_classes: int,
-) -> Tensor:
-    """Classify by the nearest labelled features under cosine.
+) -> Iterator[Tensor]:
+    """Votes of the nearest labelled features under cosine.
 
     Args:
         references: labelled features, [n, D].
@@ -146,19 +147,22 @@ def knn_predictions(
             between classes with as many votes the larger sum of cosines wins.
         num_classes: C.
 
-    Returns:
-        A row of predicted classes for each k, [len(neighbours), m].
+    Yields:
+        For each k scores whose argmax is the prediction, [m, C].
 
     Raises:
         UserError: if a k or the temperature is out of range.
     """
     cosines, indices = nearest(references, queries, max(neighbours))
     voters = labels[indices]
-    predictions = []
     for k in neighbours:
         if temperature is None:
-            scores = majority_votes(cosines[:, :k], voters[:, :k], num_classes)
+            yield majority_votes(cosines[:, :k], voters[:, :k], num_classes)
         else:
-            scores = weighted_votes(cosines[:, :k], voters[:, :k], num_classes, temperature)
-        predictions.append(scores.argmax(dim=1))
-    return torch.stack(predictions)
+            yield weighted_votes(cosines[:, :k], voters[:, :k], num_classes, temperature)
+
+
+def knn_predictions(references: Tensor, labels: Tensor, queries: Tensor, **settings: Any) -> Tensor:
+    """A row of predicted classes for each k, [len(neighbours), m]; see `knn_scores`."""
+    found = knn_scores(references, labels, queries, **settings)
+    return torch.stack([scores.argmax(dim=1) for scores in found])

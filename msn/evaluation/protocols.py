@@ -27,6 +27,7 @@ from msn.evaluation.sets import LabelSet, Result, Trial, all_labels, drawn_share
 from msn.files import writing_to
 from msn.method.distributed import process_index
 from msn.schema import make
+from msn.weights.weights import MAJORITY, RANDOM
 
 log = logging.getLogger(__name__)
 
@@ -234,7 +235,7 @@ class ImageNetLowShot(_FewLabels):
         features: settings, see `FeatureSettings`.
     """
 
-    baselines: ClassVar[tuple[str, ...]] = ("random",)
+    baselines: ClassVar[tuple[str, ...]] = (RANDOM, MAJORITY)
     is_the_papers = True
 
     def __init__(

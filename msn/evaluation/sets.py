@@ -10,14 +10,11 @@ from torch import Tensor
 from msn.data.subsets import fraction_of_each_class, k_shot
 from msn.errors import UserError
 from msn.evaluation.features import Extracted, LabelledSet
+from msn.evaluation.outcomes import Outcome, measured, outcome_of
 
 Row = dict[str, Any]
-CLASSIFIERS = ("logistic", "knn", "linear", "finetune")
-
-_RESAMPLES = 1000
-_CONFIDENCE = 0.95
-# Indices drawn at once while resampling.
-_MAX_DRAWS = 2**24
+# How tables call them.
+CLASSIFIERS = {"logistic": "logistic", "linear": "linear", "finetune": "fine-tuned"}
 
 
 class Head(NamedTuple):
@@ -43,6 +40,8 @@ class Result(NamedTuple):
 
     row: Row
     head: Head | None = None
+    outcome: Outcome | None = None
+    """The predictions behind it."""
 
 
 def make_row(
@@ -50,61 +49,32 @@ def make_row(
     backbone: str,
     classifier: str,
     labels: str,
-    correct: Tensor,
+    outcome: Outcome,
     splits: Sequence[str],
     **more: Any,
 ) -> Row:
     """A row in the schema of `lowshot.json`.
 
     Args:
-        backbone: `msn`, `random`, `pixels` or what the user called it.
-        classifier: one of `CLASSIFIERS`.
+        backbone: `msn`, `random`, `pixels`, `majority` or what the user called it.
+        classifier: `knn`, or one of `CLASSIFIERS`.
         labels: `1`, `2`, `5`, `1%`, `all`, ...
-        correct: whether each test image was classified rightly, for every split, bool [S, m].
+        outcome: predictions for the test images, of S label sets.
         splits: names of the label sets, S of them.
         more: further plain values; `lambda_` is written as `lambda`, null where there is none.
     """
-    top1 = correct.double().mean(dim=1)
-    low, high = bootstrap_interval(correct)
     strength = more.pop("lambda_", None)
     return {
         "backbone": backbone,
         "classifier": classifier,
         "labels": labels,
-        "splits": len(top1),
-        "top1_mean": float(top1.mean()),
-        "top1_std": float(top1.std()) if len(top1) > 1 else 0.0,
+        "splits": len(outcome.predicted),
+        **measured(outcome),
         "lambda": strength,
-        "top1": [float(value) for value in top1],
-        "interval": [low, high],
         "split_names": list(splits),
-        "test_images": correct.shape[1],
+        "test_images": len(outcome.truth),
         **more,
     }
-
-
-def bootstrap_interval(correct: Tensor) -> tuple[float, float]:
-    """95 % interval of the mean accuracy when the test images are drawn anew.
-
-    Only test images are resampled; what the choice of labelled images adds is `top1_std`.
-
-    Args:
-        correct: [S, m]; a test image counts by its mean over the S splits.
-
-    Returns:
-        Lower and upper quantile of 1,000 seeded resamples, fractions.
-    """
-    scores = correct.double().mean(dim=0).cpu()
-    count = len(scores)
-    generator = torch.Generator().manual_seed(0)
-    means = []
-    at_once = max(1, _MAX_DRAWS // count)
-    for begin in range(0, _RESAMPLES, at_once):
-        shape = (min(at_once, _RESAMPLES - begin), count)
-        means.append(scores[torch.randint(count, shape, generator=generator)].mean(dim=1))
-    tail = (1 - _CONFIDENCE) / 2
-    low, high = torch.cat(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))
-    return float(low), float(high)
 
 
 def printable(name: str) -> str:
@@ -112,12 +82,15 @@ def printable(name: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
+def formula_free(value: Any) -> Any:
+    """Text that a spreadsheet would take for a formula begins with an apostrophe."""
+    starts = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if starts else value
+
+
 def table_key(row: Row) -> tuple[str, str, str]:
     """What tells a row from the others of its backbone: classifier, labels, variant."""
     return row["classifier"], row["labels"], str(row.get("variant", ""))
-
-
-_NO_CLASS = -1
 
 
 class LabelSet(NamedTuple):
@@ -163,11 +136,19 @@ class FeatureSet(NamedTuple):
     features: Tensor
     """float32 [n, D]."""
     labels: Tensor
-    """In [0, C), [n]; -1 for a test image that cannot be read."""
+    """In [0, C), [n]."""
     classes: Sequence[str]
     """Names, C of them."""
     replaced: int = 0
     """Images that cannot be read."""
+    unreadable: Tensor | None = None
+    """Which ones, bool [n]; None where all can be or others of their class stand in."""
+
+    def outcome(self, predicted: Tensor, scores: Tensor | None = None) -> Outcome:
+        """What classifiers said of these images: predicted [S, n], scores of the first [n, C]."""
+        return outcome_of(
+            self.labels, predicted, self.classes, unreadable=self.unreadable, scores=scores
+        )
 
 
 class Trial(NamedTuple):
@@ -220,8 +201,8 @@ def labelled_features(images: LabelledSet, found: Extracted) -> FeatureSet:
 
 def held_out_features(images: LabelledSet, found: Extracted) -> FeatureSet:
     """Features to test on; an image that cannot be read counts as wrong whatever is predicted."""
-    labels = torch.where(found.replaced, _NO_CLASS, images.labels)
-    return FeatureSet(found.rows, labels, images.classes, int(found.replaced.sum()))
+    count = int(found.replaced.sum())
+    return FeatureSet(found.rows, images.labels, images.classes, count, found.replaced)
 
 
 def used_positions(sets: Iterable[LabelSet]) -> Tensor:

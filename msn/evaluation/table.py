@@ -5,7 +5,6 @@ Like the paper's table: one line per backbone, one column per number of labels.
 
 import csv
 import io
-import itertools
 import json
 import platform
 import re
@@ -13,18 +12,32 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
-import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from msn.evaluation.sets import Head, Result, Row, printable, table_key
+from msn.evaluation.drawing import draw_confusion, draw_curve
+from msn.evaluation.features import LabelledSet
+from msn.evaluation.outcomes import is_unbalanced
+from msn.evaluation.predictions import (
+    PREDICTIONS,
+    confusion_table,
+    main_result,
+    write_predictions,
+)
+from msn.evaluation.sets import (
+    CLASSIFIERS,
+    Head,
+    Result,
+    Row,
+    formula_free,
+    printable,
+    table_key,
+)
 from msn.files import write_bytes
+from msn.weights.card import column_name, floors_note
 from msn.weights.tensors import save_tensors
 
 _CSV = (
@@ -41,6 +54,13 @@ _CSV = (
     "top1_std",
     "interval_low",
     "interval_high",
+    "balanced_mean",
+    "balanced_std",
+    "balanced_low",
+    "balanced_high",
+    "macro_f1",
+    "macro_f1_low",
+    "macro_f1_high",
     "lambda",
     "lambd",
     "lambda_choice",
@@ -50,7 +70,6 @@ _CSV = (
     "paper_top1",
     "paper_std",
 )
-CLASSIFIERS = {"logistic": "logistic", "linear": "linear", "finetune": "fine-tuned"}
 
 
 def table_of(rows: Sequence[Row], title: str) -> Table:
@@ -83,7 +102,8 @@ def markdown_table(rows: Sequence[Row]) -> str:
         lines.append(
             "| " + " | ".join([_in_markdown(name), *(" ".join(cell) for cell in cells)]) + " |"
         )
-    return "\n".join([*lines, "", note(rows), ""])
+    below = [line for words in floors_note(rows) for line in ("", _in_markdown(words))]
+    return "\n".join([*lines, "", note(rows), *below, ""])
 
 
 def _in_markdown(name: str) -> str:
@@ -101,21 +121,21 @@ def csv_table(rows: Sequence[Row]) -> str:
     writer.writeheader()
     for row in rows:
         paper, other = row.get("paper") or {}, row.get("cross_validated") or {}
-        low, high = row["interval"]
         flat = {
             **row,
-            "interval_low": low,
-            "interval_high": high,
+            **_ends("interval", row["interval"]),
+            **_ends("balanced", row.get("balanced_interval")),
+            **_ends("macro_f1", row.get("macro_f1_interval")),
             **{f"paper_{key}": paper.get(key) for key in ("model", "top1", "std")},
             **{f"cross_validated_{key}": other.get(key) for key in ("top1_mean", "top1_std")},
         }
-        writer.writerow({key: _no_formula(value) for key, value in flat.items()})
+        writer.writerow({key: formula_free(value) for key, value in flat.items()})
     return text.getvalue()
 
 
-def _no_formula(value: Any) -> Any:
-    starts = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
-    return f"'{value}" if starts else value
+def _ends(name: str, interval: Sequence[float] | None) -> dict[str, Any]:
+    low, high = interval or (None, None)
+    return {f"{name}_low": low, f"{name}_high": high}
 
 
 def note(rows: Sequence[Row]) -> str:
@@ -125,6 +145,8 @@ def note(rows: Sequence[Row]) -> str:
     if splits:
         numbers = " or ".join(map(str, splits))
         parts.append(f"+- standard deviation over {numbers} sets of labelled images")
+    if any(map(is_unbalanced, rows)):
+        parts.append("balanced: mean of the classes' recalls, as some have few held-out images")
     parts += _strengths(rows)
     parts += _features(rows)
     if replaced := max((row.get("replaced_images", 0) for row in rows), default=0):
@@ -174,15 +196,22 @@ def _strengths(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _headings(rows: Sequence[Row]) -> dict[tuple[str, str, str], tuple[str, str]]:
+Column = tuple[tuple[str, str, str], str]
+"""What the rows of a column have in common, and the figure of it: `top1` or `balanced`."""
+
+
+def _headings(rows: Sequence[Row]) -> dict[Column, tuple[str, str]]:
     """Two lines for every column, in the order of the rows."""
+    figures = ("top1", "balanced") if any(map(is_unbalanced, rows)) else ("top1",)
     headings = {}
     for row in rows:
         labels = row["labels"]
         second = f"{labels} per class" if labels.isdigit() else f"{labels} labels"
         first = f"{row['neighbours']}-NN" if row["classifier"] == "knn" else ""
         first = first or " ".join([CLASSIFIERS[row["classifier"]], row.get("variant", "")]).strip()
-        headings[table_key(row)] = (first, second)
+        for figure in figures:
+            title = f"{first}, balanced" if figure == "balanced" else first
+            headings[table_key(row), figure] = (title, second)
     return headings
 
 
@@ -194,126 +223,43 @@ def _lines(rows: Sequence[Row]) -> list[tuple[str, list[list[str]], bool]]:
     for backbone in dict.fromkeys(row["backbone"] for row in rows):
         own = {table_key(row): row for row in rows if row["backbone"] == backbone}
         name = printable(backbone)
-        several = [(name, [_measured(own.get(column)) for column in columns])]
+        several = [(name, [_measured(own.get(key), figure) for key, figure in columns])]
         if any("cross_validated" in row for row in own.values()):
-            chosen = [_spread(own.get(column), "cross_validated") for column in columns]
+            chosen = [_spread(own.get(key), figure, "cross_validated") for key, figure in columns]
             several.append((f"{name}, cv", chosen))
         models = {row["paper"]["model"] for row in own.values() if row.get("paper")}
         for model in sorted(models - shown):
-            several.append((f"paper, {model}", [_published(own.get(column)) for column in columns]))
+            published = [_published(own.get(key), figure) for key, figure in columns]
+            several.append((f"paper, {model}", published))
         shown |= models
         ends = [False] * (len(several) - 1) + [True]
         lines += [(*line, end) for line, end in zip(several, ends, strict=True)]
     return lines
 
 
-def _measured(row: Row | None) -> list[str]:
-    if row is None:
+def _measured(row: Row | None, figure: str) -> list[str]:
+    found = (
+        None if row is None else row.get("interval" if figure == "top1" else f"{figure}_interval")
+    )
+    if found is None:
         return [""]
-    low, high = row["interval"]
-    return [*_spread(row), f"[{100 * low:.1f}, {100 * high:.1f}]"]
+    return [*_spread(row, figure), f"[{100 * found[0]:.1f}, {100 * found[1]:.1f}]"]
 
 
-def _spread(row: Row | None, inside: str | None = None) -> list[str]:
+def _spread(row: Row | None, figure: str, inside: str | None = None) -> list[str]:
     values: Mapping[str, Any] | None = row if row is None or inside is None else row.get(inside)
-    if row is None or values is None:
+    if row is None or values is None or f"{figure}_mean" not in values:
         return [""]
-    mean = f"{100 * values['top1_mean']:.1f}"
-    return [mean if row["splits"] == 1 else f"{mean} +- {100 * values['top1_std']:.1f}"]
+    mean = f"{100 * values[f'{figure}_mean']:.1f}"
+    return [mean if row["splits"] == 1 else f"{mean} +- {100 * values[f'{figure}_std']:.1f}"]
 
 
-def _published(row: Row | None) -> list[str]:
-    paper = None if row is None else row.get("paper")
+def _published(row: Row | None, figure: str) -> list[str]:
+    paper = None if row is None or figure != "top1" else row.get("paper")
     if not paper:
         return [""]
     spread = "" if paper["std"] is None else f" +- {100 * paper['std']:.1f}"
     return [f"{100 * paper['top1']:.1f}{spread}"]
-
-
-# Told apart by colour-blind readers as well, on light and on dark ground (after Okabe and Ito).
-COLOURS = ("#2f8fd0", "#e0712a", "#12a67c", "#cf7bb0", "#dba117", "#7d8be0", "#8c8c8c")
-_BASELINES = {"random": "#9a9a9a", "pixels": "#b9a98c"}
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # tell lines apart in print
-
-
-class Line(NamedTuple):
-    """A line of accuracy over labelled images."""
-
-    name: str
-    """Backbone, and the classifier where it is not logistic regression."""
-    colour: str
-    baseline: bool
-    points: list[Row]
-    """By their number of labelled images."""
-
-
-def accuracy_lines(rows: Sequence[Row]) -> list[Line]:
-    """The few-label rows of each backbone and classifier."""
-    found: dict[tuple[str, str], list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row["labelled_images"]):
-        if row["classifier"] in ("logistic", "finetune"):
-            found.setdefault((row["backbone"], row["classifier"]), []).append(row)
-    lines: list[Line] = []
-    for (backbone, classifier), points in found.items():
-        name = printable(backbone)
-        name += "" if classifier == "logistic" else f" ({CLASSIFIERS[classifier]})"
-        trained = sum(not line.baseline for line in lines)
-        colour = _BASELINES.get(backbone, COLOURS[trained % len(COLOURS)])
-        lines.append(Line(name, colour, backbone in _BASELINES, points))
-    return lines
-
-
-def draw_curve(rows: Sequence[Row], file: BinaryIO, suffix: str) -> bool:
-    """Draw top-1 over labelled images for the few-label rows; equal rows give equal bytes.
-
-    Args:
-        rows: of `lowshot.json`; those with `logistic` or `finetune` are drawn.
-        file: where to write.
-        suffix: `png` or `svg`.
-
-    Returns:
-        False where no backbone has two points, and nothing was written.
-    """
-    lines = accuracy_lines(rows)
-    if not any(len(line.points) > 1 for line in lines):
-        return False
-    # Without this SVG ids are random.
-    with matplotlib.rc_context({"svg.hashsalt": "msn", "font.size": 11}):
-        figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        markers = itertools.cycle(_MARKERS)
-        for line in lines:
-            axes.errorbar(
-                [point["labelled_images"] for point in line.points],
-                [100 * point["top1_mean"] for point in line.points],
-                yerr=[100 * point["top1_std"] for point in line.points],
-                label=line.name.replace("$", r"\$"),  # matplotlib reads formulas between two
-                color=line.colour,
-                marker="." if line.baseline else next(markers),
-                linestyle="--" if line.baseline else "-",
-                capsize=3,
-            )
-        _label_axes(axes, [point for line in lines for point in line.points])
-        metadata = {"Date": None} if suffix == "svg" else {"Software": None}
-        figure.savefig(file, format=suffix, dpi=150, metadata=metadata)
-    return True
-
-
-def _label_axes(axes: Any, points: Sequence[Row]) -> None:
-    names = {point["labelled_images"]: point["labels"] for point in points}
-    counts = sorted(names)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(FixedLocator(counts))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels(
-        [names[n] if names[n].endswith("%") else f"{names[n]}\n({n})" for n in counts]
-    )
-    axes.set_xlabel("labelled images per class (in all)")
-    axes.set_ylabel("top-1 accuracy on held-out images, %")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
 
 
 _ANY_WIDTH = 100_000
@@ -335,17 +281,25 @@ def print_table(results: Sequence[Result], title: str) -> None:
         console.print(list_of(rows, title), markup=False, highlight=False)
     else:
         console.print(table)
+    for line in floors_note(rows):
+        print(printable(line))
 
 
-def write_results(path: Path, results: Sequence[Result], config: Mapping[str, Any]) -> None:
-    """Write lowshot.json, beside it .csv, .md, .png and .svg, and heads in `heads/`.
+def write_results(
+    path: Path,
+    results: Sequence[Result],
+    config: Mapping[str, Any],
+    test: LabelledSet | None = None,
+) -> None:
+    """Write lowshot.json, beside it .csv, .md, .png and .svg, predictions, and heads in `heads/`.
 
     Each file is whole or not there; the JSON comes last, as the sign that all are.
 
     Args:
         path: the JSON file, in the run directory.
-        results: rows with their heads.
+        results: rows with their heads and predictions.
         config: plain data, kept in the JSON file.
+        test: the test images, whose predictions are kept; None keeps none.
 
     Raises:
         UserError: if the directory cannot be written.
@@ -362,6 +316,16 @@ def write_results(path: Path, results: Sequence[Result], config: Mapping[str, An
         picture = io.BytesIO()
         if draw_curve(rows, picture, suffix):
             write_bytes(path.with_suffix(f".{suffix}"), picture.getvalue())
+    if test is not None and (main := main_result(results)) is not None:
+        write_predictions(path.parent / PREDICTIONS, results, test.names)
+        write_bytes(
+            path.parent / "confusion.csv", confusion_table(results).encode(errors="replace")
+        )
+        picture = io.BytesIO()
+        assert main.outcome is not None
+        title = f"{main.row['backbone']}, {column_name(main.row)}"
+        draw_confusion(main.outcome, title, picture)
+        write_bytes(path.parent / "confusion.png", picture.getvalue())
     content = {"rows": rows, "config": dict(config), "versions": versions()}
     text = json.dumps(content, indent=1, allow_nan=False, default=str) + "\n"
     write_bytes(path, text.encode())

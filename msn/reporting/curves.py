@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from msn.evaluation.sets import Row
-from msn.evaluation.table import CLASSIFIERS, COLOURS, accuracy_lines
+from msn.evaluation.drawing import COLOURS, accuracy_lines
+from msn.evaluation.sets import CLASSIFIERS, Row
 from msn.reporting.record import RunRecord
 
 _DASHES = ("solid", "dash", "dot", "dashdot")

@@ -19,7 +19,7 @@ from msn.data.dataset import TrainingSet
 from msn.data.pools import PoolSettings, build_pools
 from msn.data.sampler import BatchKey
 from msn.data.views import IMAGENET_MEAN, IMAGENET_STD, Views, view_settings
-from msn.evaluation.table import COLOURS
+from msn.evaluation.drawing import COLOURS
 from msn.method.masking import PatchDrop
 from msn.reporting.curves import BELOW_TITLE, Chart
 from msn.reporting.learned import Learned
@@ -155,7 +155,7 @@ def _prototypes(learned: Learned, assignments: Tensor) -> Gallery:
         caption = f"prototype {prototype}: {share:.1%} of images"
         pictures.append(
             as_picture(
-                _strip([sized(learned.images[i], _THUMBNAIL) for i in nearest]),
+                strip([sized(learned.images[i], _THUMBNAIL) for i in nearest]),
                 caption,
                 f"The {len(nearest)} images nearest to {caption}{_class_mix(learned, nearest)}.",
             )
@@ -183,7 +183,7 @@ def _attention(learned: Learned) -> Gallery:
         cells += [sized(_heated(image, weight), _ATTENTION_SIDE) for weight in shown]
         pictures.append(
             as_picture(
-                _strip(cells),
+                strip(cells),
                 _title_of(learned, i),
                 f"Image {_title_of(learned, i)}, the mean attention of its class token over "
                 f"{heads} heads, and that of {len(shown) - 1} single heads.",
@@ -246,7 +246,7 @@ def sized(image: Image.Image, side: int) -> Image.Image:
     return image.resize((side, side), how)
 
 
-def _strip(cells: Sequence[Image.Image]) -> Image.Image:
+def strip(cells: Sequence[Image.Image]) -> Image.Image:
     """Side by side on transparent ground."""
     width = sum(cell.width for cell in cells) + _GAP * (len(cells) - 1)
     strip = Image.new("RGBA", (width, max(cell.height for cell in cells)), (0, 0, 0, 0))

@@ -14,13 +14,22 @@ import torch
 from plotly.offline import get_plotlyjs
 
 from msn.errors import UserError
+from msn.evaluation.outcomes import is_unbalanced
 from msn.reporting.curves import Chart, accuracy_chart, curve_charts, table_of
 from msn.reporting.learned import look
+from msn.reporting.mistakes import (
+    class_caption,
+    class_lines,
+    confusion_picture,
+    main_row,
+    worst_images,
+)
 from msn.reporting.pictures import Gallery, Picture, feature_map, galleries
 from msn.reporting.reconstruction import SHOWN, reconstruction_gallery
 from msn.reporting.record import RunRecord
 from msn.schema import flat
 from msn.weights import load_mae
+from msn.weights.card import floors_note
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +37,7 @@ log = logging.getLogger(__name__)
 _TONES = {
     "learning": "good",
     "loss at its floor": "good",
+    "learning, not above floors": "warn",
     "warming up": "wait",
     "views too alike": "warn",
     "few prototypes": "warn",
@@ -51,6 +61,7 @@ def build_report(records: Sequence[RunRecord], *, images: int, device: torch.dev
         ("verdict", "Is it learning?", "".join(_verdicts(r, len(records) > 1) for r in records)),
         ("run", "What was run", _overview(records) + _differences(records)),
         ("lowshot", "Few labels", _lowshot(records, accuracy)),
+        ("mistakes", "What goes wrong", "".join(_mistakes(r, images) for r in records)),
         ("curves", "Curves", charts_html(curve_charts(records), wide=len(records) > 1)),
         ("pictures", "What it has learnt", "".join(pieces)),
         ("details", "Configuration and versions", _details(records)),
@@ -76,6 +87,23 @@ def _pictures(record: RunRecord, images: int, device: torch.device) -> str:
     return (
         f"<h3>{escape(record.name)}</h3>" + charts_html([feature_map(learned)], wide=True) + found
     )
+
+
+def _mistakes(record: RunRecord, images: int) -> str:
+    """Recall of each class, confusions, and with pictures the worst images."""
+    row = main_row(record)
+    if row is None:
+        return ""
+    lines = [[escape(cell) for cell in line] for line in class_lines(row)]
+    heads = ["class", "held-out images", "recall"]
+    parts = [table_html(heads, lines, caption=class_caption(record, row))]
+    try:
+        found = [confusion_picture(record), worst_images(record, row) if images else None]
+        parts += [gallery_html(gallery) for gallery in found if gallery is not None]
+    except (UserError, OSError) as error:
+        log.warning("no worst images of %s: %s", record.name, error)
+        parts.append(f'<p class="help">No worst images: {escape(str(error))}</p>')
+    return "".join(parts)
 
 
 def _verdicts(record: RunRecord, several: bool) -> str:
@@ -233,6 +261,8 @@ def _lowshot(records: Sequence[RunRecord], accuracy: Chart | None) -> str:
                 "mean with lambda cross-validated inside each label set (cv)"
             )
             parts.append(table_html(["backbone", *columns], cells, caption=caption))
+            notes = floors_note(record.lowshot["rows"] if record.lowshot else [])
+            parts += [f'<p class="help"><b>{escape(line)}.</b></p>' for line in notes]
     if accuracy is not None:
         parts.append(charts_html([accuracy], wide=True))
     return "".join(parts) or '<p class="help">No labels, or the run is not finished: no table.</p>'
@@ -246,6 +276,10 @@ def _cell(row: Mapping[str, Any] | None) -> str:
         text += f" \u00b1 {100 * row['top1_std']:.1f}"
     if interval := row.get("interval"):
         text += f"<br><small>[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]</small>"
+    if is_unbalanced(row):
+        low, high = row["balanced_interval"]
+        text += f"<br><small>balanced {100 * row['balanced_mean']:.1f} "
+        text += f"[{100 * low:.1f}, {100 * high:.1f}]</small>"
     if validated := row.get("cross_validated"):
         text += f"<br><small>cv {100 * validated['top1_mean']:.1f} \u00b1 "
         text += f"{100 * validated['top1_std']:.1f}</small>"

@@ -95,6 +95,7 @@ class Verdict(NamedTuple):
         return self.kind in FAILURES
 
 
+NOT_ABOVE = "learning, not above floors"
 FAILURES = ("diverged", "collapsed", "features collapsed", "uniform")
 KINDS = (
     *FAILURES,
@@ -104,6 +105,7 @@ KINDS = (
     "warming up",
     "loss at its floor",
     "learning",
+    NOT_ABOVE,
 )
 
 
@@ -305,6 +307,7 @@ def _anchor_kinds(row: Row) -> list[str]:
 log = logging.getLogger(__name__)
 
 VERDICTS_FILE = "verdicts.csv"
+PRAISE = ("learning", "loss at its floor")
 _COLUMNS = ("step", "epoch", "verdict", "line")
 # Epochs in a row that must end in a failure before a run is stopped.
 STOP_AFTER = 2
@@ -371,12 +374,8 @@ class Judge(Callback):
 
     def _write(self) -> None:
         """Write all verdicts; on a full disk training goes on, the next epoch tries again."""
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(self._rows)
         try:
-            write_atomically(self._path, lambda file: file.write(text.getvalue().encode()))
+            _write_verdicts(self._path, self._rows)
         except OSError as error:
             log.error(
                 "%s cannot be written: %s; training goes on", self._path, error.strerror or error
@@ -418,3 +417,35 @@ def facts_of(module: PretrainingModule, *, epochs: int) -> Facts | MAEFacts:
 def read_verdicts(path: Path) -> list[dict[str, str]]:
     """Rows of a verdicts.csv: step, epoch, verdict, line; none where there is no file."""
     return read_rows(path, text=("verdict", "line"))
+
+
+def add_to_verdict(directory: Path, line: str, *, kind: str | None) -> dict[str, str] | None:
+    """Say in the last verdict of a run what its table denies, if that verdict praises.
+
+    Args:
+        directory: of the run.
+        line: is added to that of the verdict.
+        kind: the verdict from now on; None leaves it.
+
+    Returns:
+        The verdict as it stands now; None where it stays.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    rows = read_verdicts(directory / VERDICTS_FILE)
+    if not rows or rows[-1]["verdict"] not in PRAISE:
+        return None
+    last = rows[-1]
+    last["line"] = f"{last['line']}; but {line}"
+    last["verdict"] = kind or last["verdict"]
+    _write_verdicts(directory / VERDICTS_FILE, rows)
+    return last
+
+
+def _write_verdicts(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))

@@ -9,7 +9,7 @@ from msn.method.vit import PLAIN
 from msn.weights.classifier import Classifier
 from msn.weights.dino import DINOV3_LICENCE
 from msn.weights.hub import model_index
-from msn.weights.weights import PUBLISHED_LICENCE
+from msn.weights.weights import BASELINES, MAJORITY, PIXELS, PUBLISHED_LICENCE, RANDOM
 
 # Names of licences on the Hub that weights have; all others are "other" with name and link there.
 _HUB_LICENCES = (
@@ -209,7 +209,47 @@ def _accuracy(lowshot: list[dict[str, Any]] | None) -> str:
         for row in lowshot
     ]
     heads = ("backbone", "classifier", "labels per class", "splits", "top-1 (%)")
-    return f"## Low-shot accuracy\n\n{_table(heads, rows)}"
+    below = "".join(f"\n\n{_text(line)}." for line in floors_note(lowshot))
+    return f"## Low-shot accuracy\n\n{_table(heads, rows)}{below}"
+
+
+_FLOORS = {RANDOM: "a random network", PIXELS: "raw pixels", MAJORITY: "the majority class"}
+
+
+def floors_note(rows: Sequence[Mapping[str, Any]], floors: Sequence[str] = BASELINES) -> list[str]:
+    """Which baselines a backbone does not beat, a line per backbone; none where it beats them all.
+
+    Args:
+        rows: of lowshot.json; `above` says how far a row is above each baseline. Rows of older
+            files have none and say nothing.
+        floors: the baselines that count.
+    """
+    found = []
+    for backbone in dict.fromkeys(row["backbone"] for row in rows if row.get("above")):
+        own = [row for row in rows if row["backbone"] == backbone and row.get("above")]
+        parts = []
+        for floor in floors:
+            there = [row for row in own if floor in row["above"]]
+            below = [row for row in there if row["above"][floor]["interval"][0] <= 0]
+            if below:
+                whole = len(there) > 1 and len(below) == len(there)
+                which = "every column" if whole else ", ".join(map(column_name, below))
+                parts.append(f"{_FLOORS[floor]} ({which})")
+        if parts:
+            uneven = any(
+                one["metric"] == "balanced" for row in own for one in row["above"].values()
+            )
+            by = ", in balanced accuracy" if uneven else ""
+            said = " or ".join(parts)
+            found.append(f"{backbone} does not beat {said} beyond the 95 % interval{by}")
+    return found
+
+
+def column_name(row: Mapping[str, Any]) -> str:
+    """Classifier and labels of a row, in words."""
+    labels = row["labels"]
+    kind = f"{row['neighbours']}-NN" if row["classifier"] == "knn" else row["classifier"]
+    return f"{kind} {labels} per class" if labels.isdigit() else f"{kind} {labels} labels"
 
 
 def _percent(row: Mapping[str, Any]) -> str:

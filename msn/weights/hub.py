@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from msn.errors import UserError
+from msn.weights.weights import BASELINES
 
 PREFIX = "hf://"
 _ADDRESS = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
@@ -87,7 +88,7 @@ def model_index(name: str, rows: Sequence[Mapping[str, Any]], data: str) -> list
         rows: of lowshot.json; those of baselines are left out.
         data: what they were measured on.
     """
-    own = [row for row in rows if row["backbone"] not in ("random", "pixels")]
+    own = [row for row in rows if row["backbone"] not in BASELINES]
     if not own:
         return []
     lines = ["model-index:", f"- name: {name}", "  results:"]

@@ -33,7 +33,7 @@ UNKNOWN_LICENCE = "unknown (that of the weights' source)"
 EXACT_GELU = "activation: exact GELU assumed, as the file cannot tell (not quick- or tanh-GELU)"
 
 # Names in a low-shot table that stand for no backbone of a person.
-BASELINES = ("random", "pixels")
+RANDOM, PIXELS, MAJORITY = BASELINES = ("random", "pixels", "majority")
 
 WHOLE_BELOW = 64  # px
 MAX_DIFFERENCES = 10

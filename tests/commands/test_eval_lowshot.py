@@ -74,7 +74,7 @@ def test_files_of_five_libraries_make_one_table_and_one_curve(command, tmp_path,
     for row in rows:
         tables.setdefault(row["backbone"], []).append((row["labels"], row["top1"]))
     names = [name.partition(":")[0] for name in backbones]
-    assert list(tables) == [*names, "random", "pixels"]
+    assert list(tables) == [*names, "random", "pixels", "majority"]
     assert all(tables[name] == tables["ours"] for name in names)
     found = {path.name for path in (tmp_path / "out").iterdir()}
     assert {f"lowshot.{end}" for end in ("json", "csv", "md", "png", "svg")} <= found
@@ -184,7 +184,11 @@ def test_features_are_kept_where_msn_cache_dir_says(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("protocol", "names"),
-    [("kshot", ["random", "pixels"]), ("imagenet_lowshot", ["random"]), ("finetune", [])],
+    [
+        ("kshot", ["random", "pixels", "majority"]),
+        ("imagenet_lowshot", ["random", "majority"]),
+        ("finetune", ["majority"]),
+    ],
 )
 def test_protocols_that_cost_much_have_fewer_baselines(protocol, names):
     config = without_views(compose("eval_lowshot", [f"protocol={protocol}", "checkpoint=x"]))

@@ -17,6 +17,7 @@ from msn.data.pools import PoolSettings, build_pools
 from msn.method.vit import VisionTransformer
 from msn.schema import make
 from msn.weights import read_weights
+from msn.weights.card import floors_note
 from tests.commands.conftest import QUICK, TINY
 
 # Of a run, in the order in which they are written.
@@ -36,8 +37,15 @@ def test_a_run_leaves_a_backbone_a_table_and_its_directory(command, tmp_path):
     assert set(result) == {"rows", "config", "versions"}
     rows = {(row["backbone"], row["classifier"], row["labels"]) for row in result["rows"]}
     kinds = [("logistic", "1"), ("logistic", "2"), ("logistic", "5"), ("knn", "all")]
-    assert rows == {(name, *kind) for name in ("msn", "random", "pixels") for kind in kinds}
+    assert rows == {
+        (name, *kind) for name in ("msn", "random", "pixels", "majority") for kind in kinds
+    }
     assert all(0 <= row["top1_mean"] <= 1 for row in result["rows"])
+    # A network of a few steps: its report names the classes, images and baselines that it fails.
+    page = (directory / "report.html").read_text() if (directory / "report.html").exists() else ""
+    (line,) = floors_note(result["rows"])
+    assert line in out
+    assert not page or (line in page and "Worst images of each class" in page)
     weights = read_weights(directory / "backbone.safetensors")
     VisionTransformer(**weights.model).load_state_dict(weights.trunk, strict=True)
     with (directory / "metrics.csv").open() as file:

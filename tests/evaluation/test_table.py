@@ -8,7 +8,8 @@ from PIL import Image
 
 from msn.errors import UserError
 from msn.evaluation.lowshot import evaluate
-from msn.evaluation.sets import bootstrap_interval, make_row
+from msn.evaluation.outcomes import Outcome, interval, resampled
+from msn.evaluation.sets import make_row
 from msn.evaluation.table import markdown_table, print_table, write_results
 from msn.weights.classifier import read_classifier
 from tests.evaluation.test_protocols import kshot
@@ -113,12 +114,13 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path, results):
 
 def test_the_interval_is_that_of_a_binomial():
     correct = torch.rand(1, 400, generator=torch.Generator().manual_seed(0)) < 0.8
-    low, high = bootstrap_interval(correct)
+    outcome = Outcome(torch.ones(400, dtype=torch.long), correct.long(), ["a", "b"])
+    low, high = interval(resampled(outcome).top1)
     mean = float(correct.double().mean())
     half = 1.96 * (mean * (1 - mean) / 400) ** 0.5
     assert low == pytest.approx(mean - half, abs=0.008)
     assert high == pytest.approx(mean + half, abs=0.008)
-    assert bootstrap_interval(correct) == (low, high)
+    assert interval(resampled(outcome).top1) == (low, high)
 
 
 def test_a_row_that_did_not_converge_says_so_loudly():
@@ -126,7 +128,7 @@ def test_a_row_that_did_not_converge_says_so_loudly():
         backbone="msn",
         classifier="logistic",
         labels="1",
-        correct=torch.ones(2, 4, dtype=torch.bool),
+        outcome=Outcome(torch.arange(4), torch.arange(4).expand(2, -1), list("abcd")),
         splits=["a", "b"],
         lambda_=0.1,
         lambd=1.0,
