@@ -13,7 +13,7 @@ class Collective(NamedTuple):
 
     name: str
     kind: str
-    """all-reduce, all-gather or broadcast."""
+    """all-reduce or all-gather."""
     calls: int
     """Calls that wait for one another; gradients count as one, they overlap the backward pass."""
     payload: int
@@ -46,19 +46,17 @@ def step_traffic(
     hidden, layers = int(head["hidden_dim"]), 2 if head["use_batch_norm"] else 0
     size = element_size
     trained = encoder_parameters(model, head) + num_prototypes * int(head["output_dim"])
-    # Mean and spread, each of which has an adjoint in the anchor; the target goes forward alone.
-    norms = layers * 2 * (2 * view_groups + 1)
+    # Mean and variance together, with an adjoint in the anchor; the target goes forward alone.
+    norms, adjoints = layers * (view_groups + 1), layers * view_groups
     sinkhorn = sinkhorn_iterations if use_sinkhorn else 0
-    # DDP keeps running means and variances (and a counter of 8 bytes) of both heads alike.
-    buffers = 2 * layers * (2 * hidden * size + 8)
     return [
         Collective("gradients", "all-reduce", 1, trained * size),
-        Collective("head BatchNorm", "all-reduce", norms, norms * hidden * size),
+        Collective("head BatchNorm", "all-gather", norms, norms * 2 * hidden * size),
+        Collective("head BatchNorm gradient", "all-reduce", adjoints, adjoints * 2 * hidden * size),
         Collective("Sinkhorn", "all-gather", sinkhorn, sinkhorn * num_prototypes * size),
         Collective("me-max", "all-gather", 1, num_prototypes * size),
         Collective("me-max gradient", "all-reduce", 1, num_prototypes * size),
         Collective("finite check", "all-reduce", 1, processes * 4),
-        Collective("running statistics", "broadcast", 1 if layers else 0, buffers),
     ]
 
 

@@ -31,6 +31,7 @@ from msn.evaluation.features import (
     LabelledSet,
     Runtime,
     TransformedImages,
+    float32_products,
 )
 from msn.evaluation.lowshot import (
     LabelPlan,
@@ -306,7 +307,8 @@ class FineTuning:
                 f"fine-tuning needs at least {even} labelled images, there are {len(images)}"
             )
         self.piece_size = max(2, features.batch_size // 2 * 2)
-        self.half = features.precision == "bf16"
+        self.precision = features.precision
+        self.half = self.precision == "bf16"
         classes = len(images.classes)
         self.model = classifier_of(subject, classes, drop_path=recipe.drop_path, seed=seed)
         if recipe.pool == "mean":
@@ -331,7 +333,8 @@ class FineTuning:
         title = f"{self.subject.name}: fine-tuning"
         step = 0
         draws = seeded(self.seed, _TRAINING, self.rank, device=self.device)
-        with draws, Progress(title, total, self.rank == 0) as bar:
+        products = float32_products(self.precision, self.device)
+        with draws, products, Progress(title, total, self.rank == 0) as bar:
             model.train()
             for epoch in range(self.recipe.epochs):
                 for pieces in training_pieces(
@@ -389,9 +392,9 @@ class FineTuning:
     def _accumulate(self, model: nn.Module, pieces: Iterator[tuple[Tensor, Tensor]]) -> float:
         """Gradients of this process's mean loss; without BatchNorm pieces are exact."""
         count = self.batch_size // self.world
-        total = 0.0
+        total = torch.zeros((), device=self.device)
         for images, labels in pieces:
-            images, targets = images.to(self.device), labels.to(self.device)
+            images, targets = (x.to(self.device, non_blocking=True) for x in (images, labels))
             smoothing = self.recipe.label_smoothing
             if self.mixture is not None:
                 images, targets = self.mixture(images, targets)
@@ -401,8 +404,8 @@ class FineTuning:
             loss = F.cross_entropy(scores.float(), targets, label_smoothing=smoothing)
             loss = loss * (len(labels) / count)
             loss.backward()
-            total += loss.item()
-        return total
+            total += loss.detach()
+        return total.item()
 
 
 def classifier_of(

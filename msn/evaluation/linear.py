@@ -21,6 +21,7 @@ from msn.evaluation.features import (
     FeatureSettings,
     LabelledSet,
     Runtime,
+    float32_products,
     forward_feature,
 )
 from msn.evaluation.frozen import Logistic, check_lambda_choice, logistic_results
@@ -340,10 +341,12 @@ def augmented_batches(
             ):
                 rows, labels = [], []
                 for images, wanted in pieces:
-                    with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                        found = forward_feature(trunk, images.to(device), feature)
+                    autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
+                    with float32_products(features.precision, device), autocast:
+                        moved = images.to(device, non_blocking=True)
+                        found = forward_feature(trunk, moved, feature)
                     rows.append(sgd.prepared(found.float()))
-                    labels.append(wanted.to(device))
+                    labels.append(wanted.to(device, non_blocking=True))
                 yield torch.cat(rows), torch.cat(labels), size
                 progress.advance(size)
 

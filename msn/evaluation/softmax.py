@@ -106,7 +106,7 @@ class Softmax(NamedTuple):
         if problems * count * weight.shape[1] > _MAX_SCORES:
             return weight.new_empty(problems, 0, weight.shape[1])
         scores = weight.new_empty(problems, count, weight.shape[1])
-        in_threads(partial(_score, weight), self._shares(scores))
+        self._for_each(partial(_score, weight), self._shares(scores))
         return scores
 
     def evaluate(self, points: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Curvature]:
@@ -114,7 +114,7 @@ class Softmax(NamedTuple):
         count = self.rows.shape[1]
         weight = points.view_as(self.label_sums)
         size = self._rows_at_once()
-        found = in_threads(partial(_sums, weight, size), self._shares(scores))
+        found = self._for_each(partial(_sums, weight, size), self._shares(scores))
         loss, gradient, mean, square, _ = found[0]
         for sums in found[1:]:  # in order, so that rounding is the same every time
             loss += sums.loss
@@ -164,11 +164,17 @@ class Softmax(NamedTuple):
         """First and second derivative along directions at some lengths, float64 [P] each."""
         shares = zip(self._shares(scores), self._shares(changes), strict=True)
         size = self._rows_at_once()
-        parts = in_threads(partial(_bends, lengths, size), [(a, b[2]) for a, b in shares])
+        parts = self._for_each(partial(_bends, lengths, size), [(a, b[2]) for a, b in shares])
         slope, bend = (sum(part[1:], part[0]) for part in zip(*parts, strict=True))
         count = self.rows.shape[1]
         slope = slope / count + self.strengths * (across + lengths * along)
         return slope, bend / count + self.strengths * along
+
+    def _for_each(self, function: Callable[[Item], Found], shares: Sequence[Item]) -> list[Found]:
+        """Results in order; an accelerator, which takes one share after the other, holds one."""
+        if self.rows.device.type == "cpu":
+            return in_threads(function, shares)
+        return [function(share) for share in shares]
 
     def _shares(self, scores: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         """Rows, labels and scores (where there are any) in shares, one per thread.

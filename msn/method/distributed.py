@@ -26,11 +26,6 @@ def process_index() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def all_reduce_mean(x: Tensor) -> Tensor:
-    """Mean of a tensor over processes, same shape; differentiable."""
-    return _AllReduceMean.apply(x) if num_processes() > 1 else x
-
-
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum of a tensor over processes, same shape; for statistics, without gradient."""
     if num_processes() == 1:
@@ -44,9 +39,7 @@ def all_reduce_logsumexp(x: Tensor) -> Tensor:
     """log(sum(exp(x))) over processes, element by element, same shape; without gradient."""
     if num_processes() == 1:
         return x
-    parts = [torch.empty_like(x) for _ in range(num_processes())]
-    dist.all_gather(parts, x.detach().contiguous())
-    return torch.logsumexp(torch.stack(parts), dim=0)
+    return torch.logsumexp(_gathered(x), dim=0)
 
 
 def all_reduce_logmeanexp(x: Tensor) -> Tensor:
@@ -84,10 +77,9 @@ class BatchNorm(nn.BatchNorm1d):
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         if not self.training or num_processes() == 1:
             return super().forward(x)
-        # Two passes (mean, then spread around it) stay exact where E[x^2] - E[x]^2 cancels.
         rows = x.to(torch.promote_types(x.dtype, torch.float32))  # [rows, features]
-        mean = all_reduce_mean(rows.mean(dim=0))
-        variance = all_reduce_mean((rows - mean).square().mean(dim=0))
+        spread, centre = torch.var_mean(rows, dim=0, correction=0)
+        mean, variance = _Moments.apply(torch.stack([centre, spread]))
         self._update_running_statistics(mean, variance, rows.shape[0] * num_processes())
         normed = (rows - mean) * torch.rsqrt(variance + self.eps)
         return (normed * self.weight + self.bias).to(x.dtype)
@@ -104,16 +96,24 @@ class BatchNorm(nn.BatchNorm1d):
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
 
 
-class _AllReduceMean(torch.autograd.Function):
-    """Mean over processes; its adjoint is again the mean over processes."""
+class _Moments(torch.autograd.Function):
+    """Mean and variance over all processes' rows from those of each, [2, features].
+
+    One collective each way; exact where E[x^2] - E[x]^2 would cancel.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
-        return _mean(x)
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        means, variances = _gathered(own).unbind(1)
+        mean = means.mean(dim=0)
+        ctx.save_for_backward(own[0] - mean)
+        return torch.stack([mean, (variances + (means - mean).square()).mean(dim=0)])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ARG004
-        return _mean(grad)
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (offset,) = ctx.saved_tensors
+        mean, variance = _mean(grad)
+        return torch.stack([mean + 2 * offset * variance, variance])
 
 
 class _AllReduceLogMeanExp(torch.autograd.Function):
@@ -129,6 +129,13 @@ class _AllReduceLogMeanExp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         x, result = ctx.saved_tensors
         return _mean(grad) * (x - result).exp()
+
+
+def _gathered(x: Tensor) -> Tensor:
+    """Those of all processes, [processes, ...]."""
+    parts = [torch.empty_like(x) for _ in range(num_processes())]
+    dist.all_gather(parts, x.detach().contiguous())
+    return torch.stack(parts)
 
 
 def _mean(x: Tensor) -> Tensor:

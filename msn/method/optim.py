@@ -60,14 +60,24 @@ class BufferGuard:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._buffers = list(module.buffers())
-        self._before = [buffer.clone() for buffer in self._buffers]
+        every = list(module.buffers())
+        # Means and spreads, and counters: few launches each, whatever their number.
+        parts = ([b for b in every if b.is_floating_point() == real] for real in (True, False))
+        self._buffers = [part for part in parts if part]
+        self._before = [_joined(part) for part in self._buffers]
 
     @torch.no_grad()
     def restore_if(self, skip: Tensor) -> None:
         """Undo what happened since this was made, where `skip` is 1."""
-        for buffer, before in zip(self._buffers, self._before, strict=True):
-            buffer.copy_(torch.where(skip > 0, before, buffer))
+        for buffers, before in zip(self._buffers, self._before, strict=True):
+            kept = torch.where(skip > 0, before, _joined(buffers))
+            parts = kept.split([buffer.numel() for buffer in buffers])
+            shaped = [part.view_as(b) for part, b in zip(parts, buffers, strict=True)]
+            torch._foreach_copy_(buffers, shaped)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([x.flatten() for x in tensors])
 
 
 def parameter_groups(network: Network) -> list[dict[str, Any]]:

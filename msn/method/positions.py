@@ -33,7 +33,9 @@ def resize_position_embeddings(
     side = math.isqrt(pos_embed.shape[1])
     first = pos_embed.shape[1] - side**2  # 1 where the class token has one
     image = pos_embed[:, first:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    if offset:
+    if torch.are_deterministic_algorithms_enabled() and not offset and not image.is_cpu:
+        resized = resize_by_products(image, grid, antialias)
+    elif offset:
         scale = [(length + offset) / side for length in grid]
         resized = F.interpolate(image, scale_factor=scale, mode="bicubic", antialias=antialias)
     else:
@@ -42,6 +44,24 @@ def resize_position_embeddings(
         )
     patches = resized.permute(0, 2, 3, 1).flatten(1, 2)
     return torch.cat([pos_embed[:, :first], patches], dim=1) if first else patches
+
+
+def resize_by_products(image: Tensor, grid: tuple[int, int], antialias: bool) -> Tensor:
+    """The same resizing as a product along each axis, [1, D, side, side] -> [1, D, *grid].
+
+    CUDA's bicubic kernels add up gradients in any order, and before torch 2.14 those asked to be
+    deterministic fail.
+    """
+    side = image.shape[-1]
+    one = torch.eye(side, dtype=image.dtype)[None, None]  # on the CPU; small enough to travel
+    rows, columns = (
+        F.interpolate(one, size=(length, side), mode="bicubic", antialias=antialias)[0, 0].to(
+            image.device, non_blocking=True
+        )
+        for length in grid
+    )
+    with torch.autocast(image.device.type, enabled=False):
+        return rows @ image @ columns.T
 
 
 def sincos_positions(side: int, width: int) -> Tensor:

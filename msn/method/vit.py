@@ -216,8 +216,7 @@ class VisionTransformer(nn.Module):
         else:
             positions = self.position_embeddings(grid)
             if self.class_position:
-                first = first + positions[:, :1]
-                first, positions = first.to(tokens.dtype), positions[:, 1:]
+                first, positions = first + positions[:, :1], positions[:, 1:]
             tokens = tokens + (positions if kept is None else _keep(positions, kept))
         parts = [first] if self.reg_token is None else [first, self.reg_token]
         return torch.cat([part.expand(tokens.shape[0], -1, -1) for part in parts] + [tokens], dim=1)

@@ -146,7 +146,7 @@ class Memory(NamedTuple):
     optimiser: float
     """Two moments of everything trained."""
     gradients: float
-    """Of everything trained, at the end of the backward pass; under DDP its buckets as well."""
+    """Of everything trained, at the end of the backward pass; under DDP its buckets, which stay."""
     views: float
     """Of the batch; the next one may lie beside it while it is being made."""
     activations: float
@@ -313,14 +313,15 @@ class _Held(NamedTuple):
     optimiser: float
     gradients: float
     buckets: float
-    """In which DDP sends gradients: Lightning leaves them a copy, there from the first step on."""
+    """In which DDP sends gradients and where they lie, there from the first step on."""
 
 
 def _held_bytes(network: Network, size: int, processes: int, sharded: bool) -> _Held:
     every = size * sum(p.numel() for p in network.parameters())
     trained = size * sum(p.numel() for p in network.parameters() if p.requires_grad)
     if processes == 1 or not sharded:
-        return _Held(every, 2 * trained, trained, trained if processes > 1 else 0)
+        several = processes > 1
+        return _Held(every, 2 * trained, *((0, trained) if several else (trained, 0)))
     # FSDP2 gathers block by block, the next one while one computes, and leaves what is outside the
     # blocks whole from its first use to the end of the backward pass. Not measured on a device.
     blocks = [[*block.parameters()] for block in chain(*network.stacks)]

@@ -93,7 +93,7 @@ class Monitors(Callback):
         assert self._window is not None
         self.latest = {
             "epoch": trainer.current_epoch,
-            **_to_host(self._means.take() | self._window.figures()),
+            **_to_host(self._means.take() | self._window.figures(rank=trainer.is_last_batch)),
             **_scheduled(pl_module, trainer.global_step - 1),
             **self._speed(),  # after values have reached the host, so that the work is timed
         }

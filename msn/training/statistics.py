@@ -74,8 +74,12 @@ class Window:
             self.newer = _empty_bucket(self.num_prototypes, self.width, features.device)
         self.newer = self.newer.add(use, features)
 
-    def figures(self) -> dict[str, Tensor]:
-        """Use of prototypes and geometry of features, on the device; see docs/monitoring.md."""
+    def figures(self, *, rank: bool) -> dict[str, Tensor]:
+        """Use of prototypes and geometry of features, on the device; see docs/monitoring.md.
+
+        Args:
+            rank: the effective rank too, whose eigenvalues take about as long as a step.
+        """
         assert self.newer is not None
         total = self.newer if self.older is None else self.newer.plus(self.older)
         moments = all_reduce_sum(total.moments)
@@ -83,10 +87,10 @@ class Window:
         images = gram.diagonal().sum().clamp_min(1e-12)  # rows have length 1
         means = moments[0] / images
         variances = (gram.diagonal() / images - means.square()).clamp_min(0)
-        return self._use(total.use) | {
-            "features/rankme": _effective_rank(gram),
-            "features/std": variances.sqrt().mean() * math.sqrt(self.width),
-        }
+        figures = self._use(total.use)
+        if rank:
+            figures["features/rankme"] = _effective_rank(gram)
+        return figures | {"features/std": variances.sqrt().mean() * math.sqrt(self.width)}
 
     def _use(self, use: Tensor) -> dict[str, Tensor]:
         if not self.num_prototypes:

@@ -1,6 +1,7 @@
 """What makes a step fast without changing it, and networks cut over the processes (FSDP2)."""
 
 import ctypes
+import inspect
 import logging
 import sys
 from itertools import chain
@@ -11,6 +12,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
 
 from msn.compilers import missing_compiler
 from msn.errors import UserError
@@ -89,6 +91,13 @@ def keep_freed_memory() -> None:
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+# Gradients lie in the buckets in which they are sent, not in a copy. Running statistics come from
+# gathered numbers, so they are the same on every process and need not be sent.
+_KNOWN = inspect.signature(DistributedDataParallel).parameters
+_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _KNOWN else "broadcast_buffers"
+DDP_OPTIONS = {"gradient_as_bucket_view": True, _BUFFERS: False}
 
 
 class ShardedStrategy(ModelParallelStrategy):

@@ -10,12 +10,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
 
 from msn.data.datamodule import MSNDataModule
 from msn.errors import UserError
 from msn.training.checkpointing import DurableCheckpointIO
 from msn.training.launch import cluster_environment
-from msn.training.strategy import ShardedStrategy
+from msn.training.strategy import DDP_OPTIONS, ShardedStrategy
 
 T = TypeVar("T")
 
@@ -107,6 +108,8 @@ def _trainer(*, callbacks: list[Callback], **arguments: Any) -> Trainer:
         )
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"trainer: {error}") from None
+    if isinstance(trainer.strategy, DDPStrategy):  # also where Lightning has chosen it
+        vars(trainer.strategy)["_ddp_kwargs"] |= DDP_OPTIONS
     # Boxes of crops must not be rounded to the network's type; views are made in that type.
     override(trainer.precision_plugin, "convert_input", lambda data: data)
     return trainer

@@ -142,6 +142,9 @@ class FakeCuda(TorchDispatchMode):
             self._check_copy(packet, args, kwargs)
         elif any(_on_cuda(x) for x in tensors):
             self._check_operands(packet, tensors)
+        if packet is aten._fused_sgd_:  # which torch's fake tensors do not know
+            self.note("_fused_sgd_", [*tensors, *args[0]])
+            return None
         if packet is aten._local_scalar_dense:
             return 0.0 if args[0].is_floating_point() else 0
         if packet is aten.copy_ and not _on_cuda(args[0]):

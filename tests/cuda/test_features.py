@@ -1,4 +1,4 @@
-"""Extraction of features on the fake CUDA device: its types, and one wait per batch."""
+"""Extraction of features on the fake CUDA device: its types, and copies that nothing waits for."""
 
 import numpy as np
 import pytest
@@ -31,13 +31,24 @@ def as_tensor(image):
     [
         ("class_token", "32", torch.float32),
         ("patch_mean", "bf16", torch.bfloat16),
-        ("last_2", "bf16", torch.bfloat16),
+        ("last_2", "tf32", torch.float32),
     ],
 )
-def test_features_leave_the_device_once_per_batch(gpu, feature, precision, dtype):
-    from tests.cuda.fake_cuda import CUDA
+def test_features_travel_while_the_next_batch_is_computed(
+    gpu, monkeypatch, feature, precision, dtype
+):
+    from tests.cuda.fake_cuda import CUDA, _Event
 
-    gpu.strict = False
+    gpu.strict, events = False, []
+
+    class Event(_Event):
+        def record(self, stream):
+            events.append(("recorded", torch.get_float32_matmul_precision()))
+
+        def synchronize(self):
+            events.append("awaited")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     trunk = VisionTransformer(**case().model)
     found = extract_features(
         trunk,
@@ -54,5 +65,7 @@ def test_features_leave_the_device_once_per_batch(gpu, feature, precision, dtype
     assert found.rows.shape == (20, 384 * (2 if feature == "last_2" else 1))
     assert {launch.dtype for launch in gpu.launches if launch.name == "addmm"} == {dtype}
     weights = len(list(trunk.parameters()))  # come to the device one by one, before all batches
-    waits = [wait.split(" of ")[0] for wait in gpu.waits[weights:]]
-    assert waits == ["blocking copy cuda -> cpu"] * 3
+    assert gpu.waits[weights:] == []
+    sent = ("recorded", "high" if precision == "tf32" else "highest")
+    assert events == [sent, sent, "awaited", sent, "awaited", "awaited"]
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -108,6 +108,11 @@ def test_bf16_is_close_to_float32_and_returned_as_float32():
     assert not torch.equal(full, half)
 
 
+def test_tf32_is_refused_where_there_is_none():
+    with pytest.raises(UserError, match="tf32 is for CUDA, not for cpu"):
+        extract(toy_trunk(), ToyImages(2), precision="tf32")
+
+
 def test_cached_features_are_used_without_opening_an_image(tmp_path, small_parts):
     trunk, runtime = toy_trunk(), Runtime((CPU,), cache_dir=tmp_path)
     first = extract(trunk, ToyImages(15), runtime)

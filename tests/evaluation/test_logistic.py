@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
 from msn.errors import UserError
-from msn.evaluation import logistic
+from msn.evaluation import logistic, softmax
 from msn.evaluation.logistic import centre_and_normalise, fit_logistic, principal_coordinates
 from tests.evaluation.toys import unit_rows
 
@@ -84,6 +84,16 @@ def test_certified_gap_holds_against_the_true_optimum():
         gap = fit.objective.item() - exact
         assert 0 <= gap <= tolerance * fit.objective.item()
         assert gap <= fit.gradient_norm.item() ** 2 / (2 * strength)
+
+
+def test_a_device_holds_the_logits_of_one_share_at_a_time(monkeypatch):
+    """Shares are as large as memory allows; threads would each hold one."""
+    monkeypatch.setattr(softmax, "in_threads", lambda *_: pytest.fail("several at a time"))
+    rows, labels = torch.zeros(2, 64, 4, device="meta"), torch.zeros(2, 64, device="meta").long()
+    problem = softmax.Softmax.of(
+        rows, labels, torch.zeros(2, device="meta"), num_classes=5, tolerance=0.0
+    )
+    assert problem.scores(torch.zeros(2, 20, device="meta")).shape == (2, 64, 5)
 
 
 def test_many_sets_and_lambdas_in_one_go_equal_one_at_a_time():

@@ -1,5 +1,7 @@
 """Parameter groups, AdamW against its equations, clipping of the encoder alone."""
 
+import math
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -75,3 +77,19 @@ def test_impossible_adamw_numbers_are_refused(small_network):
         optim.build_optimizer(small_network, betas=(0.9, 1.0), eps=1e-8, fused=False)
     with pytest.raises(UserError, match="eps"):
         optim.build_optimizer(small_network, betas=(0.9, 0.999), eps=0.0, fused=False)
+
+
+def test_running_statistics_come_back_where_a_step_was_skipped_even_from_nan(small_network):
+    def after(skip):
+        guard = optim.BufferGuard(small_network)
+        before = {name: buffer.clone() for name, buffer in small_network.named_buffers()}
+        for buffer in small_network.buffers():
+            buffer.fill_(math.nan if buffer.is_floating_point() else 7)
+        guard.restore_if(torch.tensor(float(skip)))
+        return before, dict(small_network.named_buffers())
+
+    before, now = after(skip=1)
+    assert {buffer.dtype for buffer in now.values()} == {torch.float64, torch.int64}
+    assert_close(now, before, rtol=0, atol=0)
+    _, now = after(skip=0)
+    assert all(bool((x.isnan() | (x == 7)).all()) for x in now.values())

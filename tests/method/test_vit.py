@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from msn.errors import UserError
 from msn.method.network import MSN
-from msn.method.positions import resize_position_embeddings
+from msn.method.positions import resize_by_products, resize_position_embeddings
 from msn.method.vit import VisionTransformer
 from tests.conftest import SMALL_HEAD, SMALL_MODEL
 from tests.method.families import FAMILIES, twins
@@ -92,6 +92,22 @@ def test_position_embeddings_are_resized_without_antialias_as_hugging_face_does(
     plain = torch.nn.functional.interpolate(image, (6, 6), mode="bicubic", align_corners=False)
     assert_close(ours[:, 1:], plain.permute(0, 2, 3, 1).reshape(1, 36, 8))
     assert torch.equal(ours[:, :1], positions[:, :1])
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize("grid", [(6, 6), (3, 9), (20, 16)])
+def test_products_resize_as_the_bicubic_kernel_does(grid, antialias):
+    image = torch.rand(1, 5, 14, 14, dtype=torch.float64)
+    wanted = torch.nn.functional.interpolate(image, size=grid, mode="bicubic", antialias=antialias)
+    assert_close(resize_by_products(image, grid, antialias), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_mixed_precision_does_not_round_the_class_token():
+    trunk = VisionTransformer(**SMALL_MODEL)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tokens = trunk.embed(torch.rand(2, 3, 16, 16), None)
+    assert tokens.dtype == torch.float32
+    assert torch.equal(tokens[1, 0], (trunk.cls_token + trunk.pos_embed[:, :1])[0, 0])
 
 
 def test_initialisation_is_the_reference_s():

@@ -11,6 +11,8 @@ PAGE = (ROOT / "docs" / "monitoring.md").read_text()
 def test_every_logged_figure_is_explained_and_shown(tmp_path):
     _, _, rows = train(tmp_path, epochs=1, every_n_epochs=1, references=20, held_out=20)
     logged = set(rows[-1]) - {"step", "epoch"}
+    # Eigenvalues take about as long as a step.
+    assert [bool(row["features/rankme"]) for row in rows] == [False] * (len(rows) - 1) + [True]
     assert {name for name in logged if f"`{name}`" not in PAGE} == set()
     shown = {name for panel in PANELS for name in panel.series}
     assert logged - shown == {"speed/hours"}  # stands among the facts of the run

@@ -83,7 +83,7 @@ def test_a_window_s_figures_are_those_of_its_images_put_together(step):
     window = Window(5, 4)
     window.add(prototype_use(terms, strongest), 3 * features, processes=1)
     window.add(prototype_use(terms, strongest), -features, processes=1)
-    figures = window.figures()
+    figures = window.figures(rank=True)
     rows = F.normalize(torch.cat([features, -features]), dim=1)
     assert figures["features/rankme"].item() == pytest.approx(rankme(rows), rel=1e-5)
     std = rows.std(dim=0, correction=0).mean() * math.sqrt(4)
@@ -101,7 +101,7 @@ def test_features_of_one_direction_have_rank_one_and_no_spread(step):
     terms, _, _ = step
     window = Window(5, 4)
     window.add(prototype_use(terms, terms.targets.argmax(-1)), torch.ones(6, 4), processes=1)
-    figures = window.figures()
+    figures = window.figures(rank=True)
     assert figures["features/rankme"].item() == pytest.approx(1, abs=1e-3)
     assert figures["features/std"].item() == pytest.approx(0, abs=1e-3)
 
@@ -145,7 +145,9 @@ def figures(anchor, target, prototypes, rank=0, world=1):
     for _ in range(2):
         means.add(step_scalars(terms, nearest, strongest, rand_views=1))
         window.add(prototype_use(terms, strongest), target[mine], processes=world)
-    return {name: float(value) for name, value in (means.take() | window.figures()).items()}
+    return {
+        name: float(value) for name, value in (means.take() | window.figures(rank=True)).items()
+    }
 
 
 def worker(rank, port, tensors, queue):

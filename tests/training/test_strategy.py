@@ -2,13 +2,17 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
 from torch._dynamo.utils import counters
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
+from msn.commands.entry import build, compose
 from msn.errors import UserError
 from msn.method.masking import PatchDrop, draw_key
 from msn.method.network import MSN
-from msn.training.strategy import compilation, compile_blocks, make_fast
+from msn.training.strategy import DDP_OPTIONS, compilation, compile_blocks, make_fast
 from tests.conftest import SMALL_HEAD, SMALL_MODEL
 
 MODERN = {"position": "rope", "mlp": "swiglu", "layer_scale": 0.1, "registers": 2}
@@ -103,3 +107,52 @@ def test_without_triton_training_on_cuda_goes_on(monkeypatch, caplog):
     with caplog.at_level("INFO", logger="msn"):
         assert make_fast(network(), torch.device("cuda"), wanted=None) is False
     assert "no Triton" in caplog.text
+
+
+def test_without_python_s_headers_training_on_cuda_goes_on(monkeypatch, caplog, tmp_path):
+    monkeypatch.setattr("msn.compilers.sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    with caplog.at_level("INFO", logger="msn"):
+        assert make_fast(network(), torch.device("cuda"), wanted=None) is False
+    assert "no Python.h" in caplog.text
+
+
+class _Wrapped(torch.nn.Module):
+    def __init__(self, msn):
+        super().__init__()
+        self.msn = msn
+
+    def forward(self, *views):
+        return self.msn(*views, None)
+
+
+def test_ddp_cuts_no_block_s_graph_at_its_buckets(tmp_path):
+    """A block here has 7 MB of weights, DDP's first bucket 1 MiB."""
+    model = {**SMALL_MODEL, "embed_dim": 384, "depth": 3}
+    msn, calls = MSN(model=model, head=SMALL_HEAD, num_prototypes=10), []
+
+    def backend(graph, inputs):
+        calls.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compile_blocks(msn, backend=backend)
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(_Wrapped(msn), **DDP_OPTIONS)
+        out = wrapped(
+            *(torch.rand(*n, 2, 3, 16, 16) for n in ((), (1,))), torch.rand(3, 2, 3, 8, 8)
+        )
+        out.anchor.sum().backward()
+    finally:
+        dist.destroy_process_group()
+        torch._dynamo.reset()
+    assert len(calls) == 4
+
+
+def test_ddp_has_no_copy_of_the_gradients_and_sends_no_buffers(tmp_path):
+    config = compose("train", ["trainer.accelerator=cpu", "trainer.devices=2"])
+    trainer = build(config, "trainer", callbacks=[], loggers=[], run_dir=str(tmp_path))
+    assert isinstance(trainer.strategy, DDPStrategy)
+    assert vars(trainer.strategy)["_ddp_kwargs"].items() >= DDP_OPTIONS.items()
+    assert set(DDP_OPTIONS.values()) == {True, False}
