@@ -42,17 +42,18 @@ class Table(Sequence[dict[str, Any]]):
         return import_module("pandas").DataFrame(self.rows)
 
     def __str__(self) -> str:
-        from msn.evaluation.table import markdown_table
+        return str(self._layout.markdown_table(self.rows))
 
-        return markdown_table(self.rows)
+    @property
+    def _layout(self) -> Any:
+        several = any("data" in row for row in self.rows)
+        return import_module(f"msn.evaluation.{'suite' if several else 'table'}")
 
     def _repr_html_(self) -> str:
         from rich.console import Console
 
-        from msn.evaluation.table import table_of
-
         console = Console(record=True, file=io.StringIO(), width=160, force_jupyter=False)
-        console.print(table_of(self.rows, ""))
+        console.print(self._layout.table_of(self.rows, ""))
         return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
 
@@ -161,7 +162,7 @@ def evaluate(
         data: a folder, a list file, or a name of `configs/data`; None is the command's default.
         protocol: one of `configs/protocol`.
         out: directory for `lowshot.json`, pictures and heads; None keeps no files.
-        keys: any key of the command.
+        keys: any key of the command; `suite="lejepa"` measures several data sets.
 
     Returns:
         The table; an empty one in all but the first of several processes.

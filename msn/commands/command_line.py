@@ -17,7 +17,7 @@ from msn.errors import UserError
 
 # Keys whose value is a path or a name; `images` is a number elsewhere.
 _PATHS = re.compile(
-    r"(.+\.)?(root|\w+_root|labels|file)|run\.\w+|checkpoint|init(_key|_family)?|out|runs|dump|golden|head|json"
+    r"(.+\.)?(root|\w+_root|labels|file)|run\.\w+|checkpoint|init(_key|_family)?|out|runs|dump|golden|head|json|suite"
     r"|images|cache_dir|logger\.\w+\.(project|name)|protocol\.(lists|lists_dir|write_lists)"
 )
 # Those that take several, [a,b]; elsewhere such a value is the name of a file.

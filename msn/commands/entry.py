@@ -162,7 +162,7 @@ def _parsed(overrides: list[str], *, sweep: bool = False) -> tuple[list[Override
         if given == "hydra/launcher=slurm" and find_spec("submitit") is None:
             raise UserError(f'{given}: python -m pip install "msn-pretraining[slurm]"')
         hydras = key.startswith("hydra")
-        if (config_directory() / key).is_dir() and not hydras:
+        if (config_directory() / key).is_dir() and not hydras and key != "suite":  # or any file
             _check_options(override)
             groups.append(override)
         else:

@@ -3,10 +3,10 @@
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from msn.commands.entry import build, find_target, to_plain
 from msn.commands.run_directory import choose_run_directory, forget_directory
+from msn.commands.suite import TABLE_FILE, Suite, measure_suite, read_suite
 from msn.data.datamodule import MSNDataModule, resolve_workers
 from msn.data.dataset import LabelledImages
 from msn.data.pools import PoolSettings, build_pools
@@ -28,6 +29,7 @@ from msn.evaluation.backbones import (
     open_backbones,
     random_backbone,
 )
+from msn.evaluation.features import weights_key
 from msn.evaluation.lowshot import Protocol, evaluate
 from msn.evaluation.sets import Result
 from msn.evaluation.table import print_table, write_results
@@ -35,8 +37,6 @@ from msn.images.depth import trained_depth
 from msn.schema import make
 from msn.training.launch import ignore_left_overs, join_launched_processes, meeting
 from msn.weights.weights import BASELINES, MAJORITY, PIXELS, RANDOM
-
-TABLE_FILE = "lowshot.json"
 
 
 def run(config: DictConfig) -> Path | None:
@@ -63,6 +63,10 @@ def _run(config: DictConfig) -> Path | None:
     _check(settings)
     check_seed(settings["seed"])
     wanted = check_baselines(settings["baselines"], protocol)
+    sets = None
+    if settings["suite"] is not None:
+        sets = read_suite(str(settings["suite"]), settings["data"])
+        config.resume.mode = "auto"
     with _processes() as (rank, processes), ExitStack() as stack:
         directory, log = None, None
         if rank == 0:
@@ -77,38 +81,93 @@ def _run(config: DictConfig) -> Path | None:
         )
         for backbone in opened:
             protocol.check_backbone(backbone)
-        abouts = [backbone.about for backbone in opened]
-        settings["data"]["depth"] = trained_depth(settings["data"]["depth"], abouts)
-        train, held_out = _labelled_sets(settings["data"])
-        protocol.check(train.labels, train.classes)
-        in_memory = isinstance(train.images.source, ArraySource)
-        if directory is not None and settings.get("logger"):
-            # Before the work: it tells what is wrong.
-            log = build(
-                config, "logger.wandb", save_dir=str(directory.path), job_type="eval_lowshot"
-            )
-            stack.push(log.close_after_error)
-            log.log_hyperparams(settings)
-        results = evaluate(
-            protocol,
-            [*opened, *baselines(wanted, opened[0], settings["seed"])],
-            train,
-            held_out,
-            num_workers=resolve_workers(settings["data"]["num_workers"], in_memory=in_memory),
-            device=choose_devices(settings["device"], processes),
-            cache_dir=cache_directory(settings["cache_dir"]),
-            shared=processes > 1,
-            majority=MAJORITY in wanted,
-        )
+        subjects = [*opened, *baselines(wanted, opened[0], settings["seed"])]
+        devices = choose_devices(settings["device"], processes)
+        job = _Job(config, settings, subjects, devices, MAJORITY in wanted)
+        if sets is None:
+            pools = job.pools(settings["data"], protocol)
+            if directory is not None and settings.get("logger"):
+                log = _open_log(config, directory.path, settings, stack)
+            results = job.evaluate(protocol, pools, shared=processes > 1)
+        else:
+            if directory is not None:
+                directory.create(OmegaConf.create(settings))
+            stack.close()  # what is done outlives a failure from here on
+            place = None if directory is None else directory.path
+            measure_suite(job.suite(sets), place, shared=processes > 1)
     if directory is None:
         return None
-    directory.create(OmegaConf.create(settings))
-    write_table(directory.path, results, (train, held_out), settings)
+    if sets is None:
+        directory.create(OmegaConf.create(settings))
+        write_table(directory.path, results, pools, settings)
     directory.write_status("finished")
     if log is not None:
         log.log_results()
     print(f"run directory: {directory.path}")
     return directory.path
+
+
+class _Job(NamedTuple):
+    """Backbones, and how they are measured on any data set."""
+
+    config: DictConfig
+    settings: dict[str, Any]
+    subjects: list[Subject]
+    devices: tuple[torch.device, ...]
+    majority: bool
+
+    def pools(
+        self, data: dict[str, Any], protocol: Protocol
+    ) -> tuple[LabelledImages, LabelledImages]:
+        """Labelled and held-out images that the protocol can be run on."""
+        abouts = [one.about for one in self._networks() if not one.is_baseline]
+        data["depth"] = trained_depth(data["depth"], abouts)
+        train, held_out = _labelled_sets(data)
+        protocol.check(train.labels, train.classes)
+        return train, held_out
+
+    def evaluate(
+        self,
+        protocol: Protocol,
+        pools: tuple[LabelledImages, LabelledImages],
+        *,
+        shared: bool,
+    ) -> list[Result]:
+        """Rows of all backbones."""
+        in_memory = isinstance(pools[0].images.source, ArraySource)
+        workers = self.settings["data"]["num_workers"]
+        return evaluate(
+            protocol,
+            self.subjects,
+            *pools,
+            num_workers=resolve_workers(workers, in_memory=in_memory),
+            device=self.devices,
+            cache_dir=cache_directory(self.settings["cache_dir"]),
+            shared=shared,
+            majority=self.majority,
+        )
+
+    def suite(self, sets: Mapping[str, dict[str, Any]]) -> Suite:
+        """What measures several data sets, each under a protocol of its own."""
+
+        def measure(data: dict[str, Any], *, shared: bool) -> tuple[list[Result], LabelledImages]:
+            protocol: Protocol = build(self.config, "protocol", Protocol)
+            pools = self.pools(data, protocol)
+            return self.evaluate(protocol, pools, shared=shared), pools[1]
+
+        weights = {one.name: weights_key(one.trunk) for one in self._networks()}
+        return Suite(sets, measure, weights, self.settings)
+
+    def _networks(self) -> list[FrozenBackbone]:
+        return [one for one in self.subjects if isinstance(one, FrozenBackbone)]
+
+
+def _open_log(config: DictConfig, place: Path, settings: dict[str, Any], stack: ExitStack) -> Any:
+    """The run at wandb, before the work: it tells what is wrong."""
+    log = build(config, "logger.wandb", save_dir=str(place), job_type="eval_lowshot")
+    stack.push(log.close_after_error)
+    log.log_hyperparams(settings)
+    return log
 
 
 def write_table(
@@ -271,3 +330,5 @@ def _check(settings: dict[str, Any]) -> None:
     for name in settings.get("logger") or {}:
         if name != "wandb":
             raise UserError(f"logger must be wandb or none for an evaluation, got {name}")
+    if settings.get("logger") and settings["suite"] is not None:
+        raise UserError("logger=wandb: not with a suite; give each data set a command of its own")

@@ -18,6 +18,7 @@ from msn.data.lists import Columns
 from msn.data.sampler import permutation
 from msn.data.shards import ShardSource, shard_source
 from msn.data.sources import (
+    TORCHVISION,
     ArraySource,
     FileSource,
     Source,
@@ -35,7 +36,6 @@ from msn.images.kinds import SUFFIXES, BadImageError
 
 log = logging.getLogger(__name__)
 
-TORCHVISION = ("cifar10", "cifar100", "stl10")
 SOURCES = ("digits", "folder", "imagenet", *TORCHVISION, "list", "shards", "hf")
 # Keys that these sources alone read.
 _READ_BY = {
@@ -74,7 +74,7 @@ class PoolSettings:
     # out.
     split_seed: int
     use_labels: bool  # False ignores folder names and label columns
-    download: bool  # whether torchvision may fetch cifar10, cifar100 or stl10
+    download: bool  # whether torchvision may fetch one of its sets
     image_size: int | None  # side of the upsampled digits in px; None for everything else
     # Of images of more than 8 bits: a number of bits, the values that are black and white, or
     # `auto`, which asks a sample of the training images. Runs that name none were trained with 16.
@@ -212,6 +212,8 @@ def _torchvision(name: str, root: str, download: bool, use_labels: bool) -> Pool
     if not use_labels:
         return Pools(Subset(train), None, None, _UNUSED)
     held_out = torchvision_source(name, root, split="test", download=download)
+    for found in (labelled, held_out):
+        _refuse_unreadable(found, f"data.root={root}")
     return Pools(Subset(train), Subset(labelled), Subset(held_out))
 
 

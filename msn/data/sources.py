@@ -18,7 +18,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_digits
-from torchvision.datasets import CIFAR10, CIFAR100, STL10
+from torchvision.datasets import (
+    CIFAR10,
+    CIFAR100,
+    DTD,
+    STL10,
+    FGVCAircraft,
+    Flowers102,
+    Food101,
+    OxfordIIITPet,
+    StanfordCars,
+)
 
 from msn.data.index import scan_folder
 from msn.data.layout import FolderLabels, read_folder_labels
@@ -35,7 +45,17 @@ _LOOKED_AT = 64  # images whose values decide the depth
 _NAMES_LOOKED_AT = 4096  # names among which these images are chosen
 # Formats of 8 bits; a name without an ending may be of any format.
 _SHALLOW = set(SUFFIXES) - {".png", ".tif", ".tiff"}
-_TORCHVISION = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+_IN_MEMORY = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+# Those that keep files, and which of their parts are labelled images to learn from.
+_IN_FILES = {
+    "dtd": (DTD, ("train", "val")),
+    "aircraft": (FGVCAircraft, ("trainval",)),
+    "cars": (StanfordCars, ("train",)),
+    "flowers": (Flowers102, ("train", "val")),
+    "food": (Food101, ("train",)),
+    "pets": (OxfordIIITPet, ("trainval",)),
+}
+TORCHVISION = (*_IN_MEMORY, "stl10", *_IN_FILES)
 
 
 class Source(ABC):
@@ -280,28 +300,31 @@ def digits_source(image_size: int) -> ArraySource:
     )
 
 
-def torchvision_source(name: str, root: str, *, split: str, download: bool) -> ArraySource:
-    """Load CIFAR-10, CIFAR-100 or STL-10 through torchvision.
+def torchvision_source(name: str, root: str, *, split: str, download: bool) -> Source:
+    """Load one of torchvision's data sets.
 
     Args:
-        name: `cifar10`, `cifar100` or `stl10`.
+        name: one of `TORCHVISION`.
         root: the folder in which torchvision keeps it.
-        split: `train` or `test`; STL-10 also has `unlabeled`.
+        split: `train` (all labelled images that do not test) or `test`; STL-10 also has
+            `unlabeled`.
         download: whether torchvision may fetch it.
 
     Raises:
         UserError: it is not there, or damaged.
     """
     try:
+        if name in _IN_FILES:
+            return _torchvision_files(name, root, split=split, download=download)
         if name == "stl10":
             stl = STL10(root, split=split, download=download)
             pixels = np.ascontiguousarray(stl.data.transpose(0, 2, 3, 1))
             labels, classes = stl.labels.astype(np.int64), list(stl.classes)
         else:
-            cifar = _TORCHVISION[name](root, train=split == "train", download=download)
+            cifar = _IN_MEMORY[name](root, train=split == "train", download=download)
             pixels = cifar.data
             labels, classes = np.array(cifar.targets, np.int64), list(cifar.classes)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ValueError) as error:
         if download:
             raise UserError(f"data.root={root}: {name} could not be fetched ({error})") from error
         raise UserError(
@@ -313,4 +336,31 @@ def torchvision_source(name: str, root: str, *, split: str, download: bool) -> A
         pixels=pixels,
         labels=None if unlabelled else labels,
         classes=[] if unlabelled else classes,
+    )
+
+
+def _torchvision_files(name: str, root: str, *, split: str, download: bool) -> FileSource:
+    """The files of a set that torchvision does not hold in memory."""
+    kind, parts = _IN_FILES[name]
+    paths: list[str] = []
+    labels: list[int] = []
+    classes: list[str] = []
+    for part in parts if split == "train" else ("test",):
+        if kind is OxfordIIITPet:  # takes no loader
+            found = OxfordIIITPet(root, split=part, download=download)
+            pairs = list(zip(map(os.fspath, found._images), found._labels, strict=True))
+        else:  # the loader gives the path itself
+            found = kind(root, split=part, download=download, loader=os.fspath)
+            pairs = [found[i] for i in range(len(found))]
+        paths += [os.path.relpath(path, root) for path, _ in pairs]
+        labels += [int(label) for _, label in pairs]
+        if classes not in ([], list(found.classes)):  # numbers would mean others
+            raise UserError(f"data.root={root}: {name} has other classes in {part} than before")
+        classes = list(found.classes)
+    return FileSource(
+        where=f"{name}/{split}",
+        root=root,
+        paths=StringTable.from_strings(paths),
+        labels=np.array(labels, np.int64),
+        classes=classes,
     )

@@ -76,7 +76,7 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
     """The table for a terminal, with a note that says how to read it."""
     table = Table(title=title, title_justify="left", caption=note(rows), caption_justify="left")
     table.add_column("backbone", no_wrap=True)
-    for heading in _headings(rows).values():
+    for heading in headings(rows).values():
         table.add_column("\n".join(heading), justify="right", no_wrap=True)
     for name, cells, last in _lines(rows):
         table.add_row(Text(name), *("\n".join(cell) for cell in cells), end_section=last)
@@ -85,10 +85,10 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
 
 def list_of(rows: Sequence[Row], title: str) -> str:
     """The same for a terminal that is too narrow for the table: one line per figure."""
-    headings, lines = list(_headings(rows).values()), [title]
+    columns, lines = list(headings(rows).values()), [title]
     for name, cells, _ in _lines(rows):
         lines += ["", name]
-        for heading, cell in zip(headings, cells, strict=True):
+        for heading, cell in zip(columns, cells, strict=True):
             if any(cell):
                 lines += [" ".join(heading), *(f"  {line}" for line in cell)]
     return "\n".join([*lines, "", note(rows)])
@@ -96,17 +96,17 @@ def list_of(rows: Sequence[Row], title: str) -> str:
 
 def markdown_table(rows: Sequence[Row]) -> str:
     """The same table in markdown."""
-    names = ["backbone", *(" ".join(heading) for heading in _headings(rows).values())]
+    names = ["backbone", *(" ".join(heading) for heading in headings(rows).values())]
     lines = ["| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
     for name, cells, _ in _lines(rows):
         lines.append(
-            "| " + " | ".join([_in_markdown(name), *(" ".join(cell) for cell in cells)]) + " |"
+            "| " + " | ".join([in_markdown(name), *(" ".join(cell) for cell in cells)]) + " |"
         )
-    below = [line for words in floors_note(rows) for line in ("", _in_markdown(words))]
+    below = [line for words in floors_note(rows) for line in ("", in_markdown(words))]
     return "\n".join([*lines, "", note(rows), *below, ""])
 
 
-def _in_markdown(name: str) -> str:
+def in_markdown(name: str) -> str:
     """A name as plain text of one cell: it makes no new column, tag or link."""
     return re.sub(r"([\\`*\[\]|])", r"\\\1", escape(name, quote=False))
 
@@ -117,7 +117,8 @@ def csv_table(rows: Sequence[Row]) -> str:
     Text that a spreadsheet would take for a formula begins with an apostrophe.
     """
     text = io.StringIO()
-    writer = csv.DictWriter(text, _CSV, extrasaction="ignore", lineterminator="\n")
+    names = ("data", *_CSV) if any("data" in row for row in rows) else _CSV
+    writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in rows:
         paper, other = row.get("paper") or {}, row.get("cross_validated") or {}
@@ -200,10 +201,10 @@ Column = tuple[tuple[str, str, str], str]
 """What the rows of a column have in common, and the figure of it: `top1` or `balanced`."""
 
 
-def _headings(rows: Sequence[Row]) -> dict[Column, tuple[str, str]]:
+def headings(rows: Sequence[Row]) -> dict[Column, tuple[str, str]]:
     """Two lines for every column, in the order of the rows."""
     figures = ("top1", "balanced") if any(map(is_unbalanced, rows)) else ("top1",)
-    headings = {}
+    found: dict[Column, tuple[str, str]] = {}
     for row in rows:
         labels = row["labels"]
         second = f"{labels} per class" if labels.isdigit() else f"{labels} labels"
@@ -211,13 +212,13 @@ def _headings(rows: Sequence[Row]) -> dict[Column, tuple[str, str]]:
         first = first or " ".join([CLASSIFIERS[row["classifier"]], row.get("variant", "")]).strip()
         for figure in figures:
             title = f"{first}, balanced" if figure == "balanced" else first
-            headings[table_key(row), figure] = (title, second)
-    return headings
+            found[table_key(row), figure] = (title, second)
+    return found
 
 
 def _lines(rows: Sequence[Row]) -> list[tuple[str, list[list[str]], bool]]:
     """Name, cells (as lines) and whether a backbone ends here."""
-    columns = list(_headings(rows))
+    columns = list(headings(rows))
     lines = []
     shown: set[str] = set()  # the paper's figures stand below the first backbone of their kind
     for backbone in dict.fromkeys(row["backbone"] for row in rows):

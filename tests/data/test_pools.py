@@ -264,7 +264,7 @@ def test_settings_that_a_source_does_not_read_are_refused(tmp_path):
     root = make(tmp_path / "root")
     for settings, message in (
         ({"source": "cifar10", "val_root": "x"}, "cifar10 has its own test images"),
-        ({"download": True}, "only cifar10, cifar100, stl10 can be fetched"),
+        ({"download": True}, "only cifar10, cifar100, stl10, dtd, .*pets can be fetched"),
         ({"image_size": 32}, "digits alone are upsampled"),
     ):
         with pytest.raises(UserError, match=message):

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from msn.data.lists import index_list
-from msn.data.sources import folder_source, list_source
+from msn.data.sources import folder_source, list_source, torchvision_source
 from msn.errors import UserError
 from msn.images.decode import full_size
 from msn.images.kinds import BadImageError
 from tests.data.logs import warnings_in
 from tests.data.photos import make_folder, photo
 from tests.data.test_pools import pools
+from tests.data.torchvision_copies import make_copies
 
 
 def open_folder(root, use_labels=True):
@@ -280,3 +281,31 @@ def test_what_is_wrong_with_folders_and_lists_is_said(tmp_path):
     ):
         with pytest.raises(UserError, match=f"data.root=.*{path}: {message}"):
             open_list(tmp_path / path)
+
+
+def test_torchvision_s_sets_in_their_own_folders(tmp_path, monkeypatch):
+    make_copies(tmp_path, monkeypatch)
+    for name in ("dtd", "aircraft", "cars", "cifar10", "cifar100", "flowers", "food", "pets"):
+        for split in ("train", "test"):
+            found = torchvision_source(name, str(tmp_path), split=split, download=False)
+            classes = 102 if name == "flowers" else 3
+            assert len(found.classes) == classes
+            per_class = np.bincount(found.labels, minlength=classes)
+            repeats = 5 if (name, split) == ("cifar10", "train") else 1  # batches
+            many = 4 * repeats if classes == 3 else {"train": 2, "test": 1}[split]
+            assert per_class.tolist() == [many] * classes
+            for i in (0, len(found) - 1):
+                shade = found.rgb(i).getpixel((4, 4))[0]
+                color = found.labels[i] if classes == 3 else (found.labels[i] + 1) % 3
+                assert shade == pytest.approx(200 * color / 3, abs=40)
+        train, test = (
+            {
+                found.identity(i).split()[0]
+                for found in [torchvision_source(name, str(tmp_path), split=s, download=False)]
+                for i in range(len(found))
+            }
+            for s in ("train", "test")
+        )
+        assert not train & test
+    with pytest.raises(UserError, match="no pets here as torchvision keeps it"):
+        torchvision_source("pets", str(tmp_path / "other"), split="test", download=False)
