@@ -163,7 +163,7 @@ class _Chooser:
             "msn",
             self.subject.kind(self.settings),
             sets,
-            FeatureSet(self.features, train.labels, train.classes),
+            FeatureSet(self.features, train.labels, train.classes, groups=train.groups),
             test_set,
             self.runtime.devices[0],
         )
@@ -228,6 +228,7 @@ class _Unlabelled:
         self.pool = pool
         self.labels = torch.zeros(len(pool), dtype=torch.long)
         self.classes: list[str] = []
+        self.groups = None
 
     @property
     def names(self) -> list[str]:

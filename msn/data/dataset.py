@@ -62,6 +62,11 @@ class Subset:
             return None
         return labels[self.positions]
 
+    @property
+    def groups(self) -> np.ndarray | None:
+        """Group numbers, int64 [n], or None without groups."""
+        return None if self.source.groups is None else self.source.groups[self.positions]
+
     def name(self, i: int) -> str:
         """Name of image i."""
         return self.source.name(int(self.positions[i]))
@@ -277,6 +282,7 @@ class LabelledImages(Dataset[Image.Image]):
         labels: class numbers, LongTensor [n].
         names: names of the images.
         classes: names of the classes.
+        groups: group numbers, LongTensor [n], or None without groups.
     """
 
     def __init__(
@@ -293,6 +299,7 @@ class LabelledImages(Dataset[Image.Image]):
         self.images, self.what, self.strict, self._said = images, what, strict, said
         self.labels = torch.from_numpy(labels)
         self.classes = images.source.classes
+        self.groups = None if images.groups is None else torch.from_numpy(images.groups)
         # Shared with workers, of which there are new ones for every reading.
         self._reported = shared_flags(len(labels))
 

@@ -45,6 +45,8 @@ class Columns(NamedTuple):
     """Column of the labels; None finds it by its name."""
     suffix: str = ""
     """Ending of the images where the table leaves it out, with its dot."""
+    group: str | None = None
+    """Column of the groups; None, or a name that no column has, reads none."""
 
 
 BY_NAME = Columns()
@@ -57,6 +59,9 @@ class ListIndex(NamedTuple):
     labels: np.ndarray | None
     classes: list[str]
     why: str
+    groups: np.ndarray | None = None
+    """Of every image, int64 [n]; None without a column of groups."""
+    group_names: list[str] = []
 
 
 def index_list(
@@ -92,16 +97,26 @@ def index_list(
         classes = list(table.strings["classes"])
         labels = table.arrays["labels"] if classes else None
         _say(where, table.facts["repeated"], labels)
-        return ListIndex(table.strings["paths"], labels, classes, table.facts["why"])
+        names = list(table.strings["groups"])
+        groups = (table.arrays["groups"] if names else None, names)
+        return ListIndex(table.strings["paths"], labels, classes, table.facts["why"], *groups)
     watched = {file: stamp(file)} if os.path.isfile(file) else {}
     rows = _Rows(where, base, use_labels)
     index = rows.read(read_list(file, key=key, columns=columns))
     _say(where, rows.repeated, index.labels)
     if len(index.paths) >= cache_from:
-        labels = np.empty(0, np.int64) if index.labels is None else index.labels
-        strings = {"paths": index.paths, "classes": StringTable.from_strings(index.classes)}
+        nothing = np.empty(0, np.int64)
+        arrays = {
+            "labels": nothing if index.labels is None else index.labels,
+            "groups": nothing if index.groups is None else index.groups,
+        }
+        strings = {
+            "paths": index.paths,
+            "classes": StringTable.from_strings(index.classes),
+            "groups": StringTable.from_strings(index.group_names),
+        }
         facts = {"repeated": rows.repeated, "why": index.why}
-        keep_table(kept, Table({"labels": labels}, strings, facts), watched, started)
+        keep_table(kept, Table(arrays, strings, facts), watched, started)
     return index
 
 
@@ -133,6 +148,7 @@ class _Rows:
         self._text, self._ends = bytearray(), array("q", [0])
         self._lines, self._hashes, self._labels = array("q"), array("q"), array("q")
         self._numbers: dict[str, int] = {}
+        self._groups, self._group_numbers = array("q"), dict[str, int]()
         self._real = RealPaths()
         self.repeated = 0
 
@@ -152,13 +168,22 @@ class _Rows:
         self.repeated = len(repeated)
         stays = np.ones(len(labels), bool)
         stays[repeated] = False
-        return self._with_classes(self._paths.where(stays), labels[stays])
+        index = self._with_classes(self._paths.where(stays), labels[stays])
+        if not self._group_numbers:
+            return index
+        groups = np.frombuffer(self._groups, np.int64)[stays]
+        return index._replace(groups=groups, group_names=list(self._group_numbers))
 
     def _add(self, row: ListedImage) -> None:
         self._text += os.fsencode(row.path)
         self._ends.append(len(self._text))
         self._lines.append(row.line)
         self._hashes.append(hash(self._plain(row.path)))
+        if row.group is not None:
+            if not row.group:
+                raise UserError(f"{self._where}: line {row.line} has no group (data.group)")
+            numbers = self._group_numbers
+            self._groups.append(numbers.setdefault(row.group, len(numbers)))
         if row.label and self._use_labels:
             self._labels.append(self._numbers.setdefault(row.label, len(self._numbers)))
         else:
@@ -230,11 +255,12 @@ def _has_fractions(labels: Iterable[str]) -> bool:
 
 
 class ListedImage(NamedTuple):
-    """A row: path as written, label or "", and the number of its (last) line from 1."""
+    """A row: path as written, label or "", the number of its (last) line from 1, and group."""
 
     path: str
     label: str
     line: int
+    group: str | None = None  # None where no column holds them
 
 
 class _Layout(NamedTuple):
@@ -244,6 +270,7 @@ class _Layout(NamedTuple):
     path: int
     label: int  # -1: none
     header: list[str]
+    group: int = -1  # none
 
 
 def read_list(file: str, *, key: str, columns: Columns = BY_NAME) -> Iterator[ListedImage]:
@@ -278,7 +305,8 @@ def read_list(file: str, *, key: str, columns: Columns = BY_NAME) -> Iterator[Li
         name = cells[layout.label] if 0 <= layout.label < len(cells) else ""
         if image:
             ending = "" if image.lower().endswith(columns.suffix.lower()) else columns.suffix
-            yield ListedImage(image + ending, name, number)
+            group = cells[layout.group] if layout.group < len(cells) else ""
+            yield ListedImage(image + ending, name, number, group if layout.group >= 0 else None)
         elif any(cells):
             raise UserError(f"{where}: line {number} has no path")
 
@@ -328,7 +356,7 @@ def _find_layout(file: str, where: str, columns: Columns) -> _Layout | None:
     for separator, cells in firsts.items():
         if not cells:
             return None
-        if columns.image in cells or columns.label in cells:
+        if {columns.image, columns.label, columns.group} & set(cells):
             return _from_header(separator, cells, where, columns)
         if not _is_image(cells[0]) and any(cell.lower() in _PATH for cell in cells):
             return _from_header(separator, cells, where, columns)
@@ -363,10 +391,11 @@ def _from_header(separator: str, cells: list[str], where: str, columns: Columns)
     label = _column(cells, columns.label, [names.index(name) for name in _LABEL if name in names])
     if path < 0 or (columns.label is not None and label < 0):
         _refuse_column(columns, cells, where)
-    others = [name for i, name in enumerate(cells) if i not in (path, label)]
+    group = _column(cells, columns.group, [])
+    others = [name for i, name in enumerate(cells) if i not in (path, label, group)]
     if label < 0 and others:
         log.info("%s: no column is called label or class; not read: %s", where, others)
-    return _Layout(separator, path, label, cells)
+    return _Layout(separator, path, label, cells, group)
 
 
 def _column(cells: list[str], wanted: str | None, found: list[int]) -> int:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from msn.data.dataset import Subset
+from msn.data.groups import find_groups, hold_out_groups, refuse_shared_groups
 from msn.data.hf import HFSource, hf_sources
 from msn.data.index import first_shared
 from msn.data.layout import UNLABELLED, find_parts
@@ -43,6 +44,7 @@ _READ_BY = {
     "label_column": ("list", "hf"),
     "image_dir": ("list",),
     "suffix": ("list",),
+    "group": ("list", "folder", "imagenet", "shards"),
 }
 _LARGEST_DIGIT = 512  # px of 8; all 1,797 are held in memory
 _UNUSED = "data.use_labels=false"
@@ -83,6 +85,9 @@ class PoolSettings:
     label_column: str | None = None
     image_dir: str | None = None  # what relative paths of a list start from; None: the list
     suffix: str | None = None  # ending of a list's images where its names have none
+    # Column of a list, or a regular expression found in every path (its first bracket, else all of
+    # it), that says which images belong together: a group is never on both sides of a split.
+    group: str | None = None
 
     def __post_init__(self) -> None:
         self._check_source()
@@ -183,8 +188,10 @@ def _find_pools(settings: PoolSettings) -> Pools:
         return _hugging_face(settings)
     train_root, found_val = find_parts(root, val_root)
     train = _read(settings, train_root, key="data.root")
+    find_groups(train, settings.group)
     if found_val is not None:
         held_out = _read(settings, found_val, key="data.val_root")
+        find_groups(held_out, settings.group)
         refuse_shared(train, held_out)
         if val_root is not None or held_out.labels is not None:
             return _with_held_out(train, held_out)
@@ -231,7 +238,9 @@ def _hugging_face(settings: PoolSettings) -> Pools:
 
 
 def _columns(settings: PoolSettings) -> Columns:
-    return Columns(settings.image_column, settings.label_column, settings.suffix or "")
+    return Columns(
+        settings.image_column, settings.label_column, settings.suffix or "", settings.group
+    )
 
 
 def _read(settings: PoolSettings, root: str, *, key: str) -> Source:
@@ -321,6 +330,8 @@ def _hold_out(train: Source, share: float, split_seed: int) -> Pools:
     if train.labels is None:
         return Pools(Subset(train), None, None, train.why)
     known = np.flatnonzero(train.labels != UNLABELLED)
+    if train.groups is not None:
+        return _hold_out_groups(train, known, share, split_seed)
     kept, out = hold_out_per_class(train.labels[known], share, split_seed)
     if not len(out):
         why = (
@@ -332,8 +343,29 @@ def _hold_out(train: Source, share: float, split_seed: int) -> Pools:
     return Pools(Subset(train, trained), Subset(train, known[kept]), Subset(train, known[out]))
 
 
+def _hold_out_groups(train: Source, known: np.ndarray, share: float, split_seed: int) -> Pools:
+    assert train.labels is not None
+    assert train.groups is not None
+    numbers = hold_out_groups(train.labels[known], train.groups[known], share, split_seed)
+    if not len(numbers):
+        why = (
+            "data.group: every group holds all images of a class, so that none can be held out: "
+            "set data.val_root=DIR"
+        )
+        return Pools(Subset(train), None, None, why)
+    out = np.isin(train.groups, numbers)  # their images without a label do not train either
+    tested = known[out[known]]
+    log.info(
+        "data.group: %d of %d groups are held out, with %d of %d labelled images",
+        *(len(numbers), len(train.group_names), len(tested), len(known)),
+    )
+    kept = Subset(train, known[~out[known]])
+    return Pools(Subset(train, np.flatnonzero(~out)), kept, Subset(train, tested))
+
+
 def _with_held_out(train: Source, held_out: Source) -> Pools:
-    """Pair two sources whose classes must mean the same."""
+    """Pair two sources whose classes must mean the same, and whose groups must be others."""
+    refuse_shared_groups(train, held_out)
     for part, other in ((train, held_out), (held_out, train)):
         if part.labels is None:
             beside = "" if other.labels is None else f" (but {other.where} has labels)"

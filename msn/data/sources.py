@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -67,6 +67,8 @@ class Source(ABC):
         classes: names of the classes, empty without labels.
         depth: which values are black and white in images of more than 8 bits, None for 16 bits.
         why: the reason why there are no labels, and what to do about it.
+        groups: which group each image is of, int64 [n], numbers of `group_names`; None without
+            groups.
     """
 
     where: str
@@ -74,6 +76,8 @@ class Source(ABC):
     classes: list[str]
     depth: Depth | None = None
     why = ""
+    groups: np.ndarray | None = None
+    group_names: Sequence[str] = ()
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -123,9 +127,12 @@ class FileSource(Source):
         classes: list[str],
         why: str = "",
         linked: bool = True,
+        groups: np.ndarray | None = None,
+        group_names: Sequence[str] = (),
     ) -> None:
         self.where, self.root, self.paths = where, root, paths
         self.labels, self.classes, self.why, self.linked = labels, classes, why, linked
+        self.groups, self.group_names = groups, group_names
 
     def __len__(self) -> int:
         """Number of files."""

@@ -133,6 +133,10 @@ class LabelledSet(typing.Protocol):
     def classes(self) -> list[str]:
         """Names of the classes."""
 
+    @property
+    def groups(self) -> Tensor | None:
+        """Numbers of groups whose images belong together, [n]; None without groups."""
+
     def identity(self, i: int) -> str:
         """Changes when image i is another image."""
 

@@ -109,7 +109,10 @@ def logistic_results(trial: Trial, settings: Logistic) -> list[Result]:
         lambds = fixed or chosen
         if lambds is None:
             check_lambda_choice(settings, group, trial.train.labels)
-        assert lambds is not None
+            raise UserError(
+                f"protocol.logistic.lambd=null: with {name} labels all images are of one group, "
+                "and cross-validation needs two; give protocol.logistic.lambd"
+            )
         fits = problem.fit(group, lambds)
         more: dict[str, Any] = {"lambda_choice": "fixed" if fixed else "cross-validation"}
         if fixed and chosen:
@@ -205,7 +208,7 @@ class _Problem:
         self.rows = settings.prepare(train.features.to(device))
         self.labels = train.labels.to(device)
         self.test_rows = settings.prepare(test.features.to(device))
-        self.test = test
+        self.test, self.groups = test, train.groups
 
     def fit(self, group: Sequence[LabelSet], lambds: Sequence[float]) -> _Fits:
         """Fit every set with its own lambd and classify the test images."""
@@ -232,7 +235,10 @@ class _Problem:
             return None
         folds: list[Fold] = []
         for number, labelled in enumerate(group):
-            folds += folds_of(self.labels[labelled.positions].cpu(), self.settings.folds, of=number)
+            labels, groups = self.labels[labelled.positions].cpu(), None
+            if self.groups is not None:
+                groups = self.groups[labelled.positions]
+            folds += folds_of(labels, self.settings.folds, of=number, groups=groups)
         if {fold.of for fold in folds} != set(range(len(group))):
             return None
         right = torch.zeros(len(group), len(grid), dtype=torch.float64)
@@ -319,32 +325,61 @@ class Fold(NamedTuple):
     """Positions within the set, [v]."""
 
 
-def folds_of(labels: Tensor, num_folds: int, *, of: int) -> list[Fold]:
+def folds_of(
+    labels: Tensor, num_folds: int, *, of: int, groups: Tensor | None = None
+) -> list[Fold]:
     """Cut a label set into stratified folds.
 
     Args:
         labels: classes of the set's images, [n].
         num_folds: >= 2; fewer are made where no class has as many images.
         of: number of the set, kept with the folds.
+        groups: numbers of groups that stay whole, [n].
 
     Returns:
-        The folds, none where no class has two images. Each image is held out once, each class as
-        evenly as its count allows; which images go together depends on the set alone.
+        The folds, none where no class has two images (or there is a single group). Each image is
+        held out once, each class as evenly as its count (or the groups) allows; which images go
+        together depends on the set alone.
     """
     members = [torch.nonzero(labels == label)[:, 0] for label in labels.unique()]
     num_folds = min(num_folds, max(len(positions) for positions in members))
+    if groups is not None:
+        num_folds = min(num_folds, len(groups.unique()))
     if num_folds < 2:
         return []
+    if groups is not None:
+        return _folds(_deal_groups(labels, groups, num_folds), num_folds, of)
     fold = torch.empty(len(labels), dtype=torch.long)
     dealt = 0  # dealing goes on where the last class ended, so that folds are of one size
     for label, positions in enumerate(members):
         order = torch.from_numpy(permutation(len(positions), 0, _FOLDS, label))
         fold[positions[order]] = (torch.arange(len(positions)) + dealt) % num_folds
         dealt += len(positions)
+    return _folds(fold, num_folds, of)
+
+
+def _folds(fold: Tensor, num_folds: int, of: int) -> list[Fold]:
+    """The folds of images that know the number of theirs, [n]."""
     return [
         Fold(of, torch.nonzero(fold != i)[:, 0], torch.nonzero(fold == i)[:, 0])
         for i in range(num_folds)
     ]
+
+
+def _deal_groups(labels: Tensor, groups: Tensor, num_folds: int) -> Tensor:
+    """A fold for each image, [n]: the largest groups first, each to where its classes are rare."""
+    inverse = groups.unique(return_inverse=True)[1]
+    counts = torch.zeros(int(inverse.max()) + 1, int(labels.max()) + 1, dtype=torch.float64)
+    counts.index_put_((inverse, labels), torch.ones((), dtype=torch.float64), accumulate=True)
+    shares = counts / counts.sum(dim=0).clamp_min(1)
+    held = torch.zeros(num_folds, counts.shape[1], dtype=torch.float64)
+    fold = torch.empty(len(counts), dtype=torch.long)
+    for group in counts.sum(dim=1).argsort(descending=True, stable=True).tolist():
+        # An empty fold has the least of all; there are as many groups as folds at least.
+        at = int((held @ shares[group] + 1e-9 * held.sum(dim=1)).argmin())
+        held[at] += shares[group]
+        fold[group] = at
+    return fold[inverse]
 
 
 def best_lambds(accuracy: Tensor, log_loss: Tensor, grid: list[float]) -> list[float]:

@@ -143,6 +143,8 @@ class FeatureSet(NamedTuple):
     """Images that cannot be read."""
     unreadable: Tensor | None = None
     """Which ones, bool [n]; None where all can be or others of their class stand in."""
+    groups: Tensor | None = None
+    """Numbers of groups whose images cross-validation does not part, [n]; None without groups."""
 
     def outcome(self, predicted: Tensor, scores: Tensor | None = None) -> Outcome:
         """What classifiers said of these images: predicted [S, n], scores of the first [n, C]."""
@@ -178,6 +180,7 @@ class ChosenImages:
         self._images, self._positions = images, positions.tolist()
         self.labels = images.labels[positions]
         self.classes = images.classes
+        self.groups = None if images.groups is None else images.groups[positions]
         names = images.names
         self.names = [names[i] for i in self._positions]
 
@@ -196,7 +199,8 @@ class ChosenImages:
 
 def labelled_features(images: LabelledSet, found: Extracted) -> FeatureSet:
     """Features to learn from; an image that cannot be read is another one of its class."""
-    return FeatureSet(found.rows, images.labels, images.classes, int(found.replaced.sum()))
+    count = int(found.replaced.sum())
+    return FeatureSet(found.rows, images.labels, images.classes, count, groups=images.groups)
 
 
 def held_out_features(images: LabelledSet, found: Extracted) -> FeatureSet:

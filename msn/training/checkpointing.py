@@ -361,6 +361,8 @@ def identity_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     several = pairs.get("trainer.accumulate_grad_batches", 1)
     if several != 1:  # files from before it was allowed do not name it
         identity["trainer.accumulate_grad_batches"] = several
+    if (group := pairs.get("data.group")) is not None:  # likewise
+        identity["data.group"] = group
     return {**identity, "trainer.strategy": "fsdp2" if sharded else "auto"}
 
 

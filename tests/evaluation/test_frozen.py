@@ -206,3 +206,27 @@ def test_accuracy_decides_then_log_loss_then_the_stronger_value():
     accuracy = torch.tensor([[3.0, 5, 4], [5, 5, 1], [5, 5, 5]])
     log_loss = torch.tensor([[1.0, 9, 1], [2, 3, 1], [1, 1, 1]])
     assert best_lambds(accuracy, log_loss, grid) == [1.0, 0.1, 10.0]
+
+
+def test_folds_keep_groups_whole_and_classes_even():
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.randint(12, (90,), generator=generator)
+    labels = torch.randint(3, (90,), generator=generator)
+    folds = folds_of(labels, 4, of=2, groups=groups)
+    assert len(folds) == 4
+    assert torch.cat([fold.held_out for fold in folds]).sort().values.tolist() == list(range(90))
+    for fold in folds:
+        assert not set(groups[fold.train].tolist()) & set(groups[fold.held_out].tolist())
+        shares = torch.bincount(labels[fold.held_out], minlength=3) / torch.bincount(labels)
+        assert bool(((shares > 0.1) & (shares < 0.4)).all())
+    assert len(folds_of(labels, 5, of=0, groups=groups % 2)) == 2
+    assert folds_of(labels, 5, of=0, groups=groups * 0) == []
+
+
+def test_one_group_cannot_choose_lambda():
+    train = TRAIN._replace(groups=torch.zeros(120, dtype=torch.long))
+    trial = Trial("msn", "class_token", label_sets(5, 1), train, TEST, CPU)
+    with pytest.raises(UserError, match="all images are of one group"):
+        logistic_results(trial, Logistic(**{**LOGISTIC, "lambd": None, "lambd_grid": [1.0]}))
+    kept = logistic_results(trial, Logistic(**{**LOGISTIC, "lambd_grid": [1.0]}))
+    assert "cross_validated" not in kept[0].row

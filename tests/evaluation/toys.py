@@ -54,6 +54,7 @@ class ToyImages:
         pixels = 0.6 * palette[self.labels][:, None, None] + 0.4 * noise
         self.pixels = (255 * pixels).to(torch.uint8)
         self.opened: list[int] = []
+        self.groups: Tensor | None = None
 
     def identity(self, i: int) -> str:
         return f"{self.names[i]} {int(self.pixels[i].sum())}"

@@ -12,6 +12,8 @@ PER_CLASS = 14
 class ListedImages:
     """Names and labels of the training images; these are 20 px with their class's hue."""
 
+    groups = None
+
     def __init__(self, per_class: int = PER_CLASS, *, seed: int = 0, part: str = "") -> None:
         generator = torch.Generator().manual_seed(seed)
         self.classes = list(CLASSES)

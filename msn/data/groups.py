@@ -1,0 +1,88 @@
+"""Images that belong together (of one patient, plant or film): never on both sides of a split."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from msn.data.sampler import permutation
+from msn.data.sources import Source
+from msn.errors import UserError
+
+_GROUPS = 6  # keeps these draws apart from others of the same seed
+
+
+def find_groups(images: Source, group: str | None) -> None:
+    """Read groups off the paths, where no column has given them.
+
+    Raises:
+        UserError: `group` is neither a column nor found in every path.
+    """
+    if group is None or images.groups is not None:
+        return
+    try:
+        pattern = re.compile(group)
+    except re.error as error:
+        raise UserError(
+            f"data.group={group}: is no column and no regular expression ({error})"
+        ) from None
+    numbers: dict[str, int] = {}
+    groups = np.empty(len(images), np.int64)
+    for i in range(len(images)):
+        found = pattern.search(images.name(i))
+        text = "" if found is None else found[1 if pattern.groups else 0] or ""
+        if not text:
+            raise UserError(
+                f"data.group={group}: is no column of {images.where} and, as a regular expression, "
+                f"not found in {images.name(i)}"
+            )
+        groups[i] = numbers.setdefault(text, len(numbers))
+    images.groups, images.group_names = groups, list(numbers)
+
+
+def refuse_shared_groups(train: Source, held_out: Source) -> None:
+    """Raise a UserError if images of one group are to train and to test."""
+    shared = sorted(set(train.group_names) & set(held_out.group_names))
+    if shared:
+        raise UserError(
+            f"data.group: the group {shared[0]} is in {held_out.where} and in {train.where}; "
+            "held-out images must be of other groups"
+        )
+
+
+def hold_out_groups(
+    labels: np.ndarray, groups: np.ndarray, fraction: float, split_seed: int
+) -> np.ndarray:
+    """Hold out whole groups, so that about a share of every class is.
+
+    Groups are taken in a seeded order; one is held out if that brings the classes nearer to their
+    share, and no class loses its last image. If none is, the one that comes nearest is.
+
+    Args:
+        labels: class numbers, int64 [n].
+        groups: group numbers, int64 [n].
+        fraction: share to hold out, in (0, 1).
+        split_seed: of the order.
+
+    Returns:
+        Numbers of the groups to hold out; empty where every group is all that a class has.
+    """
+    numbers, inverse = np.unique(groups, return_inverse=True)
+    counts = np.zeros((len(numbers), int(labels.max()) + 1))
+    np.add.at(counts, (inverse, labels), 1)
+    counts = counts[:, counts.sum(axis=0) > 0]
+    total = counts.sum(axis=0)
+
+    def distance(taken: np.ndarray) -> float:
+        return float(np.abs(taken / total - fraction).sum()) if (taken < total).all() else np.inf
+
+    out, taken = [], np.zeros_like(total)
+    for group in permutation(len(numbers), split_seed, _GROUPS).tolist():
+        if distance(taken + counts[group]) < distance(taken):
+            out.append(group)
+            taken = taken + counts[group]
+    if not out:
+        away = [distance(one) for one in counts]
+        out = [int(np.argmin(away))] if np.isfinite(away).any() else []
+    return np.sort(numbers[out])
