@@ -23,7 +23,7 @@ _VIT = Native("class_token_norm", "ViT, arXiv 2010.11929, Equation 4")
 DINO = Native("class_token_norm", "DINO, its eval_knn.py: what the network gives")
 DINOV2 = Native("class_token_norm", "DINOv2, its hub models: x_norm_clstoken")
 DINOV3 = Native("class_token_norm", "DINOv3, its hub models: x_norm_clstoken")
-_MAE = Native("class_token_norm", "MAE, its main_linprobe.py: the class token")
+MAE = Native("class_token_norm", "MAE, its main_linprobe.py: the class token")
 FINE_TUNED_MAE = Native("patch_mean_norm", "MAE, its models_vit.py: global_pool and fc_norm")
 _IJEPA = Native("patch_mean", "I-JEPA, arXiv 2301.08243, appendix A: average-pooled patches")
 _BEIT = Native("pooled", "BEiT, arXiv 2106.08254: average of the patches, as for fine-tuning")
@@ -36,7 +36,7 @@ _LIBRARY = Native("pooled", "what the library gives its classifier")
 _HUGGING_FACE = {
     "vit_msn": PAPER,
     **dict.fromkeys(("vit", "deit"), _VIT),
-    "vit_mae": _MAE,
+    "vit_mae": MAE,
     **dict.fromkeys(("dinov2", "dinov2_with_registers"), DINOV2),
     "dinov3_vit": DINOV3,
     "ijepa": _IJEPA,
@@ -53,7 +53,7 @@ _TIMM = (
     (r"dinov3|eupe|lingbot", DINOV3),
     (r"^vit_.*dinov2|franca", DINOV2),
     (r"^vit_.*\.dino$", DINO),
-    (r"^vit_.*\.mae$", _MAE),
+    (r"^vit_.*\.mae$", MAE),
     (r"^vit_.*ijepa", _IJEPA),
     (r"^vit_.*siglip", _SIGLIP),
     (r"^vit_.*clip", _CLIP),

@@ -20,6 +20,7 @@ from msn.weights.families import (
     DINOV2,
     DINOV3,
     FINE_TUNED_MAE,
+    MAE,
     PAPER,
     TIMM,
     Native,
@@ -32,6 +33,7 @@ from msn.weights.released import (
     POOLED,
     arguments_of_mae,
     decoder_of_mae,
+    has_positions_of_mae,
     pooled_norm,
     split_encoder,
 )
@@ -400,9 +402,10 @@ def _interpret(
         trunk = {name: tensor for name, tensor in found.tensors.items() if name not in ignored}
         decoder = decoder_of_mae(whole)
     meta: dict[str, Any] = {}
-    if decoder is not None:
-        meta = {"kind": "mae", **arguments_of_mae(content)}
     native = DINO if {"student", "teacher"} <= content.keys() else PAPER
+    if decoder is not None or (not header and has_positions_of_mae(trunk)):
+        meta = {"kind": "mae", **arguments_of_mae(content)}
+        native = PAPER if header else MAE
     if (pooled := pooled_norm(trunk)) is not None:
         trunk, meta, notes = pooled, {"pool": "mean"}, (*notes, POOLED)
         native = FINE_TUNED_MAE

@@ -1,11 +1,13 @@
 """The layouts of facebookresearch/msn and facebookresearch/mae."""
 
+import math
 from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from msn.method.positions import sincos_positions
 from msn.weights.weights import strip_prefix
 
 HEAD_PREFIX = "fc."  # of MSN's projection head
@@ -56,6 +58,21 @@ def arguments_of_mae(content: Mapping[str, Any]) -> dict[str, Any]:
     found = vars(said) if isinstance(said, Namespace) else {}
     method = {name: found[name] for name in _MAE_ARGUMENTS if name in found}
     return {"method": method} if method else {}
+
+
+def has_positions_of_mae(trunk: Mapping[str, Tensor]) -> bool:
+    """Whether the position embeddings are MAE's fixed ones: what tells its files without decoder.
+
+    Zeros for the class token, then sines and cosines that begin with the column (appendix A).
+    """
+    found = trunk.get("pos_embed")
+    if found is None or found.ndim != 3 or found.shape[1] < 2 or found.shape[2] % 4:
+        return False
+    side = math.isqrt(found.shape[1] - 1)
+    if found.shape[1] != 1 + side**2 or not found.is_floating_point() or bool(found[0, 0].any()):
+        return False
+    expected = sincos_positions(side, found.shape[2])
+    return bool((found[0, 1:].double() - expected).abs().max() < 1e-2)  # half precision rounds
 
 
 def pooled_norm(trunk: Mapping[str, Tensor]) -> dict[str, Tensor] | None:

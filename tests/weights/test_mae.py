@@ -130,6 +130,20 @@ def test_without_a_decoder_one_starts_anew_and_it_is_said(tmp_path, source, capl
     assert_same(msn.load_mae(path, **given).state_dict(), found.state_dict())
 
 
+def test_fixed_positions_tell_a_file_of_mae_without_decoder(tmp_path):
+    """Its rows stand beside MAE's figures, its feature is MAE's, exports name it so."""
+    path, trunk = tmp_path / "mae_pretrain_vit_small.pth", make_mae().trunk
+    fresh = msn.MAE(model=MODEL, decoder=DECODER, mask_ratio=0.75, norm_pix_loss=True).trunk
+    state = trunk.state_dict() | {"pos_embed": fresh.pos_embed}
+    torch.save({"model": {name: tensor.half() for name, tensor in state.items()}}, path)
+    found = msn.load_backbone(path, num_heads=3)
+    assert (found.meta["kind"], found.native.feature) == ("mae", "class_token_norm")
+    for other in (fresh.pos_embed.roll(8, dims=2), trunk.pos_embed):  # rows first, or learned
+        torch.save({"model": state | {"pos_embed": other}}, path)
+        found = msn.load_backbone(path, num_heads=3)
+        assert ("kind" in found.meta, found.native.feature) == (False, "class_token")
+
+
 def test_a_released_file_with_decoder_predicts_pixels_unless_it_says_more(tmp_path, caplog):
     mae = make_mae(decoder={"embed_dim": 512, "depth": 1, "num_heads": 16})
     path = tmp_path / "mae_visualize_vit_large.pth"
@@ -336,7 +350,6 @@ def test_a_decoder_is_needed_for_what_has_one_and_a_pooled_feature_cannot_be_sai
 def test_transformers_trainer_goes_on_from_our_export_and_we_from_what_it_saves(tmp_path):
     """As transformers' `run_mae.py` does, in two steps on images that we made."""
     transformers = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
     mae = make_mae()
     write(save_checkpoint(tmp_path / "a.ckpt", mae), tmp_path / "out")
     processor = transformers.ViTImageProcessor.from_pretrained(tmp_path / "out")
