@@ -163,7 +163,7 @@ def _plan(config: DictConfig, settings: dict[str, Any], module: PretrainingModul
         )
     sharded = trainer["strategy"] == "fsdp2"
     case = _case(settings, batch_size, device)
-    images, limit = _images(config, settings), trainer["limit_train_batches"]
+    images, limit = count_images(config, settings), trainer["limit_train_batches"]
     if limit is not None:
         images = min(images, limit * global_batch_size)
     return Plan(
@@ -237,7 +237,7 @@ def less_memory(
     )
 
 
-def _images(config: DictConfig, settings: dict[str, Any]) -> int:
+def count_images(config: DictConfig, settings: dict[str, Any]) -> int:
     """Training images of an epoch: as stated, ImageNet's where it is not here yet, or counted."""
     if settings["planning"]["images"] is not None:
         return int(settings["planning"]["images"])

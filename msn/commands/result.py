@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
+from msn.commands.adaptation import better_of, describe, foundation_beside
 from msn.commands.eval_lowshot import baselines, check_baselines, write_table
 from msn.commands.report import REPORT_FILE, open_run, write_report
 from msn.commands.run_directory import RunDirectory
 from msn.data.datamodule import MSNDataModule
 from msn.evaluation.backbones import FrozenBackbone
+from msn.evaluation.features import Runtime
 from msn.evaluation.lowshot import Protocol, evaluate
 from msn.evaluation.sets import Row
 from msn.schema import as_argument
@@ -43,21 +45,27 @@ def finish(
     Raises:
         OSError: if a file cannot be written.
     """
-    trunk = module.network.backbone.eval()
+    module.network.backbone.eval()
     first = trainer.is_global_zero
     # After a fit Lightning has moved the module to the CPU; the device is free for the evaluation.
     device = trainer.strategy.root_device
+    labelled, subjects = data.labelled_sets(), [evaluated(module, protocol)]
+    kept, meta, facts = subjects[0], _meta(module), {}
+    if settings["keep_better"]:
+        subjects = list(foundation_beside(kept, settings))
+        runtime = Runtime((device,), data.num_workers, None, trainer.world_size > 1)
+        pool = None if labelled is None else labelled[0]
+        kept, facts["kept"] = better_of(subjects, pool, protocol.features, runtime)
+        meta |= describe(kept)
     if first:
-        save_backbone(directory.path / BACKBONE_FILE, trunk.state_dict(), _meta(module))
-    labelled = data.labelled_sets()
+        save_backbone(directory.path / BACKBONE_FILE, kept.trunk.state_dict(), meta)
     if labelled is None and first:
         print(f"no labels: no low-shot table ({data.pools.why})")
     if labelled is not None:
-        backbone = evaluated(module, protocol)
         wanted = check_baselines(settings["baselines"], protocol)
         results = evaluate(
             protocol,
-            [backbone, *baselines(wanted, backbone, settings["seed"])],
+            [*subjects, *baselines(wanted, subjects[-1], settings["seed"])],
             *labelled,
             num_workers=data.num_workers,
             device=device,
@@ -69,7 +77,9 @@ def finish(
             _judge_by_table(directory, [result.row for result in results])
     if not first:
         return
-    directory.write_status("finished")
+    for fact, line in facts.items():
+        print(f"{fact}: {line}")
+    directory.write_status("finished", **facts)
     if settings["report"]:
         _report(directory, device)
     _log_results(trainer)

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
+from msn.commands.adaptation import follow_init
 from msn.commands.entry import to_plain
 from msn.commands.eval_lowshot import refuse_other_target
 from msn.data.batched_views import make_batched_views
@@ -38,6 +39,7 @@ def run(config: DictConfig) -> None:
         UserError: if a setting or a path is wrong, or no image can be read.
     """
     refuse_other_target(config)
+    follow_init(config)
     settings = to_plain(config)
     out = picture_path(settings["out"])
     images = whole_number("images", settings["images"], 1)

@@ -50,7 +50,7 @@ def run(config: DictConfig) -> None:
     Args:
         config: `checkpoint`, `data` (of `PoolSettings`), `budget`, `choose`, `out`,
             `features` (of `FeatureSettings`), `logistic` (of `frozen.Logistic`), `compare_seeds`,
-            `device`, `cache_dir`, `model.num_heads`, `init_key`.
+            `device`, `cache_dir`, `model.num_heads`, `init_key`, `init_family`.
 
     Raises:
         UserError: if a setting, a path or a file is wrong.
@@ -63,14 +63,16 @@ def run(config: DictConfig) -> None:
     if method not in METHODS:
         raise UserError(f"choose={method}: must be one of {', '.join(METHODS)}")
     data = make("data", _images_of(settings["data"]), PoolSettings)
-    num_heads, key = settings["model"]["num_heads"], settings["init_key"]
+    told: dict[str, Any] = {
+        "num_heads": settings["model"]["num_heads"],
+        "key": settings["init_key"],
+        "family": settings["init_family"],
+    }
     size = settings["features"]["image_size"]
-    (subject,) = open_backbones(
-        settings["checkpoint"], image_size=size, num_heads=num_heads, key=key
-    )
+    (subject,) = open_backbones(settings["checkpoint"], image_size=size, **told)
     weights = None
     if method == "prototypes":
-        weights = _with_prototypes(settings["checkpoint"], num_heads, key)
+        weights = _with_prototypes(settings["checkpoint"], **told)
     data = replace(data, depth=trained_depth(check_depth(data.depth), [subject.about]))
     pools = build_pools(data)
     chooser = _Chooser(settings, subject, weights, pools.train)
@@ -100,14 +102,14 @@ def _images_of(data: dict[str, Any]) -> dict[str, Any]:
     return {**data, "source": kind, "image_size": None}
 
 
-def _with_prototypes(checkpoint: str, num_heads: int | None, key: str | None) -> Weights:
+def _with_prototypes(checkpoint: str, **told: Any) -> Weights:
     """The newest checkpoint of a run directory, whose exported backbone has no prototypes.
 
     Raises:
         UserError: if there is no head, or no prototypes.
     """
     path = newest_valid_checkpoint(Path(checkpoint) / "checkpoints") or checkpoint
-    found = open_backbone_of(path, num_heads=num_heads, key=key)
+    found = open_backbone_of(path, **told)
     if isinstance(found, ForeignBackbone) or found.head is None or found.prototypes is None:
         raise UserError(
             f"checkpoint={checkpoint}: has no head and prototypes, like any export; "

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from msn.commands import plan
+from msn.commands.adaptation import choose_prototypes, follow_init, foundation_weights
 from msn.commands.entry import build, one_line, to_plain
 from msn.commands.eval_lowshot import check_baselines, check_seed
 from msn.commands.result import evaluated, finish
@@ -51,7 +52,7 @@ from msn.training.launch import (
 from msn.training.loggers import MetricsCSV, WandbRun
 from msn.training.preemption import EXIT_CODE, Preempted, Preemption, requeue_slurm_job
 from msn.training.progress import build_progress
-from msn.weights import initialise, read_weights
+from msn.weights import initialise
 from msn.weights.reading import newest_valid_checkpoint
 
 
@@ -67,21 +68,26 @@ def run(config: DictConfig) -> Path | None:
     Raises:
         UserError: if a setting, a path or a file is wrong.
     """
+    said = follow_init(config)
     settings = to_plain(config)
     _quieten()
     seed_everything(check_seed(settings["seed"]), verbose=False)
     if not is_inherited():
         ignore_left_overs(os.environ)
     _check_switch("report", settings["report"])
+    _check_switch("keep_better", settings["keep_better"])
     _check_switch("plan", settings["plan"])
     _check_switch("resume.force", settings["resume"]["force"])
     if settings["plan"]:
-        plan.run(config, settings, Console())
+        if settings["method"].get("num_prototypes", 0) is None:
+            said += choose_prototypes(config, plan.count_images(config, settings))
+        print(*said, sep="\n", end="\n" if said else "")
+        plan.run(config, to_plain(config), Console())
         return None
     preemption: Preemption = build(config, "callbacks.preemption", Preemption)
     preemption.install()
     try:
-        return _run(config, settings, preemption)
+        return _run(config, said, preemption)
     except Preempted as stop:
         return _leave(stop)
     finally:
@@ -89,8 +95,10 @@ def run(config: DictConfig) -> Path | None:
         forget_directory()
 
 
-def _run(config: DictConfig, settings: dict[str, Any], preemption: Preemption) -> Path:
+def _run(config: DictConfig, said: list[str], preemption: Preemption) -> Path:
     data: MSNDataModule = build(config, "data", MSNDataModule)
+    said += choose_prototypes(config, len(data.pools.train))
+    settings = to_plain(config)
     plan.refuse_beyond_reason(config, settings)
     module: PretrainingModule = build(config, "module", PretrainingModule)
     protocol: Protocol = build(config, "protocol", Protocol)
@@ -116,7 +124,7 @@ def _run(config: DictConfig, settings: dict[str, Any], preemption: Preemption) -
     with closed_loggers(trainer):
         with directory.given_back_on_failure():
             _set_up(config, directory, trainer, data, module, preemption=preemption)
-        _describe_run(trainer, directory, data, module)
+        _describe_run(trainer, directory, data, module, said)
         trained = None
         try:
             _fit(settings, trainer, module, data, directory)
@@ -287,9 +295,7 @@ def _is_multirun() -> bool:
 
 def _initialise(module: PretrainingModule, settings: dict[str, Any]) -> None:
     """Start from the weights of a file and say part by part what was taken."""
-    path, heads = str(settings["init"]), settings["model"]["num_heads"]
-    family = settings["init_family"]
-    weights = read_weights(path, num_heads=heads, key=settings["init_key"], family=family)
+    path, weights = str(settings["init"]), foundation_weights(settings)
     try:
         rows = initialise(module.network, weights)
     except UserError as error:
@@ -307,10 +313,16 @@ def _describe_data(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe_run(
-    trainer: Trainer, directory: RunDirectory, data: MSNDataModule, module: PretrainingModule
+    trainer: Trainer,
+    directory: RunDirectory,
+    data: MSNDataModule,
+    module: PretrainingModule,
+    said: list[str],
 ) -> None:
     if not trainer.is_global_zero:
         return
+    for line in said:
+        print(line)
     parameters = sum(p.numel() for p in module.network.backbone.parameters())
     views = data.views
     seen = f"1 + {views.rand_views} views of {views.rand_size} px and "

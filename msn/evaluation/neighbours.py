@@ -122,6 +122,24 @@ def uniformity(features: Tensor) -> Tensor:
     return F.pdist(F.normalize(features, dim=1)).square().mul(-2).exp().mean().log()
 
 
+def leave_one_out(features: Tensor, labels: Tensor, *, k: int, num_classes: int) -> float:
+    """Share of rows that their k nearest others classify rightly by majority under cosine.
+
+    Args:
+        features: [n, D], n > k.
+        labels: their classes, [n].
+        k: neighbours, >= 1.
+        num_classes: C.
+    """
+    cosines, indices = nearest(features, features, k + 1)
+    others = indices != torch.arange(len(features), device=indices.device)[:, None]
+    # A row is its own nearest, unless others equal it; the first k of the others vote.
+    order = others.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :k]
+    voters = labels[indices.gather(1, order)]
+    votes = majority_votes(cosines.gather(1, order), voters, num_classes)
+    return float((votes.argmax(dim=1) == labels).double().mean())
+
+
 def _tally(weights: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     scores = weights.new_zeros(len(weights), num_classes)
     return scores.scatter_add_(1, labels, weights)

@@ -14,6 +14,9 @@ from msn.method.distributed import all_reduce_sum, num_processes, process_index,
 from msn.method.network import Network
 from msn.method.schedules import MAEScheduleValues, ScheduleValues
 
+# Settings that give the trunk a learning rate of its own, and their values that do not.
+TRUNK_KEYS = {"freeze_epochs": 0, "trunk_lr_scale": 1, "layer_decay": 1}
+
 
 class FiniteCheck:
     """Says no where a number of any process is not finite, and for good after several in a row.
@@ -80,26 +83,56 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([x.flatten() for x in tensors])
 
 
-def parameter_groups(network: Network) -> list[dict[str, Any]]:
+def parameter_groups(
+    network: Network, *, layer_decay: float = 1.0, trunk_apart: bool = False
+) -> list[dict[str, Any]]:
     """Split what is trained into decayed and never decayed parameters.
 
     Biases, norms (every 1-D tensor) and prototypes are never decayed; class and mask token and
     learned position embeddings are, as in the released code of MSN and of MAE.
 
+    Args:
+        network: whose `learner` and `undecayed` are trained.
+        layer_decay: factor of the learning rate from each of the trunk's layers to the one before
+            it, as timm counts them: tokens with their embedding, then the blocks, the last one
+            with the norm after it.
+        trunk_apart: whether the trunk's layers are groups of their own, with a key `lr_scale`.
+
     Returns:
         Groups of AdamW, each with the keys `params` and `use_weight_decay`.
     """
-    trained = [p for p in network.learner.parameters() if p.requires_grad]
-    decayed = [parameter for parameter in trained if parameter.ndim > 1]
-    free = [parameter for parameter in trained if parameter.ndim <= 1]
+    depth = network.backbone.depth
+    groups: dict[tuple[float | None, bool], list[Tensor]] = {(None, True): [], (None, False): []}
+    for name, parameter in network.learner.named_parameters():
+        scale = None
+        if trunk_apart and name.startswith("trunk."):
+            scale = layer_decay ** (depth - _layer(name.removeprefix("trunk."), depth))
+        if parameter.requires_grad:
+            groups.setdefault((scale, parameter.ndim > 1), []).append(parameter)
+    groups[None, False] += network.undecayed
     return [
-        {"params": decayed, "use_weight_decay": True},
-        {"params": [*free, *network.undecayed], "use_weight_decay": False},
+        {"params": members, "use_weight_decay": decays}
+        | ({} if scale is None else {"lr_scale": scale})
+        for (scale, decays), members in groups.items()
     ]
 
 
+def _layer(name: str, depth: int) -> int:
+    """Of a trunk's parameter: 0 for tokens and patches, then the blocks, the norm with the last."""
+    part, *rest = name.split(".")
+    if part == "blocks":
+        return int(rest[0]) + 1
+    return depth if part == "norm" else 0
+
+
 def build_optimizer(
-    network: Network, *, betas: tuple[float, float], eps: float, fused: bool
+    network: Network,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    fused: bool,
+    layer_decay: float = 1.0,
+    trunk_apart: bool = False,
 ) -> torch.optim.AdamW:
     """AdamW over all that is trained; learning rate and decay come from `set_values` each step.
 
@@ -108,22 +141,26 @@ def build_optimizer(
         betas: both in [0, 1).
         eps: > 0.
         fused: one kernel for all parameters; parameters must lie where they will be trained.
+        layer_decay: in (0, 1], see `parameter_groups`.
+        trunk_apart: whether the trunk has a learning rate of its own.
 
     Raises:
-        UserError: if `betas` or `eps` is out of range.
+        UserError: if `betas`, `eps` or `layer_decay` is out of range.
     """
-    check_adamw(betas=betas, eps=eps)
+    check_adamw(betas=betas, eps=eps, layer_decay=layer_decay)
     # A tensor-free lr of 0 is never used: `set_values` comes before every step.
-    groups = parameter_groups(network)
+    groups = parameter_groups(network, layer_decay=layer_decay, trunk_apart=trunk_apart)
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=fused)
 
 
-def check_adamw(*, betas: tuple[float, float], eps: float) -> None:
+def check_adamw(*, betas: tuple[float, float], eps: float, layer_decay: float = 1.0) -> None:
     """Refuse, before there is anything to optimise, what `build_optimizer` could not take.
 
     Raises:
-        UserError: if `betas` or `eps` is out of range.
+        UserError: if `betas`, `eps` or `layer_decay` is out of range.
     """
+    if not 0 < layer_decay <= 1:
+        raise UserError(f"method.layer_decay must be in (0, 1], got {layer_decay}")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise UserError(f"method.betas must be two numbers in [0, 1), got {list(betas)}")
     if not eps > 0:
@@ -133,9 +170,11 @@ def check_adamw(*, betas: tuple[float, float], eps: float) -> None:
 def set_values(
     optimizer: torch.optim.Optimizer, values: ScheduleValues | MAEScheduleValues
 ) -> None:
-    """Put a step's learning rate and weight decay into the optimiser."""
+    """Put a step's learning rates and weight decay into the optimiser."""
+    trunk_lr = values.trunk_lr if isinstance(values, ScheduleValues) else None
     for group in optimizer.param_groups:
-        group["lr"] = values.lr
+        apart = trunk_lr is not None and "lr_scale" in group
+        group["lr"] = trunk_lr * group["lr_scale"] if apart else values.lr
         group["weight_decay"] = values.weight_decay if group["use_weight_decay"] else 0.0
 
 

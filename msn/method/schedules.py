@@ -19,6 +19,8 @@ class ScheduleValues(NamedTuple):
     momentum: float
     """EMA coefficient of the target, taken after the step."""
     sharpen_temperature: float
+    trunk_lr: float | None = None
+    """Of the trunk's last layer where the trunk has a rate of its own, else None."""
 
 
 def linear(step: int, *, start: float, final: float, total_steps: float) -> float:
@@ -58,6 +60,11 @@ class Schedule:
         final_sharpen_temperature: at the end, in (0, 1].
         schedule_stretch: cosines and ramps run over this many times the training, >= 1; the
             released code's 1.25 ends training at 80 % of them, 1.0 lets them finish.
+        freeze_epochs: the trunk stays as it is for so long, >= 0, may be fractional; then its
+            learning rate rises over as many steps as the warm-up takes.
+        trunk_lr_scale: learning rate of the trunk's last layer over that of head and prototypes,
+            in (0, 1].
+        trunk_apart: whether the trunk has a rate of its own.
         epochs: epochs of training, >= 1.
         steps_per_epoch: >= 1.
 
@@ -79,6 +86,9 @@ class Schedule:
         sharpen_temperature: float,
         final_sharpen_temperature: float,
         schedule_stretch: float,
+        freeze_epochs: float = 0.0,
+        trunk_lr_scale: float = 1.0,
+        trunk_apart: bool = False,
         epochs: int,
         steps_per_epoch: int,
     ) -> None:
@@ -95,10 +105,20 @@ class Schedule:
         }.items():
             _check(name, value, 0 < value <= 1, "in (0, 1]")
         _check("schedule_stretch", schedule_stretch, schedule_stretch >= 1, ">= 1")
+        _check("freeze_epochs", freeze_epochs, freeze_epochs >= 0, ">= 0")
+        _check("trunk_lr_scale", trunk_lr_scale, 0 < trunk_lr_scale <= 1, "in (0, 1]")
         self.steps_per_epoch = steps_per_epoch
         self.ramp_steps = schedule_stretch * epochs * steps_per_epoch
         self.total_steps = int(self.ramp_steps)
         self.warmup_steps = _warmup_steps(warmup_epochs, epochs, steps_per_epoch)
+        self.frozen_steps = int(freeze_epochs * steps_per_epoch)
+        if self.frozen_steps + self.warmup_steps >= epochs * steps_per_epoch and freeze_epochs:
+            raise UserError(
+                f"a frozen trunk for {freeze_epochs} epochs and its warm-up of {warmup_epochs} do "
+                f"not fit a training of {epochs} epochs: lower method.freeze_epochs or "
+                "method.warmup_epochs, or raise trainer.max_epochs"
+            )
+        self._trunk_scale = trunk_lr_scale if trunk_apart else None
         self._lr = (start_lr, lr, final_lr)
         self._weight_decay = (weight_decay, final_weight_decay)
         self._momentum = (momentum, final_momentum)
@@ -108,15 +128,16 @@ class Schedule:
         """Values in force in a step, counted from 0."""
         start, peak, final = self._lr
         total = self.total_steps
+        lr = warmup_cosine(
+            step + 1,
+            start=start,
+            peak=peak,
+            final=final,
+            warmup_steps=self.warmup_steps,
+            total_steps=total,
+        )
         return ScheduleValues(
-            lr=warmup_cosine(
-                step + 1,
-                start=start,
-                peak=peak,
-                final=final,
-                warmup_steps=self.warmup_steps,
-                total_steps=total,
-            ),
+            lr=lr,
             weight_decay=cosine(
                 step + 1,
                 start=self._weight_decay[0],
@@ -129,7 +150,13 @@ class Schedule:
             sharpen_temperature=linear(
                 step, start=self._sharpen[0], final=self._sharpen[1], total_steps=self.ramp_steps
             ),
+            trunk_lr=None if self._trunk_scale is None else lr * self._trunk_share(step),
         )
+
+    def _trunk_share(self, step: int) -> float:
+        assert self._trunk_scale is not None
+        followed = step + 1 - self.frozen_steps  # steps with a trunk that is trained, this one too
+        return self._trunk_scale * min(max(followed, 0) / max(self.warmup_steps, 1), 1.0)
 
 
 class MAEScheduleValues(NamedTuple):

@@ -105,7 +105,12 @@ PANELS = (
         "me-max is the distance of the mean prediction from the prior, in nats; 0 is none.",
     ),
     Panel("Gradient norm", {"train/grad_norm": "encoder, before clipping"}, "Spikes are clipped."),
-    Panel("Learning rate", {"schedule/lr": "lr"}, "Warm-up, then a cosine.", ".3~g"),
+    Panel(
+        "Learning rate",
+        {"schedule/lr": "lr", "schedule/trunk_lr": "lr of the trunk's last layer"},
+        "Warm-up, then a cosine.",
+        ".3~g",
+    ),
     Panel(
         "Weight decay and momentum",
         {

@@ -92,6 +92,11 @@ class PretrainingModule(LightningModule, ABC):
             UserError: that says which setting it is.
         """
 
+    @property
+    def trunk_apart(self) -> bool:
+        """Whether the trunk has a learning rate of its own, see `method.freeze_epochs`."""
+        return False
+
     @abstractmethod
     def training_step(self, batch: Views, batch_idx: int) -> dict[str, Any]:
         """Loss of one batch of views, and what the monitors look at, on the device."""
@@ -156,7 +161,9 @@ class PretrainingModule(LightningModule, ABC):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over all that is trained in one fused kernel."""
         numbers = take("method", self.settings["method"], optim.check_adamw)
-        return optim.build_optimizer(self.network, **numbers, fused=True)
+        return optim.build_optimizer(
+            self.network, **numbers, fused=True, trunk_apart=self.trunk_apart
+        )
 
     def on_fit_start(self) -> None:
         """Compile the blocks where the network now lies."""

@@ -24,6 +24,7 @@ from torch import Tensor
 from msn.errors import UserError
 from msn.files import remove_stale, write_checkpoint
 from msn.method.distributed import num_processes
+from msn.method.optim import TRUNK_KEYS
 from msn.schema import Range, check_ranges, flat
 from msn.weights.reading import checkpoints, epoch_and_step, newest_checkpoint
 
@@ -337,7 +338,7 @@ _WHOLE = ("model", "method", "data.views")
 _SINGLE = (
     *("seed", "trainer.max_epochs", "trainer.limit_train_batches"),
     *("data.source", "data.hold_out", "data.split_seed", "data.use_labels", "data.image_size"),
-    *("data.global_batch_size", "data.backend"),
+    *("data.global_batch_size", "data.backend", "data.group", "trainer.accumulate_grad_batches"),
 )
 
 
@@ -353,16 +354,15 @@ def identity_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     pairs = dict(flat("", settings))
     # Moments of a network that is cut are stored in another order.
     sharded = pairs.get("trainer.strategy") == "fsdp2"
+    # What files from before it was there do not name counts where it is not off.
+    off: dict[str, Any] = {f"method.{key}": value for key, value in TRUNK_KEYS.items()}
+    off |= {"trainer.accumulate_grad_batches": 1, "data.group": None}
     identity = {
         key: value
         for key, value in pairs.items()
-        if key in _SINGLE or any(key.startswith(f"{group}.") for group in _WHOLE)
+        if (key in _SINGLE or any(key.startswith(f"{group}.") for group in _WHOLE))
+        and not (key in off and value == off[key])
     }
-    several = pairs.get("trainer.accumulate_grad_batches", 1)
-    if several != 1:  # files from before it was allowed do not name it
-        identity["trainer.accumulate_grad_batches"] = several
-    if (group := pairs.get("data.group")) is not None:  # likewise
-        identity["data.group"] = group
     return {**identity, "trainer.strategy": "fsdp2" if sharded else "auto"}
 
 

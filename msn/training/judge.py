@@ -20,6 +20,7 @@ from msn.files import read_rows, write_atomically
 from msn.training.base import PretrainingModule
 from msn.training.module import MSNModule
 from msn.training.monitors import Monitors
+from msn.training.probe import Probe
 from msn.training.trainer import callbacks_of
 
 Row = Mapping[str, float]
@@ -47,6 +48,9 @@ AT_FLOOR = 0.02
 # Masked autoencoders: error on masked patches over that of each patch's mean, which is 1 for
 # predictions that know the mean alone.
 MAE_DIVERGED, MEANS_ONLY = 1.2, 0.97
+# Of a run that started from weights, against the probe before its first step: 10-NN less, by so
+# much or by two standard errors of the difference, or so small a share of the effective rank.
+FORGOTTEN_KNN, FORGOTTEN_RANK = 0.02, 0.7
 # Share of the time that steps wait for data.
 DATA_BOUND = 0.5
 
@@ -102,6 +106,7 @@ KINDS = (
     "views too alike",
     "few prototypes",
     "means only",
+    "forgetting",
     "warming up",
     "loss at its floor",
     "learning",
@@ -164,6 +169,32 @@ def judge_mae(rows: Sequence[Row], facts: MAEFacts, *, epoch: int, step: int) ->
     else:
         verdict = Verdict("learning", f"learning: {told}, {rank}")
     return verdict._replace(line=verdict.line + _data_bound(row))
+
+
+def forgetting(start: Row, now: Row, *, held_out: int) -> Verdict | None:
+    """Whether features have lost what the run started from.
+
+    Args:
+        start: the probe before the first step.
+        now: the probe of this epoch.
+        held_out: images that the probe classifies.
+    """
+    lost = []
+    if "probe/knn_top1" in start:
+        before, after = start["probe/knn_top1"], now["probe/knn_top1"]
+        error = math.sqrt((before * (1 - before) + after * (1 - after)) / held_out)
+        if before - after > max(FORGOTTEN_KNN, 2 * error):
+            lost.append(f"10-NN {after:.1%}, at the start {before:.1%}")
+    before, after = start["probe/rankme"], now["probe/rankme"]
+    if not after >= FORGOTTEN_RANK * before:
+        lost.append(f"effective rank {after:.1f}, at the start {before:.1f}")
+    if not lost:
+        return None
+    remedy = (
+        "lower method.trunk_lr_scale or method.layer_decay, raise method.momentum, lengthen "
+        "method.freeze_epochs, or train for fewer epochs (experiment=adapt sets all of them)"
+    )
+    return Verdict("forgetting", f"forgetting: {'; '.join(lost)}; {remedy}")
 
 
 def is_patient(facts: Facts | MAEFacts, epoch: int, step: int) -> bool:
@@ -352,6 +383,8 @@ class Judge(Callback):
             return
         epoch, step = trainer.current_epoch + 1, trainer.global_step
         self.latest = self._judged(rows, epoch, step)
+        if not self.latest.is_failure:
+            self.latest = self._forgotten(trainer) or self.latest
         if trainer.is_global_zero:
             values = (str(step), str(epoch), self.latest.kind, self.latest.line)
             self._rows.append(dict(zip(_COLUMNS, values, strict=True)))
@@ -363,6 +396,12 @@ class Judge(Callback):
                 f"stopped after epoch {epoch} (on_collapse=stop): {self.latest.line}; "
                 f"its record is in {self._path.parent}"
             )
+
+    def _forgotten(self, trainer: Trainer) -> Verdict | None:
+        for probe in callbacks_of(trainer, Probe):
+            if probe.start and probe.latest_epoch == trainer.current_epoch:
+                return forgetting(probe.start, probe.latest, held_out=probe.num_held_out)
+        return None
 
     def _judged(self, rows: Sequence[Row], epoch: int, step: int) -> Verdict:
         facts, first = self._facts, self._first_agreement

@@ -129,5 +129,5 @@ def _refuse_unknown_method(method: dict[str, Any]) -> None:
 
 
 # Keywords of the parts that are computed, not set.
-_DERIVED = ("epochs", "steps_per_epoch", "fused")
+_DERIVED = ("epochs", "steps_per_epoch", "fused", "layer_decay", "trunk_apart")
 _METHOD_PARTS = (_method_settings, MAESchedule, optim.build_optimizer)

@@ -85,7 +85,18 @@ class MSNModule(PretrainingModule):
 
     def plan_schedule(self, *, epochs: int, steps_per_epoch: int) -> None:  # noqa: D102
         numbers = take("method", self.settings["method"], Schedule, derived=_DERIVED)
-        self.schedule = Schedule(**numbers, epochs=epochs, steps_per_epoch=steps_per_epoch)
+        self.schedule = Schedule(
+            **numbers,
+            trunk_apart=self.trunk_apart,
+            epochs=epochs,
+            steps_per_epoch=steps_per_epoch,
+        )
+
+    @property
+    def trunk_apart(self) -> bool:
+        """Whether one of the method's keys gives the trunk a learning rate of its own."""
+        method = self.settings["method"]
+        return any(method.get(key, off) != off for key, off in optim.TRUNK_KEYS.items())
 
     def check_settings(self, views: ViewSettings, *, batch_size: int, accumulated: int) -> None:
         """See the base; BatchNorm cannot normalise over one image, no batch can be accumulated."""
@@ -223,5 +234,5 @@ def method_settings(
 
 
 # Keywords of the parts that are computed, not set.
-_DERIVED = ("prior", "epochs", "steps_per_epoch", "fused")
+_DERIVED = ("prior", "epochs", "steps_per_epoch", "fused", "trunk_apart")
 _METHOD_PARTS = (MSNLoss, Schedule, PatchDrop, optim.build_optimizer, method_settings)

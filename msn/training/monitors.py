@@ -173,7 +173,8 @@ matrix_rate = cache(measure_matrix_rate)
 
 def _scheduled(module: PretrainingModule, step: int) -> dict[str, float]:
     assert module.schedule is not None
-    return {f"schedule/{name}": value for name, value in module.schedule.at(step)._asdict().items()}
+    values = module.schedule.at(step)._asdict()
+    return {f"schedule/{name}": value for name, value in values.items() if value is not None}
 
 
 def step_scalars(

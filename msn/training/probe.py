@@ -49,14 +49,16 @@ class Probe(Callback):
     Names: `probe/knn_top1` (a fraction); or `probe/rankme`, `probe/alignment` (mean squared
     distance of two views of an image, 0 to 4) and `probe/uniformity` (log of the mean Gaussian
     potential, -8 to 0; both of arXiv 2005.10242, on unit-length features). The images are the same
-    each time and stay on the device.
+    each time and stay on the device. A run that starts from weights is also measured before its
+    first step.
 
     Args:
         settings: those of `ProbeSettings`, by keyword.
 
     Attributes:
         latest: what was logged last.
-        latest_epoch: in which epoch, 0-based; -1 before the first time.
+        latest_epoch: in which epoch, 0-based; -1 before the first one.
+        start: what was measured before the first step, of a run that started from weights.
     """
 
     Settings = ProbeSettings
@@ -64,27 +66,58 @@ class Probe(Callback):
     def __init__(self, **settings: Any) -> None:
         self.settings = ProbeSettings(**settings)
         self.latest: dict[str, float] = {}
+        self.start: dict[str, float] = {}
         self.latest_epoch = -1
         self._images: _Labelled | _Pairs | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure what a run starts from, if that is more than chance."""
+        assert isinstance(pl_module, PretrainingModule)
+        begun = trainer.global_step > 0 or pl_module.checkpoint_info.get("init") is None
+        if begun or self.settings.every_n_epochs is None:
+            return
+        self._measure(trainer, pl_module, epoch=-1)
+        self.start = self.latest
+        if trainer.is_global_zero:
+            told = [f"effective rank {self.start['probe/rankme']:.1f}"]
+            if "probe/knn_top1" in self.start:
+                told.append(f"10-NN {self.start['probe/knn_top1']:.1%}")
+            print(f"before the first step  {', '.join(told)}", flush=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         epoch, interval = trainer.current_epoch + 1, self.settings.every_n_epochs
         if interval is None or epoch % interval and epoch != trainer.max_epochs:
             return
         assert isinstance(pl_module, PretrainingModule)
+        self._measure(trainer, pl_module, epoch=trainer.current_epoch)
+
+    @property
+    def num_held_out(self) -> int:
+        """Images that are classified."""
+        return len(self._images.held_out.labels) if isinstance(self._images, _Labelled) else 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the run started from."""
+        return {"start": self.start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what the run started from."""
+        self.start = state_dict["start"]
+
+    def _measure(self, trainer: Trainer, module: PretrainingModule, *, epoch: int) -> None:
         if self._images is None:
-            self._images = self._choose(data_of(trainer), pl_module)
-        trunk = pl_module.network.backbone
+            self._images = self._choose(data_of(trainer), module)
+        trunk = module.network.backbone
         # All processes probe alike: a sharded trunk needs every one of them.
         with (
             torch.no_grad(),
             trainer.precision_plugin.forward_context(),
-            gathered(pl_module.network, trunk),
+            gathered(module.network, trunk),
         ):
             self.latest = self._images.figures(trunk)
-        self.latest_epoch = trainer.current_epoch
+        self.latest_epoch = epoch
         for logger in trainer.loggers:
-            logger.log_metrics({"epoch": epoch - 1, **self.latest}, step=trainer.global_step)
+            logger.log_metrics({"epoch": max(0, epoch), **self.latest}, step=trainer.global_step)
 
     def _choose(self, data: MSNDataModule, module: PretrainingModule) -> "_Labelled | _Pairs":
         labelled = data.labelled_sets()

@@ -10,7 +10,14 @@ from msn.errors import UserError
 from msn.method.mae import MAE
 from msn.method.network import MSN, Network
 from msn.method.vit import PLAIN, VisionTransformer
-from msn.weights.weights import Weights, differences, resized_positions, summary
+from msn.weights.weights import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Weights,
+    differences,
+    resized_positions,
+    summary,
+)
 
 
 def initialise(network: Network, weights: Weights) -> list[tuple[str, str]]:
@@ -77,6 +84,16 @@ def initialise_msn(network: MSN, weights: Weights) -> list[tuple[str, str]]:
     return rows
 
 
+def load_trunk(trunk: VisionTransformer, weights: Weights) -> None:
+    """Load a file's (target) trunk alone, with positions for the trunk's own size.
+
+    Raises:
+        UserError: if the trunks differ in more than the image size; this one is unchanged then.
+    """
+    _check_fits(trunk, weights)
+    _load_trunk(trunk, weights.trunk, weights.model)
+
+
 def _noted(trunk: VisionTransformer, weights: Weights) -> list[tuple[str, str]]:
     """What is told of a trunk that was loaded: numbers without tensors that differ, and notes."""
     names = {"layer_norm_eps": "LayerNorm's eps", "rope_base": "model.rope_base"}
@@ -87,6 +104,10 @@ def _noted(trunk: VisionTransformer, weights: Weights) -> list[tuple[str, str]]:
             rows.append((title, f"{ours:g} here, {theirs:g} in the file"))
     if trunk.model_config.get("qkv_bias", True) and not weights.model.get("qkv_bias", True):
         rows.append(("biases of queries and values", "0: the file has none"))
+    for name, ours in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+        theirs = tuple(weights.meta.get(name, ours))
+        if theirs != ours:
+            rows.append((f"{name} of colours", f"training takes {ours}, the file {theirs}"))
     return rows + [("note", note) for note in weights.notes]
 
 

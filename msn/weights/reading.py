@@ -150,6 +150,9 @@ def read_weights(
 
 def _native(parts: _Parts, model: Mapping[str, Any]) -> Native:
     """What the family of the weights takes as a feature; the paper's where no family is told."""
+    told = parts.meta.get("native")  # of what was adapted from another family
+    if isinstance(told, list) and len(told) == 2 and all(isinstance(part, str) for part in told):
+        return Native(*told)
     ours = parts.source in (BACKBONE_FILE, "msn checkpoint", "mae checkpoint", "released")
     by_family = {Family.DINOV2: DINOV2, Family.DINOV3: DINOV3}
     return (

@@ -25,6 +25,7 @@ from msn.training.checkpointing import checkpoints, newest_checkpoint
 from msn.training.preemption import EXIT_CODE
 from tests.commands.conftest import TINY
 from tests.conftest import ROOT
+from tests.weights.zoo import save_hugging_face
 
 # Three epochs of three steps; RuntimeErrors and signals come where `disturb` says.
 ARGUMENTS = [
@@ -107,6 +108,23 @@ def test_a_run_stopped_at_an_epoch_s_end_and_in_its_middle_ends_bit_equal(run, t
     rows = [read_rows(path / "metrics.csv") for path in (tmp_path / "straight", directory)]
     assert [row["step"] for row in rows[1]] == [row["step"] for row in rows[0]]
     assert [row["train/loss"] for row in rows[1]] == [row["train/loss"] for row in rows[0]]
+
+
+def test_an_adaptation_that_was_cut_ends_bit_equal(run, tmp_path):
+    """Frozen epoch, rates of the layers, and what the probe found before the first step."""
+    save_hugging_face(tmp_path / "found", "dinov3_vit")
+    own = [key for key in ARGUMENTS if not key.startswith(("model.", "method.num_prototypes"))]
+    own += ["experiment=adapt", "data=digits", f"init={tmp_path / 'found'}"]
+    code, _, err = run(*own, f"run.dir={tmp_path / 'straight'}")
+    assert code == 0, err
+    cut = [*own, f"run.dir={tmp_path / 'cut'}"]
+    code, _, _ = run(*cut, step=5, act=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert code == EXIT_CODE
+    code, out, _ = run(*cut)
+    assert (code, "before the first step" in out) == (0, False)
+    straight, resumed = (end_state(tmp_path / name) for name in ("straight", "cut"))
+    assert set(differing(straight, resumed)) <= CLOCKS
+    assert len(straight["optimizer_states"][0]["param_groups"]) == 2 + 2 * 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])

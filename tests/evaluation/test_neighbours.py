@@ -115,3 +115,17 @@ def test_alignment_and_uniformity_against_loops(rows):
     assert float(neighbours.uniformity(first)) == pytest.approx(expected)
     assert float(neighbours.alignment(first, 3 * first)) == pytest.approx(0)
     assert float(neighbours.uniformity(first[:1].expand(5, -1))) == pytest.approx(0)
+
+
+def test_leaving_one_out_is_what_a_loop_over_the_others_finds(rows):
+    features, _, labels = rows
+    features = torch.cat([features, features[:5]])  # some rows have an equal
+    labels = torch.cat([labels, labels[:5].flip(0)])
+    right = 0
+    for i in range(len(features)):
+        others = torch.tensor([j for j in range(len(features)) if j != i])
+        cosines, found = nearest(features[others], features[i : i + 1], 7)
+        votes = majority_votes(cosines, labels[others][found], 4)
+        right += int(votes.argmax() == labels[i])
+    share = neighbours.leave_one_out(features, labels, k=7, num_classes=4)
+    assert share == pytest.approx(right / len(features))

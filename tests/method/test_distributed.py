@@ -22,15 +22,28 @@ from msn.training.strategy import DDP_OPTIONS, shard
 from tests.conftest import SMALL_HEAD, SMALL_MODEL
 
 STEPS = 5
+# Of the trunk, as DINOv2 and DINOv3 have them.
+FAMILIES = {
+    "dinov2": {"registers": 2, "class_position": False, "layer_scale": 0.1, "mlp": "swiglu"},
+    "dinov3": {
+        "registers": 2,
+        "position": "rope",
+        "layer_scale": 0.1,
+        "mlp": "swiglu",
+        "rope_shift": 0.5,
+        "rope_rescale": 2.0,
+    },
+}
 
 
 class Step(torch.nn.Module):
     """Network and loss in one forward, as DDP wants it."""
 
-    def __init__(self, chunk_size=None):
+    def __init__(self, chunk_size=None, options=None):
         super().__init__()
         self.chunk_size = chunk_size
-        self.network = MSN(model=SMALL_MODEL, head=SMALL_HEAD, num_prototypes=10).double()
+        model = SMALL_MODEL | (options or {})
+        self.network = MSN(model=model, head=SMALL_HEAD, num_prototypes=10).double()
         self.objective = MSNLoss(
             temperature=0.1,
             me_max_weight=1.0,
@@ -41,6 +54,7 @@ class Step(torch.nn.Module):
 
     def forward(self, part):
         network = self.network
+        network.anchor.trunk.draw_positions(torch.Generator().manual_seed(1))
         views = part[0], part[1:2], part[2:, ..., :8, :8]
         out = network(*views, torch.arange(12), self.chunk_size)
         return self.objective(out.anchor, out.target, network.prototypes, 0.25)
@@ -73,21 +87,23 @@ def parallel(step, counted):
     return wrapped
 
 
-def several_steps(images, rank=0, world=1, spoil=False, cut=False, chunk_size=None):
+def several_steps(images, rank=0, world=1, spoil=False, cut=False, chunk_size=None, options=None):
     """Loss, terms, targets, gradients and buffers of the first step, weights after five of them.
 
-    And features of the target's trunk after three.
+    And features of the target's trunk after three. With `options` of the trunk its layers have
+    rates of their own.
 
     The gradient is DDP's, or FSDP2's where the network is cut. With `spoil` process 1 brings
     not-a-number in the third step.
     """
     torch.manual_seed(0)
-    step, counted = Step(chunk_size), {}
+    step, counted = Step(chunk_size, options), {}
     network = step.network
     if cut:
         shard(network, init_device_mesh("cpu", (world,)))
     run = parallel(step, counted) if world > 1 and not cut else step
-    optimizer = optim.build_optimizer(network, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    apart = {} if options is None else {"layer_decay": 0.5, "trunk_apart": True}
+    optimizer = optim.build_optimizer(network, betas=(0.9, 0.999), eps=1e-8, fused=True, **apart)
     check = FiniteCheck(max_skipped=3)
     share = images.shape[1] // world
     part = images[:, rank * share : (rank + 1) * share]
@@ -104,7 +120,7 @@ def several_steps(images, rank=0, world=1, spoil=False, cut=False, chunk_size=No
             result |= {f"grad {n}": whole(grad).clone() for n, grad in gradients.items()}
             result |= {f"buffer {n}": value.clone() for n, value in network.named_buffers()}
         norm = optim.clip_encoder(network.anchor, 1.0)
-        optim.set_values(optimizer, ScheduleValues(1e-3, 0.1, 0.9, 0.25))
+        optim.set_values(optimizer, ScheduleValues(1e-3, 0.1, 0.9, 0.25, 5e-4))
         optimizer.found_inf = check.judge([terms.loss, norm])
         optimizer.step()
         network.update_target(0.9, check.skip)
@@ -162,6 +178,13 @@ def worker(rank, port, images, mutation, queue):
         for name, cut in {"chunked": False, "cut chunked": True}.items():
             in_chunks, _ = several_steps(images, rank, 2, cut=cut, chunk_size=3)
             result |= {f"{name} {key}": value for key, value in in_chunks.items()}
+        for family, options in FAMILIES.items():
+            for cut in (False, True):
+                chunk_size = 3 if cut else None
+                found, _ = several_steps(
+                    images, rank, 2, cut=cut, chunk_size=chunk_size, options=options
+                )
+                result |= {f"{family} {cut} {key}": value for key, value in found.items()}
     queue.put((rank, {name: value.numpy() for name, value in result.items()}, counted))
     dist.barrier()
     dist.destroy_process_group()
@@ -244,6 +267,22 @@ def test_a_cut_network_and_chunks_change_nothing(one, two, how):
     """
     results = {key: two[0][f"{how} {key}"] for key in one if key != "targets"}  # of half the batch
     assert differing(results, {key: one[key] for key in results}) == set()
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_registers_scales_rotations_and_layers_rates_change_nothing(two, images, family, cut):
+    """Two processes under DDP, or cut by FSDP2 and in chunks, against one.
+
+    BatchNorm takes the bias before it away again, so that its gradient is 0 but for rounding, which
+    the optimiser divides by itself.
+    """
+    alone, _ = several_steps(images, options=FAMILIES[family])
+    results = {key: two[0][f"{family} {cut} {key}"] for key in alone if key != "targets"}
+    for found in (results, alone):
+        assert found.pop("grad anchor.head.fc1.bias").abs().max() < 1e-11
+        assert found.pop("weight anchor.head.fc1.bias").abs().max() < 1e-7
+    assert differing(results, {key: alone[key] for key in results}) == set()
 
 
 def test_bytes_that_are_sent_are_those_of_the_formulas(two):

@@ -4,11 +4,15 @@ import math
 
 import pytest
 import torch
+from timm.optim import param_groups_layer_decay
 from torch.testing import assert_close
 
 from msn.errors import UserError
 from msn.method import optim
+from msn.method.network import MSN
 from msn.method.schedules import ScheduleValues
+from msn.weights.timm import timm_twin
+from tests.conftest import SMALL_HEAD, SMALL_MODEL
 
 VALUES = ScheduleValues(lr=0.1, weight_decay=0.5, momentum=0.9, sharpen_temperature=0.25)
 
@@ -93,3 +97,33 @@ def test_running_statistics_come_back_where_a_step_was_skipped_even_from_nan(sma
     assert_close(now, before, rtol=0, atol=0)
     _, now = after(skip=0)
     assert all(bool((x.isnan() | (x == 7)).all()) for x in now.values())
+
+
+@pytest.mark.parametrize("options", [{}, {"position": "rope", "registers": 2, "layer_scale": 0.1}])
+def test_a_trunk_apart_decays_from_layer_to_layer_as_timm_s_own_groups_do(options):
+    network = MSN(model=SMALL_MODEL | options, head=SMALL_HEAD, num_prototypes=10)
+    trunk = network.anchor.trunk
+    twin = timm_twin(trunk.state_dict(), trunk.model_config, num_classes=0)
+    names = {id(p): name for name, p in twin.named_parameters()}
+    wanted = {
+        names[id(p)]: group["lr_scale"]
+        for group in param_groups_layer_decay(twin, layer_decay=0.5)
+        for p in group["params"]
+    }
+    optimizer = optim.build_optimizer(
+        network, betas=(0.9, 0.999), eps=1e-8, fused=False, layer_decay=0.5, trunk_apart=True
+    )
+    optim.set_values(optimizer, VALUES._replace(trunk_lr=0.01))
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    found = {name: rates.pop(id(p)) / 0.01 for name, p in trunk.named_parameters()}
+    assert found == pytest.approx({name: wanted[name] for name in found})
+    assert set(found.values()) == {0.25, 0.5, 1.0}  # tokens, two blocks
+    assert set(rates.values()) == {0.1}  # head and prototypes
+    plain = optim.parameter_groups(network)
+    assert [group["use_weight_decay"] for group in plain] == [True, False]
+
+
+@pytest.mark.parametrize("value", [0.0, 1.5])
+def test_a_layer_decay_out_of_range_is_refused(value):
+    with pytest.raises(UserError, match=r"method.layer_decay must be in \(0, 1\], got"):
+        optim.check_adamw(betas=(0.9, 0.999), eps=1e-8, layer_decay=value)

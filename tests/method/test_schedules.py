@@ -87,3 +87,30 @@ def test_building_blocks_hit_both_ends_and_stay():
 def test_numbers_out_of_range_are_refused(wrong, named):
     with pytest.raises(UserError, match=named):
         paper(**wrong)
+
+
+def test_a_trunk_that_follows_is_frozen_then_rises_and_stays_below_the_head():
+    follows = paper(
+        freeze_epochs=2, trunk_lr_scale=0.1, trunk_apart=True, warmup_epochs=1, epochs=9
+    )
+    rates = [follows.at(step) for step in range(9 * 1251)]
+    assert {values.trunk_lr for values in rates[: 2 * 1251]} == {0}
+    for step in (0, 624, 1250):
+        values = rates[2 * 1251 + step]
+        assert values.trunk_lr == pytest.approx(0.1 * values.lr * (step + 1) / 1251)
+    assert all(v.trunk_lr == pytest.approx(0.1 * v.lr) for v in rates[3 * 1251 :])
+    plain = paper(warmup_epochs=1, epochs=9)
+    assert all(plain.at(s) == rates[s]._replace(trunk_lr=None) for s in (0, 2000, 11000))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"freeze_epochs": -1}, r"method.freeze_epochs must be >= 0, got -1"),
+        ({"trunk_lr_scale": 0}, r"method.trunk_lr_scale must be in \(0, 1\], got 0"),
+        ({"freeze_epochs": 785}, r"for 785 epochs and its warm-up of 15 do not fit .* of 800"),
+    ],
+)
+def test_a_trunk_that_could_not_follow_is_refused(changes, line):
+    with pytest.raises(UserError, match=line):
+        paper(trunk_apart=True, **changes)

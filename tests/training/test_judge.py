@@ -7,7 +7,15 @@ from lightning.pytorch import seed_everything
 
 from msn.commands.entry import build, compose
 from msn.errors import UserError
-from msn.training.judge import FAILURES, KINDS, Facts, Judge, judge, read_verdicts
+from msn.training.judge import (
+    FAILURES,
+    KINDS,
+    Facts,
+    Judge,
+    forgetting,
+    judge,
+    read_verdicts,
+)
 from msn.training.monitors import Monitors
 from tests.test_files import largest_file
 
@@ -116,6 +124,34 @@ def test_few_prototypes_are_a_collapse_if_they_stay_few_or_the_mean_prediction_g
     assert verdict(row, epoch=15).kind == "collapsed"
     assert verdict(row, epoch=15, epochs=800).kind == "few prototypes"
     assert verdict(HEALTHY | {"collapse/prototype_perplexity": 1.9}).kind == "collapsed"
+
+
+@pytest.mark.parametrize(
+    ("knn", "rank", "line"),
+    [
+        (0.79, 20.0, None),
+        (0.75, 20.0, None),  # within two standard errors of 500 images: 5.3 points
+        (0.70, 20.0, "10-NN 70.0%, at the start 80.0%"),
+        (0.85, 13.9, "effective rank 13.9, at the start 20.0"),
+        (0.85, math.nan, "effective rank nan"),
+    ],
+)
+def test_less_than_the_start_is_forgetting(knn, rank, line):
+    start = {"probe/knn_top1": 0.8, "probe/rankme": 20.0}
+    found = forgetting(start, {"probe/knn_top1": knn, "probe/rankme": rank}, held_out=500)
+    assert (found is None) == (line is None)
+    if found is not None:
+        assert (found.kind, found.is_failure) == ("forgetting", False)
+        assert f"forgetting: {line}" in found.line
+
+
+def test_a_small_loss_of_many_images_is_forgetting_but_not_below_two_points():
+    start = {"probe/knn_top1": 0.8, "probe/rankme": 20.0}
+    lost = [
+        forgetting(start, {"probe/knn_top1": knn, "probe/rankme": 20.0}, held_out=100_000)
+        for knn in (0.785, 0.775)
+    ]
+    assert [found is not None for found in lost] == [False, True]
 
 
 def test_a_prior_that_uses_few_prototypes_is_no_collapse():

@@ -16,10 +16,11 @@ def test_every_logged_figure_is_explained_and_shown(tmp_path):
     assert {name for name in logged if f"`{name}`" not in PAGE} == set()
     shown = {name for panel in PANELS for name in panel.series}
     assert logged - shown == {"speed/hours"}  # stands among the facts of the run
+    only_of_adaptation = {"schedule/trunk_lr"}
     only_without_labels = {"probe/alignment", "probe/uniformity"}
     only_of_mae = {"reconstruction/error_of_means", "reconstruction/error_std"}
-    assert {name for name in only_of_mae if f"`{name}`" not in PAGE} == set()
-    assert shown - logged == only_without_labels | only_of_mae
+    assert {name for name in only_of_mae | only_of_adaptation if f"`{name}`" not in PAGE} == set()
+    assert shown - logged == only_without_labels | only_of_mae | only_of_adaptation
 
 
 def test_every_verdict_is_explained():
