@@ -18,6 +18,7 @@ COMMANDS = {
     "verify": "replay the reference's figures on this machine",
     "embed": "features of a folder of images, with their names",
     "suggest_labels": "which images to label first",
+    "predict": "from some labels to the class and probability of all other images",
     "make_shards": "pack a folder of images into tar shards",
     "show_views": "draw what the networks would see of your images",
     "show_reconstruction": "draw what a masked autoencoder makes of your images",

@@ -280,6 +280,43 @@ def suggest_labels(
     return _lines(Path(out) / "suggested.csv")
 
 
+def predict(
+    checkpoint: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    labels: str | os.PathLike[str] | Mapping[str, str] | None = None,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    **keys: Any,
+) -> list[dict[str, Any]]:
+    """`python -m msn predict`: learn from some labels, predict the class of all other images.
+
+    Args:
+        checkpoint: a run, checkpoint or export.
+        data: a folder or a list file.
+        labels: a list with the columns path and label, or `{path: label}`, of some of the images;
+            None takes those of the data.
+        out: a `.csv` file to keep; None keeps none.
+        keys: any key of the command.
+
+    Returns:
+        Per image without a label `path`, `prediction`, `probability` and `probabilities` (of the
+        classes in the order of their names; None for more than 100).
+
+    Raises:
+        UserError: a key, a value, a path or a file is wrong, or there are not two classes.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        if isinstance(labels, Mapping):
+            rows = [("path", "label"), *labels.items()]
+            labels = Path(place) / "labels.csv"
+            with labels.open("w", newline="", errors="surrogateescape") as file:
+                csv.writer(file).writerows(rows)
+        file_out = Path(place) / "predictions.csv" if out is None else Path(out)
+        given = {"checkpoint": checkpoint, "data.root": data, "labels": labels, "out": file_out}
+        found: list[dict[str, Any]] = _run("predict", {**given, **keys})
+        return found
+
+
 def _run(command: str, keys: Mapping[str, Any], *, quiet: bool = False) -> Any:
     from msn.commands.entry import compose, explained
 

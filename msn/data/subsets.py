@@ -103,6 +103,13 @@ def write_names(path: Path, names: Sequence[str]) -> None:
 def positions_of(
     listed: Sequence[str], names: Sequence[str], *, classes: Sequence[str], where: str
 ) -> Tensor:
+    """The sorted positions of listed images in a data set, [len(listed)]; see `places_of`."""
+    return torch.tensor(places_of(listed, names, classes=classes, where=where)).sort().values
+
+
+def places_of(
+    listed: Sequence[str], names: Sequence[str], *, classes: Sequence[str], where: str
+) -> list[int]:
     """Find listed images in a data set, by full name or by file name alone.
 
     Args:
@@ -112,7 +119,7 @@ def positions_of(
         where: the list, for messages.
 
     Returns:
-        Sorted positions in `names`, [len(listed)].
+        Positions in `names`, in the order of `listed`.
 
     Raises:
         UserError: images or classes are not there (the first five are named), or a bare file name
@@ -133,10 +140,10 @@ def positions_of(
     ambiguous = [name for name in listed if table[name] < 0]
     if ambiguous:
         raise UserError(f"{where}: several images have a listed name: {_some(ambiguous)}")
-    positions = torch.tensor([table[name] for name in listed]).sort().values
-    if (positions.diff() == 0).any():
+    places = [table[name] for name in listed]
+    if len(set(places)) < len(places):
         raise UserError(f"{where}: lists an image twice, by different names")
-    return positions
+    return places
 
 
 def _order_in_classes(labels: Tensor, seed: int, classes: Sequence[str]) -> list[Tensor]:
