@@ -85,8 +85,12 @@ SETTINGS = [
     ("protocol._target_", "math.pi", "protocol._target_=math.pi: must name a class or a function"),
     ("callbacks.probe._target_", "msn.errors", "must name a class or a function"),
     ("callbacks.preemption", {"_target_": "builtins.dict"}, "makes no Preemption"),
-    ("baselines", 1, "baselines must be a list of random, pixels, or auto, got 1"),
-    ("baselines", [[1]], "baselines must be a list of random, pixels, or auto, got [[1]]"),
+    ("baselines", 1, "baselines must be a list of random, pixels, majority, or auto, got 1"),
+    (
+        "baselines",
+        [[1]],
+        "baselines must be a list of random, pixels, majority, or auto, got [[1]]",
+    ),
     ("protocol.shots", [1, 500], "images to label"),
     ("model.img_size", 30, "multiple of the patch size 8"),
     ("data.views.rand_size", 30, "multiple of the patch size 8"),
@@ -369,7 +373,7 @@ def test_checkpoints_that_are_none(command, tmp_path):
         (["checkpoint=[random:x]"], "taken"),
         (
             ["checkpoint=x", "baselines=[best]"],
-            "baselines must be a list of random, pixels, or auto, got ['best']",
+            "baselines must be a list of random, pixels, majority, or auto, got ['best']",
         ),
         (["checkpoint=x", "protocol.features.feature=best"], "feature must be"),
         (["checkpoint=x", "logger=tensorboard"], "logger must be wandb"),
