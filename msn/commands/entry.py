@@ -199,6 +199,10 @@ def _composed(config_name: str, groups: tuple[str, ...]) -> tuple[DictConfig, di
         for group in groups:
             key = group.partition("=")[0].lstrip("+")
             if key not in choices and not key.startswith("hydra"):  # none of this command's
+                keys = known.get(key)
+                if isinstance(keys, DictConfig):
+                    own = ", ".join(f"{key}.{name}" for name in map(str, keys))
+                    raise UserError(f"{group}: no presets here, set {own}") from None
                 raise UserError(_unknown(key, known)) from None
         raise UserError(one_line(error)) from None
     known = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])

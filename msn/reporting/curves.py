@@ -41,8 +41,9 @@ PANELS = (
             "train/cross_entropy": "cross-entropy",
             "train/cross_entropy_floor": "its floor",
         },
-        "Cross-entropy cannot fall below its floor, the targets' own entropy. A flat loss near "
-        "the floor is not a failure; floor and loss fall together while targets sharpen.",
+        "MSN: cross-entropy cannot fall below its floor, the targets' own entropy. A flat loss "
+        "near the floor is not a failure; floor and loss fall together while targets sharpen. "
+        "Masked autoencoders: the error on masked patches.",
     ),
     Panel(
         "Reconstruction",
@@ -79,7 +80,7 @@ PANELS = (
     Panel(
         "Probe: 10-NN on held-out images",
         {"probe/knn_top1": "10-NN top-1"},
-        "Nearest-neighbour accuracy of the frozen target features. No label is trained on.",
+        "Nearest-neighbour accuracy of the frozen features. No label is trained on.",
         ".1%",
     ),
     Panel(
@@ -104,7 +105,12 @@ PANELS = (
         {"train/me_max": "me-max", "train/entropy": "entropy of single predictions"},
         "me-max is the distance of the mean prediction from the prior, in nats; 0 is none.",
     ),
-    Panel("Gradient norm", {"train/grad_norm": "encoder, before clipping"}, "Spikes are clipped."),
+    Panel(
+        "Gradient norm",
+        {"train/grad_norm": "before clipping"},
+        "MSN clips spikes of the encoder; of masked autoencoders it is that of all weights, and "
+        "nothing is clipped.",
+    ),
     Panel(
         "Learning rate",
         {"schedule/lr": "lr", "schedule/trunk_lr": "lr of the trunk's last layer"},
@@ -112,13 +118,13 @@ PANELS = (
         ".3~g",
     ),
     Panel(
-        "Weight decay and momentum",
+        "Other schedules",
         {
             "schedule/weight_decay": "weight decay",
             "schedule/momentum": "momentum of the target",
             "schedule/sharpen_temperature": "sharpening temperature",
         },
-        "As scheduled.",
+        "Weight decay, and of MSN the target's momentum and the sharpening.",
     ),
     Panel("Speed", {"speed/images_per_s": "images/s"}, "Over all processes.", ".4~s"),
     Panel(

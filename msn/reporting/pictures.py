@@ -93,7 +93,7 @@ def feature_map(learned: Learned) -> Chart:
     by = "class" if learned.labels is not None else "strongest prototype"
     return Chart(
         "Map of features",
-        f"Unit-length target features of {len(learned.images):,} training images on their two "
+        f"Unit-length features of {len(learned.images):,} training images on their two "
         f"largest principal components ({told} of the variance), coloured by {by}.",
         {
             "data": traces,

@@ -67,7 +67,7 @@ def build_report(records: Sequence[RunRecord], *, images: int, device: torch.dev
         ("details", "Configuration and versions", _details(records)),
     ]
     names = ", ".join(record.name for record in records)
-    return page(f"MSN pretraining: {names}", sections)
+    return page(f"Pretraining: {names}", sections)
 
 
 def _pictures(record: RunRecord, images: int, device: torch.device) -> str:

@@ -381,6 +381,7 @@ def test_checkpoints_that_are_none(command, tmp_path):
         (["checkpoint=x", "protocol.logistic.lambd=0"], "lambd=0: must be > 0"),
         (["checkpoint=x", "seed={a:b}"], "seed must be a whole number"),
         (["checkpont=x"], "unknown key checkpont"),
+        (["checkpoint=x", "model=vit_s16"], "model=vit_s16: no presets here, set model.num_heads"),
     ],
 )
 def test_wrong_settings_of_eval_lowshot(command, tmp_path, arguments, message):

@@ -11,13 +11,13 @@ def test_one_run_gets_its_page_and_several_get_one_where_the_user_stands(
     runs = [make_run(tmp_path / name) for name in "ab"]
     code, out, err = command("report", f"runs=[{runs[0]}]", "images=0", "device=cpu")
     assert (code, out.strip()) == (0, f"report: {runs[0] / 'report.html'}"), err
-    assert "MSN pretraining: a<" in (runs[0] / "report.html").read_text()
+    assert "Pretraining: a<" in (runs[0] / "report.html").read_text()
     code, _, err = command("report", f"runs=[{runs[0]}]", "out=no/such/place.html")
     assert (code, "out=no/such/place.html" in err) == (2, True)
     monkeypatch.chdir(tmp_path)
     code, out, _ = command("report", f"runs=[{runs[0]},{runs[1]}]", "images=0", "device=cpu")
     assert (code, out.strip()) == (0, "report: report.html")
-    assert "MSN pretraining: a, b<" in (tmp_path / "report.html").read_text()
+    assert "Pretraining: a, b<" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
