@@ -62,7 +62,7 @@ def run(config: DictConfig) -> None:
     method, budget = settings["choose"], whole_number("budget", settings["budget"], 1)
     if method not in METHODS:
         raise UserError(f"choose={method}: must be one of {', '.join(METHODS)}")
-    data = make("data", _images_of(settings["data"]), PoolSettings)
+    data = make("data", images_of(settings["data"]), PoolSettings)
     told: dict[str, Any] = {
         "num_heads": settings["model"]["num_heads"],
         "key": settings["init_key"],
@@ -94,7 +94,7 @@ def run(config: DictConfig) -> None:
         chooser.compare(choice, LabelledImages(pools.labelled, "training"), held_out)
 
 
-def _images_of(data: dict[str, Any]) -> dict[str, Any]:
+def images_of(data: dict[str, Any]) -> dict[str, Any]:
     """The data as they are meant: a root without a kind is a folder of images, or a list."""
     if data["source"] != "digits" or data["root"] is None:
         return data

@@ -1,0 +1,199 @@
+"""How good is a backbone, asked of unlabelled images alone: four measures of its features."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy.cluster.hierarchy import linkage
+from scipy.spatial.distance import pdist
+from scipy.stats import linregress
+from torch import Tensor
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import functional as F
+
+from msn.data.dataset import REPLACED, Subset
+from msn.data.sampler import permutation
+from msn.errors import UserError
+from msn.evaluation.augment import seeded
+from msn.evaluation.backbones import Subject
+from msn.evaluation.features import FeatureSettings, Runtime
+from msn.evaluation.neighbours import rankme
+from msn.images.kinds import BadImageError
+
+_CHOICE, _CROP = 8, 9  # keep these draws apart from others
+_CROP_AREA = (0.3, 1.0)  # of the image, as rand views of the paper
+_LIDAR_DELTA = 1e-4  # section 4 of the paper
+_FIRST_EIGENVALUE = 3  # from here to the last but some: the power law holds for the middle
+_LAST_EIGENVALUE = 50
+_MST_SIZES = 8  # subsets of as many sizes, from an eighth to all images
+_MST_DRAWS = 3  # subsets of each size
+
+
+class Measures(NamedTuple):
+    """Figures of one backbone's features; nan where they are not finite."""
+
+    rankme: float
+    """Effective rank of the features; more is better (see `neighbours.rankme`)."""
+    lidar: float
+    """Effective rank of what tells images apart; more is better (see `lidar`)."""
+    alpha: float
+    """Decay of the eigenvalues; near 1 is best (see `alpha_req`)."""
+    dimension: float
+    """Intrinsic dimension; less is better (see `mst_dimension`)."""
+
+    def goodness(self) -> dict[str, float]:
+        """Every measure so that more is better."""
+        return {
+            "rankme": self.rankme,
+            "lidar": self.lidar,
+            "alpha": -abs(self.alpha - 1),
+            "dimension": -self.dimension,
+        }
+
+
+class Crops:
+    """Some images without labels, each whole and as `views` random crops, one after another.
+
+    Args:
+        pool: all images.
+        images: at most so many are taken, by `seed`.
+        views: crops of 30 to 100 % of the area, aspect 3/4 to 4/3; nothing is flipped.
+        seed: of choice and crops.
+    """
+
+    def __init__(self, pool: Subset, *, images: int, views: int, seed: int) -> None:
+        self.chosen = np.sort(permutation(len(pool), seed, _CHOICE)[:images]).tolist()
+        self.pool, self.each, self.seed = pool, 1 + views, seed
+        self.labels = torch.zeros(len(self), dtype=torch.long)
+        self.classes: list[str] = []
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the images, each as often as it is there."""
+        return [self.pool.name(i) for i in self.chosen for _ in range(self.each)]
+
+    def identity(self, i: int) -> str:
+        """Changes when image or crop i is another one."""
+        image = self.pool.identity(self.chosen[i // self.each])
+        return f"{image} crop {i % self.each} of seed {self.seed}"
+
+    def __len__(self) -> int:
+        """Number of images, times 1 + `views`."""
+        return len(self.chosen) * self.each
+
+    def __getitem__(self, i: int) -> Image.Image:
+        """The whole image where i is a multiple of 1 + `views`, else a crop of it."""
+        number = self.chosen[i // self.each]
+        try:
+            image = self.pool.source.rgb(int(self.pool.positions[number]))
+        except BadImageError:
+            image = Image.new("RGB", (32, 32))
+            image.info[REPLACED] = True
+            return image
+        if i % self.each == 0:
+            return image
+        with seeded(self.seed, _CROP, i):
+            place = RandomResizedCrop.get_params(image, list(_CROP_AREA), [3 / 4, 4 / 3])
+        return F.crop(image, *place)
+
+
+def measure(
+    subject: Subject, images: Crops, settings: FeatureSettings, runtime: Runtime
+) -> Measures:
+    """All measures of one backbone; images that cannot be read are left out.
+
+    Raises:
+        UserError: fewer than 32 images can be read.
+    """
+    found = subject.features(images, settings, runtime, "images and crops")
+    rows = found.rows.reshape(len(images.chosen), images.each, -1)
+    rows = rows[~found.replaced.reshape(len(rows), -1).any(dim=1)]
+    if len(rows) < 32:
+        raise UserError(f"data: {len(rows)} images can be read, at least 32 are needed")
+    whole, crops = rows[:, 0].double(), rows[:, 1:].double()
+    return Measures(rankme(whole), lidar(crops), alpha_req(whole), mst_dimension(whole))
+
+
+def lidar(views: Tensor) -> float:
+    """Effective rank of the LDA matrix that tells images apart (LiDAR, arXiv 2312.04000, 4).
+
+    Each image is a class, its views are the members. With the scatter B of the images' means and
+    W of the views about these, plus 1e-4 on its diagonal, it is exp of the entropy of the
+    eigenvalues of W^-1/2 B W^-1/2.
+
+    Args:
+        views: features, [n, q, D], q >= 2.
+
+    Returns:
+        In [1, min(n - 1, D)]; 0 where all images look the same.
+    """
+    means = views.mean(dim=1)
+    between = (means - means.mean(dim=0)).double()
+    within = (views - means.unsqueeze(1)).double().flatten(0, 1)
+    count, size, width = views.shape
+    scatter = within.T @ within / (count * (size - 1))
+    scatter += _LIDAR_DELTA * torch.eye(width, dtype=scatter.dtype)
+    values, vectors = torch.linalg.eigh(scatter)
+    whitened = between @ vectors / values.sqrt()
+    return _effective(torch.linalg.svdvals(whitened / math.sqrt(count - 1)).square())
+
+
+def alpha_req(features: Tensor) -> float:
+    """Exponent a of the eigenvalues of the covariance, the i-th as i^-a (alpha-ReQ, NeurIPS 2022).
+
+    The slope of a least-squares line through log(eigenvalue) over log(i), for i from 3 to 50 at
+    most; eigenvalues that are rounding are left out. The paper finds about 1 best.
+
+    Args:
+        features: [n, D].
+
+    Returns:
+        >= 0; infinity where fewer than three eigenvalues are left: the features have collapsed.
+    """
+    centred = features.double() - features.double().mean(dim=0)
+    values = torch.linalg.svdvals(centred).square()
+    values = values[values > values[0] * 1e-12][:_LAST_EIGENVALUE]
+    if len(values) < _FIRST_EIGENVALUE + 2:
+        return math.inf
+    places = torch.arange(1, len(values) + 1, dtype=values.dtype)
+    tail = slice(_FIRST_EIGENVALUE - 1, None)
+    line = linregress(places.log()[tail].numpy(), values.log()[tail].numpy())
+    return float(-line.slope)
+
+
+def mst_dimension(features: Tensor, seed: int = 0) -> float:
+    """Intrinsic dimension by minimum spanning trees (IdEst, arXiv 2606.03338).
+
+    The length of the tree over n points of a d-dimensional set grows as n^(1 - 1/d). d comes from
+    the slope of a least-squares line through log(length) over log(n), for seeded subsets.
+
+    Args:
+        features: [n, D], n >= 32.
+        seed: of the subsets.
+
+    Returns:
+        The dimension; 0 where all points are one, infinity where the slope is 1 or more.
+    """
+    points = features.double().numpy()
+    count, generator = len(points), np.random.default_rng(seed)
+    lengths = []
+    for size in np.geomspace(max(8, count // 8), count, _MST_SIZES).astype(int).tolist():
+        for _ in range(_MST_DRAWS if size < count else 1):
+            some = points[generator.permutation(count)[:size]]
+            # Single linkage merges along the edges of the minimum spanning tree.
+            lengths.append((size, linkage(pdist(some), "single")[:, 2].sum()))
+    if lengths[-1][1] == 0:
+        return 0.0
+    sizes, sums = np.array([pair for pair in lengths if pair[1] > 0]).T
+    slope = linregress(np.log(sizes), np.log(sums)).slope
+    return float(1 / (1 - slope)) if slope < 1 else math.inf
+
+
+def _effective(values: Tensor) -> float:
+    """Exp of the entropy of shares."""
+    if values.sum() == 0:
+        return 0.0
+    share = values / values.sum()
+    return float(torch.exp(-torch.special.xlogy(share, share).sum()))
