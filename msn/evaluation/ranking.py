@@ -68,6 +68,7 @@ class Crops:
         self.pool, self.each, self.seed = pool, 1 + views, seed
         self.labels = torch.zeros(len(self), dtype=torch.long)
         self.classes: list[str] = []
+        self.groups = None
 
     @property
     def names(self) -> list[str]:
