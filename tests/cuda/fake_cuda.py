@@ -30,6 +30,7 @@ from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
 
 from tests.cuda.fake_triton import noted_kernels
 
@@ -81,6 +82,8 @@ class Launch(NamedTuple):
     """Of its first operand of floating point."""
     moved: int
     """Bytes of all operands and results."""
+    operations: float = 0.0
+    """Of a product of matrices."""
 
 
 class FakeCuda(TorchDispatchMode):
@@ -155,13 +158,15 @@ class FakeCuda(TorchDispatchMode):
         self._account(everything)
         name = packet.__name__
         if everything and not func.is_view and name not in _NOTHING:
-            self.note(name, everything)
+            count = flop_registry.get(packet)
+            done = 0.0 if count is None else float(count(*args, **kwargs, out_val=out))
+            self.note(name, everything, done)
         return out
 
-    def note(self, name: str, tensors: list[Tensor]) -> None:
+    def note(self, name: str, tensors: list[Tensor], operations: float = 0.0) -> None:
         """Note a kernel that reads or writes these tensors."""
         dtype = next((x.dtype for x in tensors if x.is_floating_point()), None)
-        self.launches.append(Launch(name, dtype, sum(_bytes(x) for x in tensors)))
+        self.launches.append(Launch(name, dtype, sum(_bytes(x) for x in tensors), operations))
 
     def _check_copy(self, packet: Any, args: Any, kwargs: Any) -> None:
         if packet is aten.copy_:
