@@ -293,8 +293,18 @@ def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 _host_attention = F.scaled_dot_product_attention
 
 
-def _stream(*_: Any) -> torch.Stream:
-    return torch.Stream(device=CUDA)
+class _Stream(torch.Stream):
+    """Work on it is done at once."""
+
+    def __new__(cls, *_: Any, **__: Any) -> "_Stream":
+        return super().__new__(cls, device=CUDA)
+
+    def wait_event(self, _: Any) -> None: ...
+
+    def wait_stream(self, _: Any) -> None: ...
+
+    def record_event(self, _: Any = None) -> _Event:
+        return _Event()
 
 
 @contextlib.contextmanager
@@ -312,8 +322,8 @@ def _as_if_there_were_a_driver() -> Iterator[None]:
         (torch.cuda, "get_device_properties", lambda _=None: H100),
         (torch.cuda, "get_device_capability", lambda _=None: (H100.major, H100.minor)),
         (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
-        (torch.cuda, "current_stream", _stream),
-        (torch.cuda, "Stream", _stream),
+        (torch.cuda, "current_stream", _Stream),
+        (torch.cuda, "Stream", _Stream),
         (torch.cuda, "stream", lambda _: contextlib.nullcontext()),
         (torch.cuda, "Event", _Event),
         (F, "scaled_dot_product_attention", _attention),

@@ -1,15 +1,21 @@
 """The training step on the fake CUDA device: no wait, the types of mixed precision, its memory."""
 
 import contextlib
+from collections import Counter
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from benchmarks import scaling
 from msn.commands.step import TrainingStep
-from msn.method.distributed import BatchNorm
+from msn.method.distributed import BatchNorm, num_processes
 from msn.method.loss import MSNLoss
 from msn.method.optim import FiniteCheck
+from msn.training.strategy import shard
 from tests.cuda.conftest import case
 
 HALF = torch.bfloat16
@@ -25,7 +31,8 @@ def check_step(gpu, made):
     gpu.reset()
     gpu.strict = True
     method.step()
-    norm = "native_layer_norm" if made.method.get("kind") == "mae" else "native_batch_norm"
+    alone = made.method.get("kind") != "mae" and num_processes() == 1
+    norm = "native_batch_norm" if alone else "native_layer_norm"
     assert {"_fused_adamw_", norm} <= {launch.name for launch in gpu.launches}
     found = {launch.dtype for launch in gpu.launches if launch.name in TYPED}
     assert found == {HALF if made.precision == "bf16-mixed" else torch.float32}
@@ -92,3 +99,65 @@ def test_the_check_sees(gpu, monkeypatch, mutation):
     monkeypatch.setattr(*where, wrong)
     with pytest.raises((AssertionError, RuntimeError, DynamicOutputShapeException), match=said):
         check_step(gpu, case())
+
+
+COLLECTIVES = (
+    "allreduce_",
+    "allgather_",
+    "_allgather_base_",
+    "_reduce_scatter_base_",
+    "broadcast_",
+)
+
+
+@contextlib.contextmanager
+def one_of_eight(rank):
+    """A process whose seven others answer at once."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=8)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def sent(gpu, rank, made):
+    """Collectives of a step, in order, each with its bytes."""
+    with one_of_eight(rank):
+        check_step(gpu, made)
+    return [(each.name, each.moved) for each in gpu.launches if each.name in COLLECTIVES]
+
+
+def test_one_of_eight_processes_never_waits_and_all_send_the_same_in_the_same_order(gpu):
+    first, last = (sent(gpu, rank, case()) for rank in (0, 7))
+    assert first == last
+    wanted = scaling.traffic(scaling.settings_of("msn_vits16"), 8)[1:]  # gradients are DDP's
+    calls = Counter(name for name, _ in first)
+    assert calls == {
+        "allgather_": sum(each.calls for each in wanted if each.kind == "all-gather"),
+        "allreduce_": sum(each.calls for each in wanted if each.kind == "all-reduce"),
+    }
+
+
+def cut_step(gpu, rank):
+    """Collectives of a step of a network that is cut over the processes (FSDP2)."""
+    gpu.strict = False
+    with one_of_eight(rank):
+        method = TrainingStep(case())
+        shard(method.module.network, init_device_mesh("cuda", (8,)))
+        method.optimizer = method.module.configure_optimizers()
+        method.step()
+        gpu.reset()
+        gpu.strict = True
+        method.step()
+    return [(each.name, each.moved) for each in gpu.launches if each.name in COLLECTIVES]
+
+
+def test_a_cut_network_never_waits_and_all_processes_send_the_same(gpu):
+    first, last = (cut_step(gpu, rank) for rank in (0, 7))
+    assert first == last
+    calls = Counter(name for name, _ in first)
+    # Two blocks each of anchor and target, and all the rest together, which stays between the
+    # ways. Those of the anchor come again for the backward pass and give their gradients; torch
+    # fetches the block before them in vain, the target's.
+    assert calls["_allgather_base_"] == 5 + 3
+    assert calls["_reduce_scatter_base_"] == 3
