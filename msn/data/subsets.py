@@ -19,8 +19,16 @@ _SUBSET = 4  # keeps these draws apart from those of order, views and the held-o
 _NAMED = 5  # how many missing names a message lists
 
 
+SHORT_CLASSES = ("refuse", "take_all", "leave_out")
+
+
 def k_shot(
-    labels: Tensor, shots: Sequence[int], *, seed: int, classes: Sequence[str]
+    labels: Tensor,
+    shots: Sequence[int],
+    *,
+    seed: int,
+    classes: Sequence[str],
+    short: str = "refuse",
 ) -> dict[int, Tensor]:
     """Draw nested label sets with k images of every class: 1 is part of 2 is part of 5.
 
@@ -28,10 +36,12 @@ def k_shot(
         labels: class numbers, [n].
         shots: numbers of images per class, each >= 1.
         seed: of the draw.
-        classes: names of all classes; each needs max(shots) images.
+        classes: names of all classes.
+        short: what is done with a class of fewer than k images: `refuse`, `take_all` (it gives all
+            that it has) or `leave_out` (it gives none).
 
     Returns:
-        For each k its sorted positions in `labels`, [k * classes].
+        For each k its sorted positions in `labels`, [k * classes] where no class is short.
 
     Raises:
         UserError: a class has too few images, there is a single class, or k < 1.
@@ -41,11 +51,18 @@ def k_shot(
             raise UserError(f"shots must be >= 1, got {k}")
     order = _order_in_classes(labels, seed, classes)
     for name, members in zip(classes, order, strict=True):
-        if len(members) < max(shots):
+        if len(members) < max(shots) and short == "refuse":
             raise UserError(
-                f"shots={max(shots)}: class {name} has only {len(members)} images to label"
+                f"shots={max(shots)}: class {name} has only {len(members)} images to label; "
+                "protocol.short_classes=take_all takes these, leave_out does without the class"
             )
-    return {k: torch.cat([members[:k] for members in order]).sort().values for k in shots}
+    found = {}
+    for k in shots:
+        left = [m for m in order if len(m) >= (k if short == "leave_out" else 1)]
+        if len(left) < 2:
+            raise UserError(f"shots={k}: fewer than two classes have as many images to label")
+        found[k] = torch.cat([members[:k] for members in left]).sort().values
+    return found
 
 
 def fraction_of_each_class(

@@ -222,10 +222,10 @@ class _Problem:
                 fit = self._solve(positions, [lambd], self.settings.tolerance)
                 converged &= bool(fit.converged.all())
                 for i, weight in zip(some, fit.weight[:, 0], strict=True):
-                    predicted[i] = self._predicted(weight)
+                    predicted[i] = self._probabilities(weight, group[i]).argmax(dim=1)
                     first = weight if i == 0 else first
         lambdas = [lambd / size for lambd, size in zip(lambds, sizes, strict=True)]
-        outcome = self.test.outcome(predicted, self._probabilities(first))
+        outcome = self.test.outcome(predicted, self._probabilities(first, group[0]))
         return _Fits(first.cpu(), outcome, lambdas, converged)
 
     def cross_validate(self, group: Sequence[LabelSet]) -> list[float] | None:
@@ -278,14 +278,12 @@ class _Problem:
             loss = loss - log_probs.cpu().double().sum(dim=(1, 2))
         return hits, loss
 
-    def _predicted(self, weight: Tensor) -> Tensor:
-        return torch.cat([(rows @ weight.T).argmax(1).cpu() for rows in self._test_parts()])
-
-    def _probabilities(self, weight: Tensor) -> Tensor:
-        return torch.cat([(rows @ weight.T).softmax(1).cpu() for rows in self._test_parts()])
-
-    def _test_parts(self) -> Sequence[Tensor]:
-        return self.test_rows.split(max(1, _MAX_SCORES // self.num_classes))
+    def _probabilities(self, weight: Tensor, labelled: LabelSet) -> Tensor:
+        """Of the test images, [m, C]; a class without a labelled image is never predicted."""
+        unseen = torch.bincount(self.labels[labelled.positions], minlength=self.num_classes) == 0
+        parts = self.test_rows.split(max(1, _MAX_SCORES // self.num_classes))
+        scores = ((rows @ weight.T).masked_fill(unseen, -torch.inf) for rows in parts)
+        return torch.cat([some.softmax(dim=1).cpu() for some in scores])
 
     def _chunks(self, members: list[int], size: int) -> list[list[int]]:
         step = max(1, _MAX_GATHERED // (size * self.rows.shape[1]))

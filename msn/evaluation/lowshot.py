@@ -230,7 +230,11 @@ def _majority(results: Sequence[Result], train: LabelledSet, held_out: LabelledS
         outcome=outcome,
         splits=[train.classes[largest]],
     )
-    columns = {table_key(result.row): result.row for result in reversed(results)}
+    columns = {
+        table_key(result.row): result.row
+        for result in reversed(results)
+        if result.row["classifier"] != "spreading"
+    }
     kept = ("classifier", "labels", "variant", "neighbours", "labelled_images")
     return [
         Result(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from msn.data.subsets import (
+    SHORT_CLASSES,
     positions_of,
     read_names,
     write_names,
@@ -24,6 +25,7 @@ from msn.evaluation.lowshot import (
     check_draws,
 )
 from msn.evaluation.sets import LabelSet, Result, Trial, all_labels, drawn_shares, drawn_shots
+from msn.evaluation.spreading import Spreading, spreading_results
 from msn.files import writing_to
 from msn.method.distributed import process_index
 from msn.schema import make
@@ -43,9 +45,12 @@ class _FewLabels(FeatureProtocol):
         knn_neighbours: int | None,
         features: Mapping[str, Any],
         write_lists: str | None = None,
+        spreading: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(features)
-        self.write_lists = write_lists
+        self.write_lists, self.spreading = write_lists, None
+        if spreading is not None:
+            self.spreading = make("protocol.spreading", spreading, Spreading, complete=True)
         self.logistic = make("protocol.logistic", logistic, Logistic, complete=True)
         if knn_neighbours is not None and knn_neighbours < 1:
             raise UserError(
@@ -84,28 +89,34 @@ class _FewLabels(FeatureProtocol):
 
     def _few(self, sets: Sequence[LabelSet]) -> list[LabelSet]:
         """The sets for logistic regression among all that `label_sets` gave."""
-        return list(sets) if self.knn_neighbours is None else list(sets)[:-1]
+        return list(sets)[:-1] if self._takes_all else list(sets)
+
+    @property
+    def _takes_all(self) -> bool:
+        """Whether all images of the training pool take part, not the labelled ones alone."""
+        return self.knn_neighbours is not None or self.spreading is not None
 
     def label_sets(self, train: LabelledSet) -> list[LabelSet]:
         """Sets with few labels, and all images where kNN is wanted."""
         sets = self.few_labels(train)
         self.check_choice(sets, train.labels)
-        if self.knn_neighbours is None:
-            return sets
-        if len(train) < self.knn_neighbours:
+        if self.knn_neighbours is not None and len(train) < self.knn_neighbours:
             raise UserError(
                 f"protocol.knn_neighbours={self.knn_neighbours}: must be at most the number of "
                 f"labelled images, {len(train)}; null does without kNN"
             )
-        return [*sets, all_labels(train)]
+        return [*sets, all_labels(train)] if self._takes_all else sets
 
     def check_choice(self, sets: Sequence[LabelSet], labels: Tensor) -> None:
         """Refuse, before any work, a lambda that nothing can choose."""
         check_lambda_choice(self.logistic, sets, labels)
 
     def results(self, trial: Trial) -> list[Result]:
-        """Rows `logistic` for few labels and a row `knn` for all."""
-        found = logistic_results(trial._replace(sets=self._few(trial.sets)), self.logistic)
+        """Rows `logistic` and `spreading` for few labels and a row `knn` for all."""
+        few = trial._replace(sets=self._few(trial.sets))
+        found = logistic_results(few, self.logistic)
+        if self.spreading is not None:
+            found += spreading_results(few, self.spreading)
         if self.knn_neighbours is None:
             return found
         last = trial._replace(sets=trial.sets[-1:])
@@ -125,6 +136,9 @@ class KShot(_FewLabels):
         logistic: settings, see `frozen.Logistic`.
         knn_neighbours: of a kNN (cosine, majority, see `knn`) on all labels; None leaves it out.
         features: settings, see `FeatureSettings`.
+        short_classes: what to do with classes of fewer images than `shots`: `refuse`, `take_all`
+            (all that they have) or `leave_out` (none: their test images count as wrong).
+        spreading: settings of label spreading over all images, see `Spreading`; None leaves it out.
     """
 
     def __init__(
@@ -138,9 +152,17 @@ class KShot(_FewLabels):
         logistic: dict[str, Any],
         knn_neighbours: int | None,
         features: dict[str, Any],
+        short_classes: str = "refuse",
+        spreading: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(logistic, knn_neighbours, features, write_lists)
+        super().__init__(logistic, knn_neighbours, features, write_lists, spreading)
         check_draws(splits, seed)
+        if short_classes not in SHORT_CLASSES:
+            raise UserError(
+                f"protocol.short_classes must be one of {', '.join(SHORT_CLASSES)}, got "
+                f"{short_classes}"
+            )
+        self.short_classes = short_classes
         if shots is not None and (not shots or min(shots) < 1):
             raise UserError(f"protocol.shots must be a list of numbers >= 1, got {shots}")
         if lists is not None and not lists:
@@ -149,6 +171,7 @@ class KShot(_FewLabels):
             raise UserError("protocol.write_lists: protocol.lists are there already; give one")
         self.shots = None if shots is None else sorted(set(shots))
         self.splits, self.seed, self.lists = splits, seed, lists
+        self._short: dict[str, dict[str, Any] | None] = {}
 
     def few_labels(self, train: LabelledSet) -> list[LabelSet]:
         """Seeded sets in the order of their size, or the sets of the given lists."""
@@ -158,7 +181,20 @@ class KShot(_FewLabels):
         if shots is None:
             smallest = int(torch.bincount(train.labels, minlength=len(train.classes)).min())
             shots = [k for k in USUAL_SHOTS if k <= max(1, smallest)]
-        return drawn_shots(train, shots, range(self.seed, self.seed + self.splits))
+        counts = torch.bincount(train.labels, minlength=len(train.classes)).tolist()
+        for k in shots:
+            short = {n: c for n, c in zip(train.classes, counts, strict=True) if c < k}
+            self._short[str(k)] = {"rule": self.short_classes, "images": short} if short else None
+        seeds = range(self.seed, self.seed + self.splits)
+        return drawn_shots(train, shots, seeds, short=self.short_classes)
+
+    def results(self, trial: Trial) -> list[Result]:
+        """As every protocol of few labels; rows say which classes have fewer than their labels."""
+        found = super().results(trial)
+        for result in found:
+            if (short := self._short.get(result.row["labels"])) is not None:
+                result.row["short_classes"] = short
+        return found
 
     def label_sets(self, train: LabelledSet) -> list[LabelSet]:
         """Sets with few labels, and all images where kNN is wanted and possible."""

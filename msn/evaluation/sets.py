@@ -14,7 +14,12 @@ from msn.evaluation.outcomes import Outcome, measured, outcome_of
 
 Row = dict[str, Any]
 # How tables call them.
-CLASSIFIERS = {"logistic": "logistic", "linear": "linear", "finetune": "fine-tuned"}
+CLASSIFIERS = {
+    "logistic": "logistic",
+    "linear": "linear",
+    "finetune": "fine-tuned",
+    "spreading": "spreading",
+}
 
 
 class Head(NamedTuple):
@@ -109,9 +114,14 @@ def all_labels(train: LabelledSet) -> LabelSet:
     return LabelSet("all", "all", torch.arange(len(train)))
 
 
-def drawn_shots(train: LabelledSet, shots: Sequence[int], seeds: Iterable[int]) -> list[LabelSet]:
-    """Nested draws of k images per class, in the order of k, then of the seeds."""
-    draws = {seed: k_shot(train.labels, shots, seed=seed, classes=train.classes) for seed in seeds}
+def drawn_shots(
+    train: LabelledSet, shots: Sequence[int], seeds: Iterable[int], *, short: str = "refuse"
+) -> list[LabelSet]:
+    """Nested draws of k images per class, in the order of k, then of the seeds; see `k_shot`."""
+    draws = {
+        seed: k_shot(train.labels, shots, seed=seed, classes=train.classes, short=short)
+        for seed in seeds
+    }
     return [
         LabelSet(str(k), f"seed {seed}", draw[k]) for k in shots for seed, draw in draws.items()
     ]

@@ -76,7 +76,7 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
     """The table for a terminal, with a note that says how to read it."""
     table = Table(title=title, title_justify="left", caption=note(rows), caption_justify="left")
     table.add_column("backbone", no_wrap=True)
-    for heading in headings(rows).values():
+    for heading in _columns(rows).values():
         table.add_column("\n".join(heading), justify="right", no_wrap=True)
     for name, cells, last in _lines(rows):
         table.add_row(Text(name), *("\n".join(cell) for cell in cells), end_section=last)
@@ -85,7 +85,7 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
 
 def list_of(rows: Sequence[Row], title: str) -> str:
     """The same for a terminal that is too narrow for the table: one line per figure."""
-    columns, lines = list(headings(rows).values()), [title]
+    columns, lines = list(_columns(rows).values()), [title]
     for name, cells, _ in _lines(rows):
         lines += ["", name]
         for heading, cell in zip(columns, cells, strict=True):
@@ -96,7 +96,7 @@ def list_of(rows: Sequence[Row], title: str) -> str:
 
 def markdown_table(rows: Sequence[Row]) -> str:
     """The same table in markdown."""
-    names = ["backbone", *(" ".join(heading) for heading in headings(rows).values())]
+    names = ["backbone", *(" ".join(heading) for heading in _columns(rows).values())]
     lines = ["| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
     for name, cells, _ in _lines(rows):
         lines.append(
@@ -157,6 +157,13 @@ def note(rows: Sequence[Row]) -> str:
     if unreadable := max((row.get("unreadable_test_images", 0) for row in rows), default=0):
         verb = "counts" if unreadable == 1 else "count"
         parts.append(f"{_images(unreadable, 'held-out')} cannot be read and {verb} as wrong")
+    for row in rows:
+        if short := row.get("short_classes"):
+            names = ", ".join(f"{printable(n)} {c}" for n, c in list(short["images"].items())[:5])
+            taken = {"take_all": "all are taken", "leave_out": "none is, and they count as wrong"}
+            parts.append(f"{row['labels']} per class: {names} images, {taken[short['rule']]}")
+    if any(row["classifier"] == "spreading" for row in rows):
+        parts.append("spreading: labels spread over all training images, labelled or not")
     if any("cross_validated" in row for row in rows):
         parts.append("cv: lambda cross-validated inside each labelled set, never on test images")
     if any(not row.get("converged", True) for row in rows):
@@ -216,9 +223,19 @@ def headings(rows: Sequence[Row]) -> dict[Column, tuple[str, str]]:
     return found
 
 
+def _columns(rows: Sequence[Row]) -> dict[Column, tuple[str, str]]:
+    """The headings without label spreading, which has a line of its own below the regression."""
+    found = headings(rows)
+    return {
+        (key, figure): heading
+        for (key, figure), heading in found.items()
+        if key[0] != "spreading" or (("logistic", *key[1:]), figure) not in found
+    }
+
+
 def _lines(rows: Sequence[Row]) -> list[tuple[str, list[list[str]], bool]]:
     """Name, cells (as lines) and whether a backbone ends here."""
-    columns = list(headings(rows))
+    columns = list(_columns(rows))
     lines = []
     shown: set[str] = set()  # the paper's figures stand below the first backbone of their kind
     for backbone in dict.fromkeys(row["backbone"] for row in rows):
@@ -228,6 +245,10 @@ def _lines(rows: Sequence[Row]) -> list[tuple[str, list[list[str]], bool]]:
         if any("cross_validated" in row for row in own.values()):
             chosen = [_spread(own.get(key), figure, "cross_validated") for key, figure in columns]
             several.append((f"{name}, cv", chosen))
+        spreading = {("logistic", *key[1:]): r for key, r in own.items() if key[0] == "spreading"}
+        if any((key, "top1") in columns for key in spreading):
+            found = [_measured(spreading.get(key), figure) for key, figure in columns]
+            several.append((f"{name}, spreading", found))
         models = {row["paper"]["model"] for row in own.values() if row.get("paper")}
         for model in sorted(models - shown):
             published = [_published(own.get(key), figure) for key, figure in columns]

@@ -233,22 +233,34 @@ def floors_note(rows: Sequence[Mapping[str, Any]], floors: Sequence[str] = BASEL
             below = [row for row in there if row["above"][floor]["interval"][0] <= 0]
             if below:
                 whole = len(there) > 1 and len(below) == len(there)
-                which = "every column" if whole else ", ".join(map(column_name, below))
+                which = "every column" if whole else _columns(below)
                 parts.append(f"{_FLOORS[floor]} ({which})")
         if parts:
             uneven = any(
                 one["metric"] == "balanced" for row in own for one in row["above"].values()
             )
             by = ", in balanced accuracy" if uneven else ""
+            if uneven and MAJORITY in floors:
+                by += " (the majority class: top-1)"
             said = " or ".join(parts)
             found.append(f"{backbone} does not beat {said} beyond the 95 % interval{by}")
     return found
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Names of several columns, those of one classifier together."""
+    kinds: dict[str, list[str]] = {}
+    for row in rows:
+        kind, _, labels = column_name(row).partition(f" {row['labels']} ")
+        kinds.setdefault(f"{kind} {{}} {labels}", []).append(row["labels"])
+    return ", ".join(kind.format(", ".join(labels)) for kind, labels in kinds.items())
 
 
 def column_name(row: Mapping[str, Any]) -> str:
     """Classifier and labels of a row, in words."""
     labels = row["labels"]
     kind = f"{row['neighbours']}-NN" if row["classifier"] == "knn" else row["classifier"]
+    kind = "label spreading" if kind == "spreading" else kind
     return f"{kind} {labels} per class" if labels.isdigit() else f"{kind} {labels} labels"
 
 

@@ -106,9 +106,11 @@ def test_what_does_not_beat_its_floors_is_named():
     (line,) = floors_note(rows)
     assert line == (
         "msn does not beat raw pixels (logistic 1 per class) beyond the 95 % interval, in balanced "
-        "accuracy"
+        "accuracy (the majority class: top-1)"
     )
     assert line in markdown_table(rows)
+    more = [{**rows[0], "labels": k} for k in "123"] + [rows[1]]
+    assert "raw pixels (logistic 1, 2, 3 per class) beyond" in floors_note(more)[0]
     assert floors_note([rows[1]]) == []
     assert floors_note([{**rows[0], "above": None}]) == []  # as in older files
 
