@@ -91,7 +91,7 @@ def test_several_backbones_are_evaluated_silently_and_leave_nothing(
     before = state()
     table = msn.evaluate({"a": run.path, "b": run.path}, images, **OF_TABLE)
     assert state() == before
-    assert [row["backbone"] for row in table if row["labels"] == "1"][:2] == ["a", "b"]
+    assert list(dict.fromkeys(row["backbone"] for row in table))[:2] == ["a", "b"]
     assert "| a |" in str(table)
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""

@@ -233,7 +233,7 @@ def test_a_numbered_run_is_finished_before_it_is_logged(
     assert code == 2, err
     where = tmp_path / "runs" / "eval_lowshot" / "0"
     assert json.loads((where / "run.json").read_text())["status"] == "finished"
-    assert len(rows_of(where)) == 3
+    assert len(rows_of(where)) == 5
 
 
 def test_a_failed_evaluation_closes_its_run_of_wandb(command, tmp_path, images, run, monkeypatch):
@@ -305,7 +305,7 @@ def test_results_do_not_need_a_reader(command, tmp_path, images, run):
     arguments = [f"checkpoint={run}", "baselines=[]", f"data.root={images}", *SMALL]
     with no_reader():
         assert command("eval_lowshot", *arguments, f"run.dir={tmp_path / 'out'}")[0] == 0
-    assert len(rows_of(tmp_path / "out")) == 3
+    assert len(rows_of(tmp_path / "out")) == 5
 
 
 def test_results_are_there_before_they_are_printed(tmp_path, monkeypatch):

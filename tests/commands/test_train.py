@@ -37,8 +37,10 @@ def test_a_run_leaves_a_backbone_a_table_and_its_directory(command, tmp_path):
     assert set(result) == {"rows", "config", "versions"}
     rows = {(row["backbone"], row["classifier"], row["labels"]) for row in result["rows"]}
     kinds = [("logistic", "1"), ("logistic", "2"), ("logistic", "5"), ("knn", "all")]
+    spreading = [("spreading", "1"), ("spreading", "2"), ("spreading", "5")]
     assert rows == {
-        (name, *kind) for name in ("msn", "random", "pixels", "majority") for kind in kinds
+        *(("majority", *kind) for kind in kinds),
+        *((name, *kind) for name in ("msn", "random", "pixels") for kind in kinds + spreading),
     }
     assert all(0 <= row["top1_mean"] <= 1 for row in result["rows"])
     # A network of a few steps: its report names the classes, images and baselines that it fails.
