@@ -50,11 +50,11 @@ TINY = [
 # kernels gives with 75 % of the matrix rate and 85 % of the bandwidth, without launch overhead and
 # views.
 STEPS: dict[str, tuple[str, int, int | None, float | None]] = {
-    "s16": ("msn_vits16", 128, None, 37.4),
+    "s16": ("msn_vits16", 128, None, 37.3),
     "s16_64": ("msn_vits16", 64, None, 19.1),
-    "b16": ("msn_vitb16", 128, None, 89.0),
+    "b16": ("msn_vitb16", 128, None, 88.4),
     "b16_1024": ("msn_vitb16", 1024, 64, None),
-    "l16": ("msn_vitl16", 64, None, 138.0),
+    "l16": ("msn_vitl16", 64, None, 136.6),
     "l7": ("msn_vitl7", 16, None, 167.0),
 }
 SMALL = False  # set by --small
@@ -427,12 +427,11 @@ def main() -> None:
 def _one(part: str) -> str | None:
     """Run a part; what went wrong, or None."""
     command = [sys.executable, __file__, *sys.argv[1:], "--one", part]
+    limit = PARTS[part][1] * (10 if SMALL else 1)  # a machine without a GPU may be a slow one
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=PARTS[part][1], check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired:
-        return f"not done within {PARTS[part][1]} s"
+        return f"not done within {limit} s"
     if done.returncode:
         return f"exit {done.returncode}: {done.stderr.strip()[-1500:]}"
     return None
