@@ -35,8 +35,11 @@ _TITLES = {
 }
 
 
-def run(config: DictConfig) -> None:
+def run(config: DictConfig) -> dict[str, Measures]:
     """Measure every checkpoint on the same unlabelled images and print the table.
+
+    Returns:
+        The figures by the names of the checkpoints.
 
     Raises:
         UserError: if a setting, path or file is wrong, or there are too few images.
@@ -73,6 +76,7 @@ def run(config: DictConfig) -> None:
     console = Console()
     console = console if console.is_terminal else Console(width=160)
     console.print(_table(found, len(images.chosen)))
+    return found
 
 
 def expand(checkpoint: str | list[str]) -> list[str]:

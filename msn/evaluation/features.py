@@ -111,6 +111,7 @@ def digest_of(tensor: Tensor) -> str:
 
 PRECISIONS = ("32", "tf32", "bf16")
 FEATURES = (NATIVE, "class_token", "class_token_norm", "patch_mean", "patch_mean_norm", POOLED)
+PATCHES = "patches"  # every patch token after the norm, for protocol=attentive alone
 # Images per part: what an interrupted extraction loses at most, per device.
 _PART = 4096
 # Per batch: 24 GB in float32, of three channels.
@@ -156,8 +157,8 @@ class FeatureSettings:
     # `native` (what the family of the backbone takes, see `msn.weights.families`), `class_token`
     # (before the final norm, the paper), `class_token_norm` (after it), `patch_mean` (mean of the
     # patches after it), `patch_mean_norm` (the norm of their mean, as fine-tuned MAE), `last_N`
-    # (class tokens of the last N blocks) or `pooled` (as timm or transformers pool for a
-    # classifier; not of our own trunk).
+    # (class tokens of the last N blocks), `last_N_mean` (these and `patch_mean`) or `pooled` (as
+    # timm or transformers pool for a classifier; not of our own trunk).
     feature: str
     # Side of the centre crop in px; None takes the backbone's own.
     image_size: Annotated[int | None, Range(1, _LARGEST_SIDE)]
@@ -277,8 +278,8 @@ def extract_features(
 
 def check_feature(feature: str, depth: int | None) -> None:
     """Raise a UserError unless the feature is one of a trunk with that many blocks."""
-    found = re.fullmatch(r"last_([1-9]\d*)", feature)
-    if feature not in FEATURES and found is None:
+    found = re.fullmatch(r"last_([1-9]\d*)(_mean)?", feature)
+    if feature not in (*FEATURES, PATCHES) and found is None:
         raise UserError(
             f"feature must be {', '.join(FEATURES)} or last_N (N blocks), got {feature}"
         )
@@ -299,7 +300,8 @@ def forward_feature(trunk: Trunk, images: Tensor, feature: str) -> Tensor:
     `class_token` is taken before the final norm, `class_token_norm` and `patch_mean` after it;
     `patch_mean_norm` is that norm of the mean of patches;
     `last_N` joins the class tokens of the last N blocks, oldest first, each after the final norm,
-    which brings blocks of different scale together.
+    which brings blocks of different scale together; `last_N_mean` adds `patch_mean`. `patches` are
+    all patch tokens after the norm, [B, T * D].
     """
     if isinstance(trunk, ForeignBackbone):
         return trunk.feature(images, feature)
@@ -309,14 +311,19 @@ def forward_feature(trunk: Trunk, images: Tensor, feature: str) -> Tensor:
             "has class_token, class_token_norm, patch_mean and last_N"
         )
     if feature.startswith("last_"):
-        outputs = trunk.forward_intermediates(images, int(feature.removeprefix("last_")))
-        return torch.cat([trunk.norm(tokens[:, 0]) for tokens in outputs], dim=1)
+        outputs = trunk.forward_intermediates(images, int(feature.split("_")[1]))
+        parts = [trunk.norm(tokens[:, 0]) for tokens in outputs]
+        if feature.endswith("_mean"):
+            parts.append(trunk.norm(outputs[-1])[:, trunk.num_prefix_tokens :].mean(dim=1))
+        return torch.cat(parts, dim=1)
     tokens = trunk.forward_intermediates(images, 1)[0]
     if feature == "class_token":
         return tokens[:, 0]
     if feature == "patch_mean_norm":
         return trunk.norm(tokens[:, trunk.num_prefix_tokens :].mean(dim=1))
     normed = trunk.norm(tokens)
+    if feature == PATCHES:
+        return normed[:, trunk.num_prefix_tokens :].flatten(1)
     return (
         normed[:, 0]
         if feature == "class_token_norm"
