@@ -13,6 +13,7 @@ from msn.evaluation import imagenet as imagenet_module
 from msn.evaluation import lowshot, protocols
 from msn.evaluation.backbones import random_backbone
 from msn.evaluation.finetune import FineTune
+from msn.evaluation.heads import Attentive, Sweep
 from msn.evaluation.imagenet import OfficialList, is_imagenet, paper_figure
 from msn.evaluation.linear import Linear
 from msn.evaluation.lowshot import evaluate
@@ -23,6 +24,8 @@ from tests.evaluation.trees import CLASSES, ListedImages, write_lists, write_tre
 
 CPU = torch.device("cpu")
 KINDS = {
+    "sweep": Sweep,
+    "attentive": Attentive,
     "kshot": KShot,
     "fraction": Fraction,
     "imagenet_lowshot": ImageNetLowShot,
