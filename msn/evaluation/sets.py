@@ -17,6 +17,7 @@ Row = dict[str, Any]
 CLASSIFIERS = {
     "logistic": "logistic",
     "linear": "linear",
+    "attentive": "attentive",
     "finetune": "fine-tuned",
     "spreading": "spreading",
 }
