@@ -256,6 +256,7 @@ def _save_head(
         "classifier": "logistic",
         "labels": f"{count} images",
         "lambda": fitted.lambd / count,
+        "crop": features.crop,
     }
     head = Head(weight, bias, classes, subject.kind(features), True, True, "predict")
     save_head(path, head, row)

@@ -65,9 +65,14 @@ class FrozenBackbone:
     @property
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """Short side as `short_side` says, centre crop, normalise (paper A.2); or its library's."""
+        return self.transform_of("centre")
+
+    def transform_of(self, crop: str) -> Callable[[Image.Image], Tensor]:
+        """The same with another crop, one of `features.CROPS`."""
         if isinstance(self.trunk, ForeignBackbone):
             return self.trunk.transform
-        return image_transform(self.image_size, mean=self.mean, std=self.std)
+        whole = crop == "whole"
+        return image_transform(self.image_size, mean=self.mean, std=self.std, whole=whole)
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -83,10 +88,10 @@ class FrozenBackbone:
         return extract_features(
             self.trunk,
             images,
-            transform=self.transform,
+            transform=self.transform_of(settings.crop),
             settings=replace(settings, feature=self.kind(settings)),
             runtime=runtime,
-            preprocessing=self.preprocessing,
+            preprocessing=self.preprocessing | _cropped(settings),
             title=f"{self.name}: {title}",
         )
 
@@ -111,6 +116,11 @@ class FrozenBackbone:
         """
         kind = self.kind(settings)
         if isinstance(self.trunk, ForeignBackbone):
+            if settings.crop != "centre":
+                raise UserError(
+                    f"features.crop={settings.crop}: {self.name} has its library's own "
+                    "preprocessing; it must be centre"
+                )
             self.trunk.check(kind)
         else:
             check_feature(kind, self.trunk.depth)
@@ -139,16 +149,21 @@ class RawPixels:
         return extract_features(
             NoNetwork(),
             images,
-            transform=pixel_transform(self.size),
+            transform=pixel_transform(self.size, whole=settings.crop == "whole"),
             settings=plain,
             runtime=runtime._replace(devices=(cpu,) * len(runtime.devices)),
-            preprocessing={"pixels": self.size},
+            preprocessing={"pixels": self.size} | _cropped(settings),
             title=f"{self.name}: {title}",
         )
 
     def kind(self, settings: FeatureSettings) -> str:
         """What the features are, for rows and heads."""
         return "pixels"
+
+
+def _cropped(settings: FeatureSettings) -> dict[str, Any]:
+    """What a cache's key needs to know; nothing for the usual crop, so that older ones serve."""
+    return {} if settings.crop == "centre" else {"crop": settings.crop}
 
 
 Subject = FrozenBackbone | RawPixels
@@ -273,16 +288,19 @@ def _name_and_path(entry: str, *, alone: bool) -> tuple[str, str]:
 LARGEST_SIDE = 32
 
 
-def pixel_transform(size: int) -> Callable[[Image.Image], Tensor]:
+def pixel_transform(size: int, *, whole: bool = False) -> Callable[[Image.Image], Tensor]:
     """From an RGB image to the pixels of its centre crop, in [0, 1], float32 [3 * size * size].
 
     Args:
         size: side in px to which the shorter side is resized, >= 1.
+        whole: no crop: the whole image is resized to the square.
     """
-    return partial(_pixels, size=size)
+    return partial(_pixels, size=size, whole=whole)
 
 
-def _pixels(image: Image.Image, size: int) -> Tensor:
+def _pixels(image: Image.Image, size: int, whole: bool) -> Tensor:
+    if whole:
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
     image = trimmed(image)
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)

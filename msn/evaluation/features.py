@@ -110,6 +110,7 @@ def digest_of(tensor: Tensor) -> str:
 
 
 PRECISIONS = ("32", "tf32", "bf16")
+CROPS = ("centre", "whole")
 FEATURES = (NATIVE, "class_token", "class_token_norm", "patch_mean", "patch_mean_norm", POOLED)
 PATCHES = "patches"  # every patch token after the norm, for protocol=attentive alone
 # Images per part: what an interrupted extraction loses at most, per device.
@@ -166,6 +167,8 @@ class FeatureSettings:
     # One of PRECISIONS: tf32 rounds factors of float32 products to 10 bits (CUDA alone), bf16 is
     # autocast.
     precision: str
+    # `centre`, or `whole`: the image as a whole becomes the square, whatever its proportions.
+    crop: str = "centre"
 
     def __post_init__(self) -> None:
         check_feature(self.feature, None)
@@ -176,6 +179,8 @@ class FeatureSettings:
                 f"{size}a batch of {self.batch_size} images would have more than "
                 f"{_MOST_PIXELS:.0e} pixels; lower features.batch_size"
             )
+        if self.crop not in CROPS:
+            raise UserError(f"features.crop must be one of {', '.join(CROPS)}, got {self.crop}")
         if self.precision not in PRECISIONS:
             raise UserError(
                 f"features.precision must be one of {', '.join(PRECISIONS)}, got {self.precision}"

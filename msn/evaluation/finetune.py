@@ -308,7 +308,7 @@ class FineTuning:
             )
         self.piece_size = max(2, features.batch_size // 2 * 2)
         self.precision = features.precision
-        self.half = self.precision == "bf16"
+        self.half, self.crop = self.precision == "bf16", features.crop
         classes = len(images.classes)
         self.model = classifier_of(subject, classes, drop_path=recipe.drop_path, seed=seed)
         if recipe.pool == "mean":
@@ -363,7 +363,7 @@ class FineTuning:
     @torch.no_grad()
     def predict(self, test: LabelledSet) -> tuple[Tensor, Tensor]:
         """Probabilities of the centre crops of some images, [m, C], and which are unreadable."""
-        views = TransformedImages(test, self.subject.transform)
+        views = TransformedImages(test, self.subject.transform_of(self.crop))
         mine = range(self.rank, len(test), self.world)  # each process its share
         loader = make_loader(
             views,

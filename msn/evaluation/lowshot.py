@@ -209,7 +209,7 @@ def evaluate(
     for subject in subjects:
         with in_one_line(lambda: less_memory("protocol.features.batch_size", batch_size)):
             found = protocol.run(subject, plan, held_out, runtime)
-        _say_what(found, subject)
+        _say_what(found, subject, protocol.features.crop)
         _set_beside_paper(found, subject if comparable else None, protocol.methods)
         results += found
     if majority:
@@ -267,8 +267,10 @@ def _set_beside_floors(results: Sequence[Result]) -> None:
         result.row["above"] = floors
 
 
-def _say_what(results: Sequence[Result], subject: Subject) -> None:
-    """Add which weights the figures are of, and at which size."""
+def _say_what(results: Sequence[Result], subject: Subject, crop: str) -> None:
+    """Add which weights the figures are of, at which size, and the crop if it is not the usual."""
+    for result in results if crop != "centre" else []:
+        result.row["crop"] = crop
     if isinstance(subject, FrozenBackbone):
         digest = weights_key(subject.trunk)
         for result in results:

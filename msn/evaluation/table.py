@@ -287,7 +287,7 @@ def _published(row: Row | None, figure: str) -> list[str]:
 _ANY_WIDTH = 100_000
 _FILE_WIDTH = 200  # characters of a line where the output is no terminal
 _DISTRIBUTION = "msn-pretraining"
-_ABOUT_HEAD = ("backbone", "weights", "image_size", "classifier", "labels", "lambda")
+_ABOUT_HEAD = ("backbone", "weights", "image_size", "classifier", "labels", "lambda", "crop")
 _VERSIONS = ("torch", "torchvision", "timm", "numpy")
 
 

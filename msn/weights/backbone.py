@@ -114,6 +114,7 @@ def image_transform(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     levels: Levels = SIXTEEN_BITS,
+    whole: bool = False,
 ) -> Callable[[Picture], Tensor]:
     """Turn upright, resize the short side, centre crop, normalise (paper A.2).
 
@@ -122,6 +123,7 @@ def image_transform(
         mean: of each channel.
         std: likewise.
         levels: the values that are black and white in images of more than 8 bits.
+        whole: no crop: the whole image is resized to the square.
 
     Returns:
         From an image to float32 [3, S, S]. An image is a path, a PIL image of any mode, a tensor
@@ -129,12 +131,15 @@ def image_transform(
         is applied, where there is any left. It raises a UserError for what is none of these or
         cannot be read.
     """
+    crop = [
+        trimmed,
+        transforms.Resize(short_side(image_size)),
+        transforms.CenterCrop(image_size),
+    ]
     return transforms.Compose(
         [
             Opened(levels),
-            trimmed,
-            transforms.Resize(short_side(image_size)),
-            transforms.CenterCrop(image_size),
+            *([transforms.Resize((image_size, image_size))] if whole else crop),
             transforms.ToTensor(),
             transforms.Normalize(mean, std),
         ]

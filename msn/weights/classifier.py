@@ -77,6 +77,11 @@ def read_classifier(path: str | Path, embed_dim: int) -> Classifier:
         raise UserError(
             f"head {path}: not a head of the low-shot evaluation ({repr(error)[:80]})"
         ) from error
+    if header.get("crop", "centre") != "centre":
+        raise UserError(
+            f"head {path}: was fitted on whole images (features.crop={header['crop']}), and the "
+            "preprocessing of an export crops them"
+        )
     check_tensors(tensors, f"head {path}")
     if weight.ndim != 2 or weight.shape[1] != embed_dim or weight.shape[0] != len(classes):
         want = [len(classes), embed_dim]

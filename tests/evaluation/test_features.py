@@ -4,6 +4,7 @@ import os
 import pytest
 import torch
 import torch.multiprocessing as mp
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -298,3 +299,24 @@ def test_a_full_disk_leaves_no_temporary_files_in_the_cache(tmp_path, monkeypatc
 def test_one_batch_of_a_feature_has_its_width():
     images = torch.randn(5, 3, 16, 16)
     assert forward_feature(toy_trunk(), images, "last_2").shape == (5, 48)
+
+
+def test_a_whole_image_keeps_what_lies_at_its_edge(tmp_path):
+    class Edges(ToyImages):
+        """Wide images of which the last columns alone differ."""
+
+        def __getitem__(self, i):
+            pixels = torch.zeros(16, 48, 3, dtype=torch.uint8)
+            pixels[:, 44:] = 250 * (i % 2)
+            return Image.fromarray(pixels.numpy())
+
+    images, runtime = Edges(2), Runtime((CPU,), cache_dir=tmp_path)
+    for subject in (FrozenBackbone("msn", toy_trunk(), 16), RawPixels("pixels", 16)):
+        cut, whole = (
+            subject.features(images, FeatureSettings(**{**FEATURES, "crop": crop}), runtime, "")
+            for crop in ("centre", "whole")
+        )
+        assert cut.rows[0].equal(cut.rows[1])
+        assert not whole.rows[0].allclose(whole.rows[1])
+    with pytest.raises(UserError, match="must be one of centre, whole"):
+        FeatureSettings(**{**FEATURES, "crop": "none"})
