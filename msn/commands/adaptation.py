@@ -98,7 +98,8 @@ def choose_prototypes(config: DictConfig, images: int) -> list[str]:
     Returns:
         Lines that say what was chosen.
     """
-    if config.method.get("num_prototypes", 0) is not None:
+    method = config.method if isinstance(config.method, DictConfig) else {}
+    if method.get("num_prototypes", 0) is not None:
         return []
     power = round(math.log2(max(1, images) / _IMAGES_PER_PROTOTYPE))
     chosen = min(max(2**power, _FEWEST_PROTOTYPES), _MOST_PROTOTYPES)

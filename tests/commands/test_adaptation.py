@@ -77,6 +77,7 @@ class Labelled:
     labels = torch.arange(40) % 2
     classes = ("a", "b")
     names = tuple(map(str, range(40)))
+    groups = None
 
     def __len__(self):
         return 40

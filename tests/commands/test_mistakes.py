@@ -42,7 +42,7 @@ COMMAND_LINES = {
     "~run.root": "run.root is missing",
     "method=null": "method=null: allowed are mae, msn, msn_no_sinkhorn, pmsn",
     "logger=null": "allowed are csv, mlflow, tensorboard, wandb",
-    "experiment=null": "allowed are digits",
+    "experiment=null": "allowed are adapt, digits",
     "data=3": "data=3: allowed are",
     "resume=foo": "resume=foo: allowed are auto, never",
     "trainer.max_epochs=[": "trainer.max_epochs=[: cannot be read as key=value",

@@ -62,7 +62,7 @@ def test_several_processes_divide_the_batch_and_under_fsdp2_the_network():
     assert [numbers.case.batch_size for numbers, _ in (one, ddp, fsdp2)] == [64, 16, 16]
     memory = [numbers.memory for numbers, _ in (one, ddp, fsdp2)]
     assert memory[1].weights == memory[0].weights
-    assert memory[1].gradients == 2 * memory[0].gradients
+    assert memory[1].gradients == memory[0].gradients  # they lie in DDP's buckets
     assert memory[2].optimiser == memory[0].optimiser / 4
     assert "cut over them" in fsdp2[1]
     assert "cut over them" not in one[1] + ddp[1]
