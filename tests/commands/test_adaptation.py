@@ -52,6 +52,7 @@ def test_a_foundation_is_adapted_and_stands_beside_the_result(command, tmp_path,
     assert rows[1]["schedule/trunk_lr"] == "0.0"
     assert 0 < float(rows[-1]["schedule/trunk_lr"]) < float(rows[-1]["schedule/lr"])
     table = json.loads((run / "lowshot.json").read_text())["rows"]
+    table = [row for row in table if row["classifier"] == "logistic"]
     assert [row["backbone"] for row in table] == ["foundation", "adapted"]
     assert {row["feature"] for row in table} == {"class_token_norm"}  # the foundation's own
     kept = json.loads((run / "run.json").read_text())["kept"]
@@ -60,7 +61,8 @@ def test_a_foundation_is_adapted_and_stands_beside_the_result(command, tmp_path,
     wanted = {"foundation": before, "adapted": states[4]}[name]
     assert all(torch.equal(exported[key], wanted[key]) for key in wanted)
     again = ["protocol.shots=[1]", "protocol.splits=2", "protocol.logistic.lambd_grid=null"]
-    again += ["protocol.knn_neighbours=null", "baselines=[]", "cache_dir=null"]
+    again += ["protocol.knn_neighbours=null", "protocol.spreading=null", "baselines=[]"]
+    again += ["cache_dir=null"]
     where = f"run.dir={tmp_path / 'again'}"
     code, _, err = command("eval_lowshot", f"checkpoint={run}", *again, where, "device=cpu")
     assert code == 0, err
