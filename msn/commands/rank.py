@@ -108,6 +108,9 @@ def _table(found: dict[str, Measures], images: int) -> Table:
     table = Table(
         title=f"{images} images without labels; (place) among {len(found)}",
         title_justify="left",
+        caption="No measure orders checkpoints of different settings reliably: a few labels and "
+        "eval_lowshot.py do (benchmarks/ranking.md).",
+        caption_justify="left",
     )
     table.add_column("checkpoint", no_wrap=True)
     for title in _TITLES.values():
