@@ -74,6 +74,11 @@ class MAE(Network):
             raise UserError(
                 "MAE's positions are fixed: leave out model.position, registers, class_position"
             )
+        if self.trunk.embed_dim % 4:
+            raise UserError(
+                "model.embed_dim must be a multiple of 4 for MAE's fixed positions, got "
+                f"{self.trunk.embed_dim}"
+            )
         side = self.trunk.img_size // self.trunk.patch_size
         self.num_kept = num_kept_patches(side**2, mask_ratio)
         self.norm_pix_loss = norm_pix_loss

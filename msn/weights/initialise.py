@@ -54,7 +54,10 @@ def initialise_mae(network: MAE, weights: Weights) -> list[tuple[str, str]]:
     ]
     unused = {"head": weights.head, "prototypes": weights.prototypes}
     rows += [(part, "ignored") for part, found in unused.items() if found is not None]
-    rows += [(name, "ignored") for name in _grouped(weights.ignored)]
+    # The decoder has its row; readers of trunks count it among what they leave out.
+    own = ("decoder", "mask_token")
+    others = tuple(name for name in weights.ignored if not name.startswith(own))
+    rows += [(name, "ignored") for name in _grouped(others)]
     return rows
 
 

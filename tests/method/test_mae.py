@@ -11,8 +11,8 @@ from msn.method.mae import MAE, patchify, unpatchify
 BLOCK = {"norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.o_proj"}
 
 
-def mae(size=32, mask_ratio=0.75, norm_pix_loss=True, **decoder):
-    model = {"img_size": size, "patch_size": 8, "embed_dim": 32, "depth": 2}
+def mae(size=32, mask_ratio=0.75, norm_pix_loss=True, width=32, **decoder):
+    model = {"img_size": size, "patch_size": 8, "embed_dim": width, "depth": 2}
     return MAE(
         model={**model, "num_heads": 2, "mlp_ratio": 4.0},
         decoder={"embed_dim": 16, "depth": 2, "num_heads": 2, **decoder},
@@ -175,6 +175,11 @@ def test_patches_come_back_as_images():
 def test_wrong_numbers_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         mae(**settings)
+
+
+def test_a_width_that_fixed_positions_do_not_fit_is_refused():
+    with pytest.raises(UserError, match="model.embed_dim must be a multiple of 4 .* got 34"):
+        mae(width=34)
 
 
 def test_images_of_another_size_are_refused():

@@ -14,6 +14,7 @@ from msn.evaluation.backbones import open_backbone
 from msn.evaluation.features import FeatureSettings, Runtime
 from msn.weights import load_backbone, read_weights
 from msn.weights.export import export
+from msn.weights.initialise import initialise
 from tests.evaluation.toys import ToyImages
 from tests.weights.builders import MODEL, images, shaken
 from tests.weights.conftest import assert_same
@@ -106,6 +107,13 @@ def test_transformers_pretraining_model_gives_its_loss_and_prediction(
     torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-10, atol=0)
     torch.testing.assert_close(ours.prediction, theirs.logits, rtol=0, atol=1e-9)
     assert torch.equal(ours.mask, theirs.mask.double())
+
+
+def test_a_decoder_that_is_loaded_is_not_told_as_ignored(tmp_path):
+    save_theirs(tmp_path)
+    rows = dict(initialise(msn.load_mae(tmp_path), read_weights(tmp_path)))
+    assert rows["decoder"] == "loaded"
+    assert "ignored" not in rows.values()
 
 
 @pytest.mark.parametrize("source", ["ViTMAEModel", "mae_pretrain"])
