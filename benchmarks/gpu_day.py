@@ -107,7 +107,10 @@ def equal() -> dict[str, Any]:
     here = TrainingStep(case._replace(device="cpu"))
     there = TrainingStep(case)
     there.module.network.load_state_dict(here.module.network.state_dict())
-    there.views = type(here.views)(*(view.to(DEVICE) for view in here.views))
+    moved_views = {
+        name: getattr(here.views, name).to(DEVICE) for name in ("target", "rand", "focal")
+    }
+    there.views = here.views._replace(**moved_views)
     losses = []
     for _ in range(3):
         here.step()

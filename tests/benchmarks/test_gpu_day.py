@@ -50,7 +50,9 @@ def test_an_unknown_part_is_named(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["machine", "step_b16_1024", "trace", "views", "features"])
+@pytest.mark.parametrize(
+    "part", ["machine", "step_b16_1024", "trace", "views", "equal", "features"]
+)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the program itself runs there")
 def test_each_part_runs_in_small(monkeypatch, part):
     monkeypatch.setattr(gpu_day, "SMALL", True)
