@@ -6,9 +6,11 @@ import os
 import shlex
 
 import pytest
+import torch
 from PIL import Image
 
 from msn.commands import suggest_labels
+from msn.method.vit import VisionTransformer
 from msn.weights import save_backbone
 from tests.commands.conftest import QUICK
 from tests.weights.builders import make_trunk
@@ -25,6 +27,19 @@ def export(tmp_path_factory):
 def read_table(out):
     with (out / "suggested.csv").open(newline="", errors="surrogateescape") as file:
         return list(csv.DictReader(file))
+
+
+def test_a_file_that_fits_several_families_asks_for_the_family(command, tmp_path, images):
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 1}
+    trunk = VisionTransformer(**sizes, mlp_ratio=2.0, position="rope")
+    torch.save(trunk.state_dict(), tmp_path / "bare.pth")
+    arguments = [f"checkpoint={tmp_path / 'bare.pth'}", "budget=3", "choose=medoids"]
+    arguments += ["model.num_heads=1", "features.image_size=16", "compare_seeds=0", "cache_dir=null", "device=cpu"]
+    where = ["data=folder", f"data.root={images}", f"out={tmp_path / 'out'}"]
+    code, _, err = command("suggest_labels", *arguments, *where)
+    assert (code, "init_family" in err) == (2, True)
+    code, _, err = command("suggest_labels", *arguments, *where, "init_family=dinov3")
+    assert code == 0, err
 
 
 def test_medoids_of_any_backbone_with_the_comparison(command, tmp_path, images, export):
