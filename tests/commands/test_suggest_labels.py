@@ -34,7 +34,13 @@ def test_a_file_that_fits_several_families_asks_for_the_family(command, tmp_path
     trunk = VisionTransformer(**sizes, mlp_ratio=2.0, position="rope")
     torch.save(trunk.state_dict(), tmp_path / "bare.pth")
     arguments = [f"checkpoint={tmp_path / 'bare.pth'}", "budget=3", "choose=medoids"]
-    arguments += ["model.num_heads=1", "features.image_size=16", "compare_seeds=0", "cache_dir=null", "device=cpu"]
+    arguments += [
+        "model.num_heads=1",
+        "features.image_size=16",
+        "compare_seeds=0",
+        "cache_dir=null",
+        "device=cpu",
+    ]
     where = ["data=folder", f"data.root={images}", f"out={tmp_path / 'out'}"]
     code, _, err = command("suggest_labels", *arguments, *where)
     assert (code, "init_family" in err) == (2, True)
