@@ -48,7 +48,7 @@ class _FewLabels(FeatureProtocol):
         spreading: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(features)
-        self.write_lists, self.spreading = write_lists, None
+        self.write_lists, self.spreading, self._spreads = write_lists, None, False
         if spreading is not None:
             self.spreading = make("protocol.spreading", spreading, Spreading, complete=True)
         self.logistic = make("protocol.logistic", logistic, Logistic, complete=True)
@@ -80,6 +80,12 @@ class _FewLabels(FeatureProtocol):
     def plan(self, train: LabelledSet) -> LabelPlan:
         """Choose the labelled images, and keep lists of them where that is wanted."""
         plan = super().plan(train)
+        if self.spreading is not None and not self._spreads:
+            log.info(
+                "label spreading is left out: %d training images are more than "
+                "protocol.spreading.most_images=%d",
+                *(len(train), self.spreading.most_images),
+            )
         if self.write_lists is not None and process_index() == 0:
             names = plan.images.names
             for labelled in self._few(plan.sets):
@@ -94,10 +100,12 @@ class _FewLabels(FeatureProtocol):
     @property
     def _takes_all(self) -> bool:
         """Whether all images of the training pool take part, not the labelled ones alone."""
-        return self.knn_neighbours is not None or self.spreading is not None
+        return self.knn_neighbours is not None or self._spreads
 
     def label_sets(self, train: LabelledSet) -> list[LabelSet]:
-        """Sets with few labels, and all images where kNN is wanted."""
+        """Sets with few labels, and all images if kNN or label spreading takes part."""
+        # The graph and the shares of each class grow with all images of the pool.
+        self._spreads = self.spreading is not None and len(train) <= self.spreading.most_images
         sets = self.few_labels(train)
         self.check_choice(sets, train.labels)
         if self.knn_neighbours is not None and len(train) < self.knn_neighbours:
@@ -115,7 +123,7 @@ class _FewLabels(FeatureProtocol):
         """Rows `logistic` and `spreading` for few labels and a row `knn` for all."""
         few = trial._replace(sets=self._few(trial.sets))
         found = logistic_results(few, self.logistic)
-        if self.spreading is not None:
+        if self.spreading is not None and self._spreads:
             found += spreading_results(few, self.spreading)
         if self.knn_neighbours is None:
             return found

@@ -34,6 +34,7 @@ class Spreading:
     neighbours: Annotated[int, Range(2)]  # of each image in the graph, itself among them
     # How much of a neighbour's label an image takes over.
     alpha: Annotated[float, Range(0, 1, above_low=True, below_high=True)]
+    most_images: Annotated[int, Range(1)]  # training images above which it is left out
 
     def __post_init__(self) -> None:
         check_ranges("protocol.spreading", self)

@@ -68,7 +68,7 @@ PROTOCOLS = {
             shots=[2, 5],
             logistic=SETTINGS,
             knn_neighbours=1,
-            spreading={"neighbours": 5, "alpha": 0.3},
+            spreading={"neighbours": 5, "alpha": 0.3, "most_images": 100_000},
         ),
         {"logistic": logistic, "spreading": spreading, "knn": neighbours(1)},
     ),

@@ -1,3 +1,5 @@
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -28,7 +30,9 @@ def label_sets(per_class, count):
 def test_predictions_are_those_of_scikit_learn_on_the_same_sets(neighbours, alpha):
     sets = label_sets(2, 3)
     trial = Trial("msn", "class_token", sets, TRAIN, TEST, CPU)
-    (result,) = spreading_results(trial, Spreading(neighbours=neighbours, alpha=alpha))
+    (result,) = spreading_results(
+        trial, Spreading(neighbours=neighbours, alpha=alpha, most_images=100_000)
+    )
     rows, test_rows = (centre_and_normalise(s.features).numpy() for s in (TRAIN, TEST))
     for at, labelled in enumerate(sets):
         labels = np.full(120, -1)
@@ -49,13 +53,15 @@ def test_predictions_are_those_of_scikit_learn_on_the_same_sets(neighbours, alph
 def test_a_class_without_a_label_and_an_image_without_neighbours_are_no_fault():
     some = LabelSet("2 images", "one", torch.tensor([0, 60]))  # classes 0 and 2 of four
     trial = Trial("msn", "class_token", [some], TRAIN, TEST, CPU)
-    (result,) = spreading_results(trial, Spreading(neighbours=2, alpha=0.2))
+    (result,) = spreading_results(trial, Spreading(neighbours=2, alpha=0.2, most_images=100_000))
     assert bool(result.outcome.scores.isfinite().all())
     assert result.outcome.scores.sum(dim=1).numpy() == pytest.approx(1)
 
 
 def test_spreading_is_a_line_below_the_regression_and_sees_all_images():
-    protocol = kshot(spreading={"neighbours": 7, "alpha": 0.2}, knn_neighbours=None)
+    protocol = kshot(
+        spreading={"neighbours": 7, "alpha": 0.2, "most_images": 100_000}, knn_neighbours=None
+    )
     sets = protocol.label_sets(ToyImages(30, 4))
     assert len(sets[-1].positions) == 120
     rows = [r.row for r in protocol.results(Trial("msn", "x", sets, TRAIN, TEST, CPU))]
@@ -66,6 +72,17 @@ def test_spreading_is_a_line_below_the_regression_and_sees_all_images():
     lines = markdown_table(rows).splitlines()
     assert lines[0] == "| backbone | logistic 1 per class | logistic 2 per class |"
     assert lines[3].startswith(f"| msn, spreading | {100 * rows[2]['top1_mean']:.1f} +- ")
+
+
+def test_many_images_leave_spreading_out_and_are_not_looked_at(caplog):
+    protocol = kshot(spreading={"neighbours": 7, "alpha": 0.2, "most_images": 119})
+    protocol.knn_neighbours = None
+    with caplog.at_level(logging.INFO):
+        plan = protocol.plan(ToyImages(30, 4))
+    assert "120 training images are more than protocol.spreading.most_images=119" in caplog.text
+    assert max(len(labelled.positions) for labelled in plan.sets) == 8
+    rows = [r.row for r in protocol.results(Trial("msn", "x", plan.sets, TRAIN, TEST, CPU))]
+    assert {row["classifier"] for row in rows} == {"logistic"}
 
 
 def test_short_classes_are_refused_taken_or_left_out():
