@@ -22,7 +22,10 @@ from tests.conftest import ROOT
 from tests.weights.builders import MODEL, images, make_trunk, shaken
 from tests.weights.conftest import assert_same
 
-PRESETS = sorted((ROOT / "configs" / "model").glob("*.yaml"))
+# But of_init, whose numbers are those of a file.
+PRESETS = sorted(
+    set((ROOT / "configs/model").glob("*.yaml")) - {ROOT / "configs/model/of_init.yaml"}
+)
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
