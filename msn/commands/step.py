@@ -17,8 +17,10 @@ from msn.data.dataset import Subset, TrainingSet
 from msn.data.sampler import BatchKey
 from msn.data.sources import ArraySource
 from msn.data.views import Views, ViewSettings, view_settings
+from msn.errors import UserError
 from msn.method import optim
 from msn.method.optim import BufferGuard, FiniteCheck
+from msn.method.vit import SIZES
 from msn.schema import whole_number
 from msn.training.base import PretrainingModule
 from msn.training.cost import Operations, measure_matrix_rate, synchronise
@@ -53,6 +55,13 @@ def case_of(settings: dict[str, Any]) -> Case:
     Raises:
         UserError: a setting is wrong.
     """
+    wanted = {f"model.{name}": settings["model"].get(name, 0) for name in SIZES}
+    wanted["method.num_prototypes"] = settings["method"].get("num_prototypes", 0)
+    if missing := [key for key, value in wanted.items() if value is None]:
+        raise UserError(
+            f"{missing[0]} is null, to follow init=PATH and its images: bench reads neither; give "
+            "model=NAME and method.num_prototypes=N"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch = settings["batch_size"]
     if batch is None:

@@ -104,6 +104,8 @@ def test_a_step_is_measured_in_its_precision(precision, weights, views):
         (["trainer.precision=8-true"], "trainer.precision must be in"),
         (["data.views.rand_views=-1"], "rand_views=-1"),
         (["experiment=nope"], "nope"),
+        (["experiment=adapt"], "model.img_size is null, to follow init=PATH"),
+        (["experiment=adapt", "model=vit_digits"], "method.num_prototypes is null, to follow"),
     ],
 )
 def test_mistakes_of_a_step_end_in_one_line(command, arguments, message):
