@@ -91,7 +91,10 @@ def _run(config_name: str, job: Job, flags: argparse.Namespace) -> None:
     elif flags.multirun:
         _sweep(config_name, job, flags.overrides)
     else:
-        job(compose(config_name, flags.overrides))
+        config = compose(config_name, flags.overrides)
+        # Before the command is imported, and torch with it.
+        _refuse_missing([str(key) for key in config if OmegaConf.is_missing(config, key)])
+        job(config)
 
 
 def explained(job: Job) -> Job:
@@ -288,12 +291,16 @@ def to_plain(config: DictConfig, key: str | None = None) -> dict[str, Any]:
         UserError: if a value that must be given (`???`) is missing.
     """
     # Resolved inside the whole: a node alone cannot see what its interpolations point to.
-    missing = sorted(name for name in OmegaConf.missing_keys(config) if name.startswith(key or ""))
-    if missing:
-        raise UserError(f"{missing[0]} must be given: add {missing[0]}=...")
+    missing = OmegaConf.missing_keys(config)
+    _refuse_missing(sorted(name for name in missing if name.startswith(key or "")))
     node = config if key is None else OmegaConf.select(config, key)
     plain: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     return plain  # of a group that was set to a value, that value
+
+
+def _refuse_missing(names: list[str]) -> None:
+    if names:
+        raise UserError(f"{names[0]} must be given: add {names[0]}=...")
 
 
 def one_line(error: BaseException) -> str:

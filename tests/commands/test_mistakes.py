@@ -491,3 +491,18 @@ def test_ctrl_c_while_modules_are_imported_is_a_line(capsys, monkeypatch):
     assert capsys.readouterr().err == "interrupted\n"
     loaded = "import msn.__main__, sys; sys.exit('hydra' in sys.modules)"  # before it can be said
     assert subprocess.run([sys.executable, "-c", loaded], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("wrong", ["checkpoint=x", "nope=1"])
+def test_what_the_command_line_tells_is_told_before_torch_is_loaded(wrong):
+    code = f"""
+import sys
+from msn.__main__ import run_named
+try:
+    run_named("embed", ["{wrong}"])
+finally:
+    print("torch" in sys.modules)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (2, "False\n")
+    assert ended.stderr.startswith(("error: out must be given", "error: unknown key nope"))

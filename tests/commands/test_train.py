@@ -178,7 +178,8 @@ def rows_of(run):
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_the_default_run_meets_its_claim(default_run):
-    top1 = {(row["backbone"], row["labels"]): row["top1_mean"] for row in rows_of(default_run)}
+    rows = [row for row in rows_of(default_run) if row["classifier"] != "spreading"]
+    top1 = {(row["backbone"], row["labels"]): row["top1_mean"] for row in rows}
     assert top1["msn", "1"] >= 0.70  # README says 78 %; its spread over runs is wide
     assert top1["msn", "5"] >= 0.88
     assert top1["msn", "all"] >= 0.95
@@ -225,14 +226,15 @@ def test_eval_lowshot_repeats_the_table_of_the_run(command, tmp_path):
         json.loads((tmp_path / name / "lowshot.json").read_text())["rows"]
         for name in ("run", "eval")
     )
-    figures = {(row["backbone"], row["labels"]): row["top1_mean"] for row in first}
+    kind = ("classifier", "labels")
+    figures = {(row["backbone"], *(row[k] for k in kind)): row["top1_mean"] for row in first}
     assert read_weights(checkpoint).meta["epoch"] == 1  # Lightning counts it a moment later
     assert read_weights(tmp_path / "run").meta["epoch"] == 1
     digests = {row["weights"] for row in second if row["backbone"] in ("msn", "again")}
     assert digests == {first[0]["weights"]}
     for row in second:
         name = "msn" if row["backbone"] == "again" else row["backbone"]
-        assert row["top1_mean"] == figures[name, row["labels"]]
+        assert row["top1_mean"] == figures[name, *(row[k] for k in kind)]
 
 
 def test_bf16_trains_on_views_of_its_own_type_with_the_same_numbers(command, tmp_path, monkeypatch):

@@ -323,7 +323,7 @@ def _as_if_there_were_a_driver() -> Iterator[None]:
         (torch.cuda, "get_device_capability", lambda _=None: (H100.major, H100.minor)),
         (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
         (torch.cuda, "current_stream", _Stream),
-        (torch.accelerator, "current_stream", _Stream),
+        (torch.accelerator, "current_stream", lambda *_: _Stream()),
         (torch.cuda, "Stream", _Stream),
         (torch.cuda, "stream", lambda _: contextlib.nullcontext()),
         (torch.cuda, "Event", _Event),
