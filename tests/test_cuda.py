@@ -9,6 +9,7 @@ import pytest
 from tests.conftest import ROOT
 
 
+@pytest.mark.timeout(2400)  # the slow ones take five minutes of one core
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_cuda_code_runs_on_fake_tensors(which):
     ended = subprocess.run(
