@@ -281,6 +281,10 @@ def _say_quality(fitted: Fitted, train: FeatureSet, names: Sequence[str]) -> Non
         (one["recall"], name) for name, one in found["recall"].items() if one["images"]
     )
     print("recall: " + ", ".join(f"{name} {100 * recall:.0f} %" for recall, name in recalls[:20]))
+    # One class for all images has the recall 1 in that class and 0 in all others.
+    if found["interval"][0] <= largest and found["balanced_interval"][0] <= 1 / len(recalls):
+        print("no better than the largest class alone: label more images, or take another backbone")
+        return
     assert fitted.outcome.score is not None
     wrong = torch.nonzero(~fitted.outcome.correct[0])[:, 0]
     worst = wrong[fitted.outcome.score[wrong].argsort(descending=True)][:_SHOWN].tolist()

@@ -104,6 +104,25 @@ def test_labels_may_be_anywhere_and_of_any_spelling(photos, some, run, tmp_path)
     assert {row["path"] for row in listed} == {str(root / row["path"]) for row in plain}
 
 
+def test_a_classifier_that_is_no_better_than_one_class_blames_no_label(
+    photos, run, tmp_path, capsys
+):
+    root, truth = photos
+    kinds = list(COLOURS)
+    said = {}
+    # Labels that have nothing to do with the images, and the right ones but for one.
+    rng = np.random.default_rng(1)
+    wrong = {name: kinds[int(rng.integers(3))] for name in truth}
+    nearly = {**truth, "day0/00.png": next(kind for kind in kinds if kind != truth["day0/00.png"])}
+    for labels, key in ((wrong, "wrong"), (nearly, "nearly")):
+        msn.predict(run, root, labels, out=tmp_path / f"{key}.csv", **SMALL)
+        said[key] = capsys.readouterr().out
+    assert "no better than the largest class alone" in said["wrong"]
+    assert "look again" not in said["wrong"]
+    assert "look again: day0/00.png" in said["nearly"]
+    assert "no better" not in said["nearly"]
+
+
 def test_one_label_of_each_class_is_enough(photos, run, tmp_path, capsys):
     one = {name: kind for name, kind in list(photos[1].items())[:3]}
     rows = msn.predict(run, photos[0], one, **SMALL)
