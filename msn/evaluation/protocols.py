@@ -24,8 +24,8 @@ from msn.evaluation.lowshot import (
     LabelPlan,
     check_draws,
 )
+from msn.evaluation.neighbours import Spreading, spreading_results
 from msn.evaluation.sets import LabelSet, Result, Trial, all_labels, drawn_shares, drawn_shots
-from msn.evaluation.spreading import Spreading, spreading_results
 from msn.files import writing_to
 from msn.method.distributed import process_index
 from msn.schema import make

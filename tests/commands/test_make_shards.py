@@ -7,9 +7,9 @@ import shutil
 import numpy as np
 import pytest
 
-from msn.data import shard_writer
+from msn.commands import make_shards
+from msn.commands.make_shards import write_shards
 from msn.data.pools import PoolSettings, build_pools
-from msn.data.shard_writer import write_shards
 from msn.data.shards import shard_source
 from msn.data.sources import list_source
 from msn.files import write_atomically
@@ -116,7 +116,7 @@ def test_a_command_that_was_interrupted_can_be_repeated(
             raise error
         return write_atomically(file, *rest)
 
-    monkeypatch.setattr(shard_writer, "write_atomically", write)
+    monkeypatch.setattr(make_shards, "write_atomically", write)
     code, _, err = command("make_shards", *arguments)
     assert code == (130 if isinstance(error, KeyboardInterrupt) else 2)
     assert len(err.splitlines()) == 1

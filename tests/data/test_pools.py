@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from msn.commands.make_shards import write_shards
 from msn.data.pools import PoolSettings, build_pools
-from msn.data.shard_writer import write_shards
 from msn.data.sources import folder_source
 from msn.errors import UserError
 

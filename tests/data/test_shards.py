@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from msn.data.shard_writer import write_shards
+from msn.commands.make_shards import write_shards
 from msn.data.shards import find_shards, shard_source
 from msn.data.sources import folder_source, list_source
 from msn.errors import UserError
