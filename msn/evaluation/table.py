@@ -20,10 +20,10 @@ from rich.text import Text
 
 from msn.evaluation.drawing import draw_confusion, draw_curve
 from msn.evaluation.features import LabelledSet
-from msn.evaluation.outcomes import (
+from msn.evaluation.outcomes import is_unbalanced
+from msn.evaluation.predictions import (
     PREDICTIONS,
     confusion_table,
-    is_unbalanced,
     main_result,
     write_predictions,
 )

@@ -9,7 +9,7 @@ from PIL import Image
 
 from msn.data.pools import PoolSettings, build_pools
 from msn.errors import UserError
-from msn.evaluation.outcomes import PREDICTIONS, is_floor, read_predictions
+from msn.evaluation.predictions import PREDICTIONS, is_floor, read_predictions
 from msn.evaluation.sets import Row
 from msn.images.kinds import BadImageError
 from msn.reporting.pictures import Gallery, as_picture, sized, strip

@@ -8,18 +8,10 @@ import torch
 from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score, recall_score
 
-from msn.evaluation import outcomes
+from msn.evaluation import predictions
 from msn.evaluation.lowshot import evaluate
-from msn.evaluation.outcomes import (
-    above,
-    confusion,
-    confusion_table,
-    is_unbalanced,
-    measured,
-    outcome_of,
-    read_predictions,
-    write_predictions,
-)
+from msn.evaluation.outcomes import above, confusion, is_unbalanced, measured, outcome_of
+from msn.evaluation.predictions import confusion_table, read_predictions, write_predictions
 from msn.evaluation.sets import make_row
 from msn.evaluation.table import markdown_table, write_results
 from msn.weights.card import floors_note
@@ -176,7 +168,7 @@ def test_the_majority_class_is_a_row_of_every_column(results):
 def test_predictions_are_kept_with_names_and_scores(tmp_path, results, monkeypatch, ending):
     found, test = results
     if ending == "csv":
-        monkeypatch.setattr(outcomes, "find_spec", lambda _: None)
+        monkeypatch.setattr(predictions, "find_spec", lambda _: None)
     write_predictions(tmp_path / "p", found, test.names)
     assert [path.name for path in tmp_path.iterdir()] == [f"p.{ending}"]
     lines = read_predictions(tmp_path / "p")
