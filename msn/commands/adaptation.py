@@ -157,8 +157,11 @@ def better_of(
 ) -> tuple[FrozenBackbone, str]:
     """Which backbone is kept, by 10-NN on labelled training images, each left out in turn.
 
+    The foundation stays unless the adapted one is right on more images, and by more than chance:
+    by two standard errors of the difference on the same images, which is McNemar's test.
+
     Args:
-        subjects: the foundation, which stays unless the other one is better, and the adapted one.
+        subjects: the foundation and the adapted one.
         labelled: training images with labels; no held-out image is looked at.
         features: of the protocol.
         runtime: devices, workers.
@@ -172,16 +175,22 @@ def better_of(
     count = min(len(labelled), _MOST_IMAGES)
     positions = torch.linspace(0, len(labelled) - 1, count, dtype=torch.float64).round().long()
     chosen = ChosenImages(labelled, positions)
-    found = {}
+    hits = []
     for subject in subjects:
         rows = subject.features(chosen, features, runtime, "labelled training images")
         images = labelled_features(chosen, rows)
-        found[subject.name] = leave_one_out(
-            images.features, images.labels, k=_NEIGHBOURS, num_classes=len(images.classes)
+        hits.append(
+            leave_one_out(
+                images.features, images.labels, k=_NEIGHBOURS, num_classes=len(images.classes)
+            )
         )
-    kept = adapted if found[_ADAPTED] > found[_FOUNDATION] else foundation
-    figures = ", ".join(f"{name} {share:.1%}" for name, share in found.items())
+    before, after = hits
+    # Images that one of them alone gets right; by chance as many on either side.
+    margin = 2 * math.sqrt(int((before != after).sum())) / count
+    shares = [float(hit.double().mean()) for hit in hits]
+    kept = adapted if shares[1] - shares[0] > margin else foundation
     return kept, (
         f"{kept.name} (10-NN on {count:,} labelled training images, each left out in turn: "
-        f"{figures})"
+        f"{foundation.name} {shares[0]:.1%}, {adapted.name} {shares[1]:.1%}; more than "
+        f"{100 * margin:.1f} points would not be chance)"
     )

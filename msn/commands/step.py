@@ -59,8 +59,8 @@ def case_of(settings: dict[str, Any]) -> Case:
     wanted["method.num_prototypes"] = settings["method"].get("num_prototypes", 0)
     if missing := [key for key, value in wanted.items() if value is None]:
         raise UserError(
-            f"{missing[0]} is null, to follow init=PATH and its images: bench reads neither; give "
-            "model=NAME and method.num_prototypes=N"
+            f"{missing[0]} is null: give init=PATH to msn bench, or model=NAME and "
+            "method.num_prototypes=N"
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch = settings["batch_size"]

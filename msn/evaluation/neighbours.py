@@ -129,8 +129,8 @@ def uniformity(features: Tensor) -> Tensor:
     return F.pdist(F.normalize(features, dim=1)).square().mul(-2).exp().mean().log()
 
 
-def leave_one_out(features: Tensor, labels: Tensor, *, k: int, num_classes: int) -> float:
-    """Share of rows that their k nearest others classify rightly by majority under cosine.
+def leave_one_out(features: Tensor, labels: Tensor, *, k: int, num_classes: int) -> Tensor:
+    """Which rows their k nearest others classify rightly by majority under cosine, [n] of bool.
 
     Args:
         features: [n, D], n > k.
@@ -144,7 +144,7 @@ def leave_one_out(features: Tensor, labels: Tensor, *, k: int, num_classes: int)
     order = others.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :k]
     voters = labels[indices.gather(1, order)]
     votes = majority_votes(cosines.gather(1, order), voters, num_classes)
-    return float((votes.argmax(dim=1) == labels).double().mean())
+    return votes.argmax(dim=1) == labels
 
 
 def _tally(weights: Tensor, labels: Tensor, num_classes: int) -> Tensor:

@@ -172,7 +172,7 @@ def _check_periods(periods: Tensor | None, where: str) -> None:
     count = periods.numel()
     expected = PLAIN["rope_base"] ** (torch.arange(count, dtype=torch.float64) / count)
     if not torch.allclose(periods.double().flatten(), expected, rtol=1e-2):
-        raise UserError(f"{where}: rope_embed.periods are not those of base 100")
+        raise UserError(f"{where}: rope_embed.periods are not those of base 100, which we read")
 
 
 def told_by_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -186,6 +186,9 @@ def told_by_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     wanted: dict[str, Any] = {"hidden_act": "gelu"}
     if rotary:
         wanted |= {"proj_bias": True, "mlp_bias": True}
+        # The official code's names; transformers would not read them either.
+        wanted |= {f"pos_embed_rope_{bound}_period": None for bound in ("min", "max")}
+        wanted["pos_embed_rope_normalize_coords"] = "separate"
         if config.get("query_bias", True) != config.get("value_bias", True):
             raise UserError(f"{where}: query_bias and value_bias must be alike")
         if config.get("use_gated_mlp"):

@@ -102,6 +102,24 @@ def test_the_foundation_stays_unless_the_other_is_better(foundation, adapted):
 
 
 @pytest.mark.parametrize(
+    ("before_alone", "after_alone", "name", "margin"),
+    [(0, 4, "foundation", 10.0), (0, 5, "adapted", 11.2), (2, 8, "foundation", 15.8)]
+    + [(2, 9, "adapted", 16.6)],
+)
+def test_better_means_by_more_than_chance(monkeypatch, before_alone, after_alone, name, margin):
+    """Images of 40 that one of them alone gets right; two standard errors of their difference."""
+    before = torch.arange(40) < before_alone
+    after = (torch.arange(40) >= 30) & (torch.arange(40) < 30 + after_alone)
+    hits = iter([before, after])
+    monkeypatch.setattr("msn.commands.adaptation.leave_one_out", lambda *_, **__: next(hits))
+    subjects = [subject(name, torch.zeros(40, 8)) for name in ("foundation", "adapted")]
+    kept, why = better_of(subjects, Labelled(), None, None)
+    assert kept.name == name
+    assert f"foundation {before_alone / 40:.1%}, adapted {after_alone / 40:.1%}" in why
+    assert f"more than {margin} points" in why
+
+
+@pytest.mark.parametrize(
     ("images", "number"),
     [(3, 16), (1297, 32), (5000, 128), (10_000, 256), (1_281_167, 1024)],
 )

@@ -9,6 +9,7 @@ from msn.commands.bench import combine
 from msn.commands.entry import compose, to_plain
 from msn.commands.step import TrainingStep, case_of, product_type
 from tests.data.photos import make_folder
+from tests.weights.zoo import save_hugging_face
 
 TINY = ["experiment=digits", "model.depth=2", "batch_size=4", "rounds=1"]
 DATA_PATH = ["decode", "worker", "batched_views_cpu"]
@@ -70,6 +71,20 @@ def test_views_can_be_the_bottleneck():
     assert on_cuda(step=0.0005, cores=64)["bottleneck"] == "views"
 
 
+def test_the_step_of_an_adaptation_is_the_file_s(command, tmp_path, monkeypatch):
+    save_hugging_face(tmp_path / "found", "dinov3_vit")
+    cases = []
+    monkeypatch.setattr("msn.commands.bench.bench_step", lambda s, _: cases.append(case_of(s)))
+    code, out, err = command("bench", "what=step", "experiment=adapt", f"init={tmp_path / 'found'}")
+    assert code == 0, err
+    assert "img_size 32, patch_size 8" in out
+    assert "1024 prototypes" in out
+    model, method = cases[0].model, cases[0].method
+    assert (model["position"], model["embed_dim"]) == ("rope", 24)
+    assert (method["num_prototypes"], method["trunk_lr_scale"]) == (1024, 0.1)
+    assert cases[0].views["rand_size"] == 32
+
+
 @pytest.mark.parametrize(
     ("precision", "weights", "views"),
     [
@@ -104,8 +119,8 @@ def test_a_step_is_measured_in_its_precision(precision, weights, views):
         (["trainer.precision=8-true"], "trainer.precision must be in"),
         (["data.views.rand_views=-1"], "rand_views=-1"),
         (["experiment=nope"], "nope"),
-        (["experiment=adapt"], "model.img_size is null, to follow init=PATH"),
-        (["experiment=adapt", "model=vit_digits"], "method.num_prototypes is null, to follow"),
+        (["experiment=adapt"], "model.img_size is null: give init=PATH"),
+        (["experiment=adapt", "model=vit_digits"], "method.num_prototypes is null: give init=PATH"),
     ],
 )
 def test_mistakes_of_a_step_end_in_one_line(command, arguments, message):

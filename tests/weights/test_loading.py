@@ -150,6 +150,19 @@ def test_configurations_that_are_refused(tmp_path, entries, message):
 
 
 @pytest.mark.parametrize(
+    "entries",
+    [{"pos_embed_rope_min_period": 0.5, "pos_embed_rope_max_period": 9.0}]
+    + [{"pos_embed_rope_max_period": 9.0}, {"pos_embed_rope_normalize_coords": "max"}],
+)
+def test_rotary_positions_that_no_library_here_computes_are_refused(tmp_path, entries):
+    save_hugging_face(tmp_path, "dinov3_vit")
+    change(tmp_path / "config.json", **entries)
+    for read in (read_weights, measured):
+        with pytest.raises(UserError, match=f"{next(iter(entries))} must be "):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize(
     "what", ["adapter", "processor", "oblong", "nan", "int8", "pooler", "extra"]
 )
 def test_directories_that_are_refused(tmp_path, what):
