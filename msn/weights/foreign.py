@@ -1,7 +1,7 @@
-"""Backbones that our trunk does not compute: measured by their own library's forward.
+"""`ForeignBackbone`: a backbone that our trunk does not compute, run by its own library.
 
-They can be measured, not trained or exported. No code of a directory runs, and nothing is fetched:
-weights are opened by `tensors.open_weights` and handed to the library as tensors.
+It can be measured, not trained or exported. No code from a directory runs, and nothing is fetched:
+`tensors.open_weights` reads the weights and hands them to the library as tensors.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,19 +13,19 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms
 
-from msn.errors import UserError
+from msn.errors import UserError, brief
 from msn.images.depth import SIXTEEN_BITS
 from msn.weights.backbone import Opened, Picture, trimmed
 from msn.weights.families import NATIVE, POOLED, Native
 from msn.weights.weights import check_tensors, widen
 
-# Integers in files of others that are no weights.
+# Integer tensors of other libraries that are not weights.
 _COUNTERS = ("_index", "position_ids", "num_batches_tracked")
 _TOKENS = ("class_token", "class_token_norm", "patch_mean")
 
 
 def checked(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Tensors that a library may take: floating-point and finite, halves as float32.
+    """The tensors, checked to be floating-point and finite, 16-bit ones as float32.
 
     Raises:
         UserError: naming those that are not.
@@ -41,24 +41,24 @@ class Card:
     where: str
     """Its path, for messages."""
     library: str
-    """With version."""
+    """Name and version."""
     image_size: int
-    """Side in px that the transform gives and the network takes."""
+    """Side in px of the transform's output and the network's input."""
     native: Native | None
     """What its family takes as the feature of an image; None if unknown."""
     transform: Callable[[Image.Image], Tensor]
     """The library's own, from an RGB image to [3, S, S]."""
     preprocessing: Mapping[str, Any]
-    """What tells the transform from others, plain data."""
+    """What identifies the transform, plain data."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     patch_size: int | None
-    """None where tokens are no grid of equal patches."""
+    """None where tokens are not a grid of equal patches."""
     has_class_token: bool
     meta: Mapping[str, Any]
-    """licence, and what the weights are."""
+    """The licence, and what the weights are."""
     model_config: Mapping[str, Any]
-    """What tells the network from others of the same weights, plain data."""
+    """What identifies the network besides its weights, plain data."""
     build: Callable[[], nn.Module]
     """The same network with new random weights."""
 
@@ -67,8 +67,8 @@ class ForeignBackbone(nn.Module):
     """A frozen backbone of timm or transformers, used as `Backbone` is.
 
     Args:
-        net: the library's network, which gives [B, D] or [B, D, 1, 1] for images [B, 3, S, S], or
-            None where the library pools nothing.
+        net: the library's network, from images [B, 3, S, S] to [B, D] or [B, D, 1, 1], or to None
+            where the library pools nothing.
         norm: name of its final norm in `net`; None if there is none.
         card: what it is.
 
@@ -103,7 +103,7 @@ class ForeignBackbone(nn.Module):
             return kind
         if self.native is None:
             raise UserError(
-                f"{self.card.where}: what this family's feature is, no table says; choose it: "
+                f"{self.card.where}: the feature of this family is not known; choose "
                 f"feature={', '.join((POOLED, *_TOKENS))}"
             )
         return self.native.feature
@@ -121,7 +121,7 @@ class ForeignBackbone(nn.Module):
         """
         kind = self.resolve(kind)
         if kind not in (POOLED, *_TOKENS):
-            self._lacks(kind, "only our own trunk gives that")
+            self._lacks(kind, "only our own trunk has it")
         if kind == POOLED:
             rows = self.net(images)
             if rows is None:
@@ -143,7 +143,7 @@ class ForeignBackbone(nn.Module):
         return tokens[:, tokens.shape[1] - patches :].mean(dim=1)
 
     def _tokens(self, images: Tensor, kind: str) -> Tensor:
-        """What goes into the final norm or comes out of it, [B, L, D] or [B, D]."""
+        """Input (`class_token`) or output of the final norm, [B, L, D] or [B, D]."""
         norm = None if self._norm is None else self.net.get_submodule(self._norm)
         if norm is None or (isinstance(norm, nn.Identity) and kind == "class_token_norm"):
             self._lacks(kind, "it has no final norm")
@@ -163,7 +163,7 @@ class ForeignBackbone(nn.Module):
 
     @torch.no_grad()
     def check(self, kind: str) -> "ForeignBackbone":
-        """Try a feature on one gray image, so that what does not work is refused before any work.
+        """Try a feature on one gray image, to refuse early what does not work.
 
         Returns:
             Itself.
@@ -176,11 +176,10 @@ class ForeignBackbone(nn.Module):
             rows = self.feature(torch.zeros(1, 3, size, size), kind)
         except UserError:
             raise
-        except Exception as error:  # libraries raise what they like where shapes do not fit
-            what = " ".join(str(error).split())[:120]
+        except Exception as error:  # libraries raise anything where shapes do not fit
             raise UserError(
                 f"{self.card.where}: {self.card.library} does not take images of {size} x {size} "
-                f"px ({what})"
+                f"px ({brief(error)})"
             ) from error
         if rows.ndim != 2 or not bool(rows.isfinite().all()):
             raise UserError(f"{self.card.where}: features are not finite rows, one per image")

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from msn.errors import UserError
+from msn.errors import UserError, brief
 from msn.weights.families import native_of_hugging_face
 from msn.weights.foreign import Card, ForeignBackbone, checked
 from msn.weights.huggingface import told_by_preprocessor
@@ -63,9 +63,7 @@ def open_huggingface(
     if size != native:
         _scale(processor, size / native)
         if _side(processor, where) != size:
-            raise UserError(
-                f"{where}: its image processor cannot be brought to {size} px; {native} px it can"
-            )
+            raise UserError(f"{where}: its image processor cannot give {size} px, only {native} px")
     build = partial(_create, transformers, kind, config, tensors, where)
     net = build(load=True)
     normalised = told_by_preprocessor(content, f"{where}/{PROCESSOR}")
@@ -101,7 +99,7 @@ class _Tower(nn.Module):
         self.model = getattr(model, "vision_model", model)
         config = self.model.config
         patch = getattr(config, "patch_size", None)
-        # Of a pyramid, patches say nothing of its tokens.
+        # In a pyramid the patch size does not give the number of tokens.
         self.patch_size = (
             patch if isinstance(patch, int) and not hasattr(config, "depths") else None
         )
@@ -139,7 +137,7 @@ class _Processed:
 
 
 def _refuse(config: Mapping[str, Any], where: str) -> None:
-    """Refuse a configuration, or one inside it, that asks for more than its own network."""
+    """Refuse a configuration, or a nested one, that asks for more than its own network."""
     for key, why in _REFUSED.items():
         if config.get(key):
             raise UserError(f"{where}: refused: {key} {why}")
@@ -159,7 +157,7 @@ def _transformers(where: str, kind: str) -> Any:
         ) from None
     if kind not in CONFIG_MAPPING:
         raise UserError(
-            f"{where}: transformers {transformers.__version__} knows no model_type {kind[:80]!r}"
+            f"{where}: transformers {transformers.__version__} has no model_type {kind[:80]!r}"
         )
     return transformers
 
@@ -187,7 +185,7 @@ def _create(
         more: dict[str, Any] = {}
         if "add_pooling_layer" in inspect.signature(made.__init__).parameters:
             more["add_pooling_layer"] = _has_pooler(made, settings, tensors)
-        with _quiet(transformers):
+        with quiet(transformers):
             if not load:
                 return _Tower(made(settings, **more), _image_size(settings))
             model, told = made.from_pretrained(
@@ -199,9 +197,8 @@ def _create(
                 **more,
             )
     except Exception as error:  # configurations and files of others: anything can be wrong in them
-        what = " ".join(str(error).split())[:160]
         raise UserError(
-            f"{where}: transformers {transformers.__version__} cannot open it ({what})"
+            f"{where}: transformers {transformers.__version__} cannot open it ({brief(error, 160)})"
         ) from error
     _check_loaded(told, where)
     return _Tower(model, _image_size(settings))
@@ -216,13 +213,13 @@ def _has_pooler(made: Any, settings: Any, tensors: Mapping[str, Tensor]) -> bool
 
 
 def _image_size(settings: Any) -> int | None:
-    """Side in px that the position embeddings are for; None where it is no number."""
+    """Image side in px of the position embeddings; None where it is not a number."""
     size = getattr(getattr(settings, "vision_config", settings), "image_size", None)
     return size if isinstance(size, int) else None
 
 
 def _check_loaded(told: Mapping[str, Any], where: str) -> None:
-    """Refuse a network of which a part is not in the file; the text side and heads do not count."""
+    """Refuse a network of which a part is not in the file; text towers and heads do not count."""
     missing = [name for name in told["missing_keys"] if not name.startswith(_BESIDE)]
     wrong = [f"{name} is missing" for name in sorted(missing)]
     wrong += [f"{entry[0]} has another shape" for entry in told["mismatched_keys"]]
@@ -246,29 +243,27 @@ def _processor(transformers: Any, directory: Path) -> tuple[Any, dict[str, Any]]
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         _refuse(content, str(file))
-        with _quiet(transformers):
+        with quiet(transformers):
             found = transformers.AutoImageProcessor.from_pretrained(
                 str(directory), local_files_only=True, trust_remote_code=False
             )
     except UserError:
         raise
     except Exception as error:  # as above: a file of others
-        what = " ".join(str(error).split())[:120]
-        raise UserError(f"{file}: transformers cannot open it ({what})") from error
+        raise UserError(f"{file}: transformers cannot open it ({brief(error)})") from error
     return found, content
 
 
 def _side(processor: Any, where: str) -> int:
-    """Side in px of what a processor gives.
+    """Side in px of a processor's output.
 
     Raises:
-        UserError: if it does not bring every image to one square.
+        UserError: if it does not turn every image into one square.
     """
     try:
         pixels = _Processed(processor)(Image.new("RGB", _PROBE))
     except Exception as error:  # as above
-        what = " ".join(str(error).split())[:120]
-        raise UserError(f"{where}: its image processor fails ({what})") from error
+        raise UserError(f"{where}: its image processor fails ({brief(error)})") from error
     shape = list(getattr(pixels, "shape", ()))
     if len(shape) != 3 or shape[0] != 3 or shape[1] != shape[2]:
         raise UserError(
@@ -279,22 +274,17 @@ def _side(processor: Any, where: str) -> int:
 
 
 def _scale(processor: Any, factor: float) -> None:
-    """Another size with the same relation of resizing to crop."""
+    """Change the size and keep the ratio of resizing to crop."""
     for name in ("size", "crop_size"):
         sizes = getattr(processor, name, None)
         if sizes is not None:
-            numbers = dict(sizes)
-            scaled = {
-                key: round(value * factor) for key, value in numbers.items() if value is not None
-            }
-            setattr(
-                processor, name, type(sizes)(**scaled) if not isinstance(sizes, dict) else scaled
-            )
+            scaled = {k: round(v * factor) for k, v in dict(sizes).items() if v is not None}
+            setattr(processor, name, scaled if isinstance(sizes, dict) else type(sizes)(**scaled))
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Without the library's own bars and lines: what is wrong is said by us."""
+def quiet(transformers: Any) -> Iterator[None]:
+    """Within, the library shows no progress bars and no warnings: we report what is wrong."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -15,12 +15,12 @@ import timm.data
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from msn.errors import UserError
+from msn.errors import UserError, brief
 from msn.weights.families import native_of_timm
 from msn.weights.foreign import Card, ForeignBackbone, checked
 from msn.weights.weights import UNKNOWN_LICENCE, differences, summary
 
-# Arguments of `create_model` that open files or build something else than the network.
+# Arguments of `create_model` that open files or build something other than the network.
 _NOT_ARGUMENTS = {
     *("model_name", "pretrained", "checkpoint_path", "cache_dir", "pretrained_cfg"),
     *("pretrained_cfg_overlay", "features_only", "pretrained_model_args", "device", "dtype"),
@@ -41,7 +41,7 @@ def open_timm(
     """A model of timm with the weights of a file.
 
     Args:
-        name: of timm's model; a tag may follow a dot.
+        name: of timm's model; a tag may follow after a dot.
         tensors: state dict in the model's names, or in those that timm itself converts.
         config: `config.json` of a timm directory; empty where only the name is known.
         image_size: side of the images in px; None takes the model's own.
@@ -98,7 +98,7 @@ def _settings(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], di
     if "num_classes" in config:
         pretrained["num_classes"] = config["num_classes"]
     size = arguments.get("img_size")
-    if size is not None:  # as timm: the network's own size is what its images have
+    if size is not None:  # as timm does: images have the network's own size
         sides = [size, size] if isinstance(size, int) else list(size)
         pretrained["input_size"] = [3, *sides]
     return arguments, pretrained
@@ -116,8 +116,8 @@ def _create(
             pretrained_cfg=dict(pretrained) or None,
             **{**arguments, "num_classes": 0},
         )
-    except Exception as error:  # timm's models raise what they like for arguments of others
-        raise UserError(f"{where}: timm cannot build {name} ({_line(error)})") from error
+    except Exception as error:  # timm's models raise anything for arguments that are not theirs
+        raise UserError(f"{where}: timm cannot build {name} ({brief(error)})") from error
 
 
 def _create_at(
@@ -133,7 +133,7 @@ def _create_at(
 
 
 def _side_of_positions(net: Any, tensors: Mapping[str, Tensor]) -> int | None:
-    """Side in px of the square grid that a file's position embeddings are for, if another one."""
+    """Image side in px of a file's position embeddings, if it differs from the network's."""
     found, own = tensors.get("pos_embed"), getattr(net, "pos_embed", None)
     patch = _patch_size(net)
     if found is None or own is None or patch is None or found.shape == own.shape:
@@ -144,7 +144,7 @@ def _side_of_positions(net: Any, tensors: Mapping[str, Tensor]) -> int | None:
 
 
 def _load(net: Any, tensors: Mapping[str, Tensor], name: str, where: str) -> None:
-    """Load strictly, as they are or as timm itself converts them; only a classifier is left out.
+    """Load all tensors but a classifier's, as they are or as timm itself converts them.
 
     Raises:
         UserError: naming at most ten differing keys and shapes.
@@ -158,7 +158,7 @@ def _load(net: Any, tensors: Mapping[str, Tensor], name: str, where: str) -> Non
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # some of timm's converters print
                 found = _without_classifier(net, convert(dict(tensors), net))
-        except Exception as error:  # converters run into whatever the names of a file are
+        except Exception as error:  # converters raise anything for names that they do not know
             raise UserError(
                 f"{where}: the file is not of timm's {name} ({summary(wrong)})"
             ) from error
@@ -180,7 +180,7 @@ def _without_classifier(net: Any, tensors: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def _check_convertible(net: Any, tensors: Mapping[str, Tensor], name: str, where: str) -> None:
-    """Refuse what timm's converters would bend or drop in silence: patches, biases of attention."""
+    """Refuse what timm's converters would change in silence: patches, biases of attention."""
     patch, own = "patch_embed.proj.weight", net.state_dict()
     if patch in tensors and patch in own and tensors[patch].ndim == 4:
         found, expected = tensors[patch].shape[-2:], own[patch].shape[-2:]
@@ -210,7 +210,3 @@ def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
     """The same as plain data, for keys of caches and for headers."""
     plain: dict[str, Any] = json.loads(json.dumps(dict(content), default=str))
     return plain
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__

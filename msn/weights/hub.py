@@ -1,6 +1,6 @@
-"""The Hugging Face Hub, both ways: `hf://USER/NAME[@REVISION]` is read, an export is pushed.
+"""The Hugging Face Hub, both ways: read `hf://USER/NAME[@REVISION]`, push an export.
 
-Only safetensors and plain data are fetched; they stay in the Hub's own cache, which serves again
+Only safetensors and plain data are fetched. They stay in the Hub's own cache and can be read again
 without a network (`HF_HUB_OFFLINE=1`).
 """
 
@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from msn.errors import UserError
+from msn.errors import UserError, brief
 from msn.weights.weights import BASELINES
 
 PREFIX = "hf://"
@@ -20,11 +20,11 @@ _FETCHED = ("*.safetensors", "*.json", "*.yaml", "README.md")
 
 
 def local_path(path: str | Path) -> Path:
-    """The path itself, or the directory into which what `hf://` names was fetched.
+    """The path itself, or for `hf://` the directory into which the repository was fetched.
 
     Raises:
-        UserError: the address is wrong, huggingface-hub is not installed, or the Hub does not give
-            it: the network or a token is missing, or there is no such repository.
+        UserError: the address is wrong, huggingface-hub is not installed, or the repository cannot
+            be fetched: no network, no token, or no such repository.
     """
     text = str(path)
     if not text.startswith("hf:/"):  # one slash: a path that was normalised
@@ -38,11 +38,13 @@ def local_path(path: str | Path) -> Path:
     try:
         return Path(hub.snapshot_download(name, revision=revision, allow_patterns=_FETCHED))
     except Exception as error:  # of the network: anything
-        raise UserError(f"{text}: the Hub does not give it ({_line(error)}){_HINT}") from error
+        raise UserError(
+            f"{text}: cannot be fetched from the Hub ({brief(error)}){_HINT}"
+        ) from error
 
 
 def check_push(name: Any) -> str:
-    """The repository that `push` names; fails before anything is made.
+    """The repository that `push` names; fails before anything is written.
 
     Raises:
         UserError: the name is not one, or there is no token.
@@ -59,14 +61,14 @@ def push(directory: Path, name: str, *, private: bool) -> str:
 
     Args:
         directory: the export.
-        name: USER/NAME; the repository is made if it is not there.
-        private: whether a new repository is.
+        name: USER/NAME; the repository is created if it does not exist.
+        private: whether a new repository is private.
 
     Returns:
-        Where it can be seen.
+        Its address.
 
     Raises:
-        UserError: the Hub does not take it; the export stays.
+        UserError: the Hub refuses it; the export stays.
     """
     hub = _hub(f"push={name}")
     try:
@@ -75,7 +77,7 @@ def push(directory: Path, name: str, *, private: bool) -> str:
         api.upload_folder(repo_id=name, folder_path=directory, commit_message="Export by msn")
     except Exception as error:  # of the network: anything
         raise UserError(
-            f"push={name}: the Hub does not take it ({_line(error)}); the export is in {directory}"
+            f"push={name}: the Hub refuses it ({brief(error)}); the export is in {directory}"
         ) from error
     return str(address)
 
@@ -109,7 +111,7 @@ def model_index(name: str, rows: Sequence[Mapping[str, Any]], data: str) -> list
 
 
 _HINT = (
-    "; private ones need `hf auth login` or HF_TOKEN, and HF_HUB_OFFLINE=1 takes what was fetched "
+    "; a private one needs `hf auth login` or HF_TOKEN; HF_HUB_OFFLINE=1 reads what was fetched "
     "before"
 )
 
@@ -119,10 +121,6 @@ def _hub(what: str) -> Any:
         return import_module("huggingface_hub")
     except ImportError as error:
         raise UserError(f"{what}: needs `pip install 'msn-pretraining[hf]'` ({error})") from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join((str(error).strip() or type(error).__name__).split("\n")[0].split())
 
 
 def _quoted(text: str) -> str:

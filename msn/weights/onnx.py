@@ -1,4 +1,4 @@
-"""ONNX with a dynamic batch axis, both ways (extra `onnx`)."""
+"""Write and read ONNX with a dynamic batch axis (extra `onnx`)."""
 
 import importlib.util
 import json
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msn.errors import UserError
+from msn.errors import UserError, brief
 from msn.files import write_bytes
 from msn.weights.tensors import CHECKSUM, checksum
 from msn.weights.timm import timm_twin
@@ -21,7 +21,7 @@ _PREFIX = "trunk."
 
 
 class _Tokens(nn.Module):
-    """All tokens after the final norm, from timm's blocks, whose graph is the plainer one."""
+    """All tokens after the final norm, from timm's blocks, whose graph is simpler than ours."""
 
     def __init__(self, weights: Weights) -> None:
         super().__init__()
@@ -36,8 +36,8 @@ class _Tokens(nn.Module):
 def write_onnx(path: Path, weights: Weights, header: Mapping[str, Any]) -> None:
     """Write `[batch, 3, S, S] pixel_values -> [batch, 1 + N, D] tokens` with our header in it.
 
-    The graph is left unoptimised: onnxruntime optimises it on loading, and so every weight stays
-    under its own name and `read_onnx` gets it back bit by bit.
+    The graph is not optimised, so every weight keeps its name and `read_onnx` gets it back bit by
+    bit; onnxruntime optimises on loading.
     """
     size = weights.model["img_size"]
     program = torch.onnx.export(
@@ -78,10 +78,8 @@ def read_onnx(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         proto = onnx.load(path, load_external_data=False)
         tensors = _tensors(proto)
-    # The bytes are not ours, and protobuf's own exception is a plain Exception.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:80]
-        raise UserError(f"{path}: damaged or not an ONNX file ({reason})") from error
+    except Exception as error:  # protobuf's own is a plain Exception
+        raise UserError(f"{path}: damaged or not an ONNX file ({brief(error, 80)})") from error
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
     if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(tensors, metadata):
         raise UserError(f"{path}: damaged, or changed by another tool: its checksum does not match")

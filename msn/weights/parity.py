@@ -1,13 +1,12 @@
-"""Does another library compute from an export what we compute? On fixed images, on the CPU.
+"""Compare an export, as another library loads it, with our network: fixed images, on the CPU.
 
-Features compared are all tokens after the final norm, [B, 1 + N, D].
+The features compared are all tokens after the final norm, [B, 1 + N, D].
 """
 
-import contextlib
 import copy
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from msn.errors import UserError
 from msn.method.mae import MAE
 from msn.method.vit import VisionTransformer
 from msn.weights.classifier import Classifier, layer_norm_factor, predict
+from msn.weights.foreign_huggingface import quiet
 from msn.weights.tensors import open_weights
 from msn.weights.timm import timm_twin
 from msn.weights.weights import BACKBONE_FILE, strip_prefix
@@ -29,8 +29,8 @@ ONNX_FILE = "model.onnx"
 _TIMM = f"timm {timm.__version__}"
 
 TOLERANCE = 1e-5
-# Where a model's own float32 rounding is coarser than TOLERANCE, two right implementations differ
-# by about that much; a wrong conversion differs by orders of magnitude more.
+# Where a model's own float32 rounding is coarser than TOLERANCE, two correct implementations differ
+# by about that much. A wrong conversion differs by orders of magnitude more.
 ROUNDING_FACTOR = 4
 HALF_TYPES = (torch.bfloat16, torch.float16)
 IMAGES = "2 of noise, 2 smooth; seed 0"
@@ -43,13 +43,13 @@ class Loaded:
     library: str
     """Name and version."""
     variant: str
-    """Which of the library's ways, e.g. its attention implementation; may be empty."""
+    """Which variant of the library, e.g. its attention implementation; may be empty."""
     features: Callable[[Tensor], Tensor]
     """Images [B, 3, S, S] to tokens [B, 1 + N, D], or to logits [B, C] with a head."""
     module: nn.Module | None = None
-    """What to cast for half precision; None where the format is float32 only."""
+    """What to cast to half precision; None where the format is float32 only."""
     other_sizes: bool = False
-    """Whether it takes images of another size than the native one."""
+    """Whether it takes images of other sizes than the native one."""
 
 
 def fixed_images(size: int) -> Tensor:
@@ -62,7 +62,7 @@ def fixed_images(size: int) -> Tensor:
 
 
 def bytes_of_scores(tokens: int, heads: int) -> int:
-    """What eager attention takes for the fixed images: scores, and their softmax, in float32."""
+    """Memory of eager attention for the fixed images: scores and their softmax in float32."""
     return 2 * 4 * len(fixed_images(1)) * heads * tokens**2
 
 
@@ -81,7 +81,7 @@ def check(
     Args:
         trunk: ours, float32, in eval mode.
         head: the classifier in the export, if any.
-        loaded: the export in another library, in each way to be compared.
+        loaded: the export in another library, in each variant to compare.
 
     Returns:
         Plain data for `parity.json`.
@@ -116,11 +116,11 @@ def check(
 
 @torch.no_grad()
 def check_reconstruction(mae: MAE, loaded: list[Loaded]) -> dict[str, Any]:
-    """Compare predictions of all patches and the loss, with a fixed mask, with transformers'.
+    """Compare predictions of all patches and the loss with those of transformers, by a fixed mask.
 
     Args:
         mae: ours, float32.
-        loaded: the `ViTMAEForPreTraining` of an export, in each way to be compared.
+        loaded: the `ViTMAEForPreTraining` of an export, in each variant to compare.
 
     Returns:
         Plain data for `parity.json`.
@@ -179,7 +179,7 @@ def _ours(trunk: VisionTransformer, head: Classifier | None, images: Tensor) -> 
     if head is None:
         return trunk.forward_features(images, norm=True)
     tokens = trunk.forward_features(images, norm=False)[:, 0]
-    # What eps takes away is an image's own factor: it is in the export by construction.
+    # eps scales the logits of each image by its own factor: the export has it by construction.
     return predict(head, tokens, trunk.norm) * layer_norm_factor(head, tokens, trunk.norm.eps)
 
 
@@ -216,7 +216,7 @@ def _half_precision(loaded: Loaded, images: Tensor) -> dict[str, Any]:
 
 
 def _finite(value: Tensor) -> float | str:
-    """JSON knows no infinity; float16 may overflow."""
+    """JSON has no infinity; float16 may overflow."""
     return float(value) if bool(value.isfinite()) else "not finite"
 
 
@@ -252,7 +252,7 @@ def load_huggingface(directory: Path) -> list[Loaded]:
     name = config["architectures"][0]
     loaded = []
     for attention in ("sdpa", "eager"):
-        with _without_progress_bars(transformers.utils.logging):
+        with quiet(transformers):
             # Scripts leave the pooler of ViT, which no pretraining trains, at random.
             more = {"add_pooling_layer": False} if name == "ViTModel" else {}
             model, info = getattr(transformers, name).from_pretrained(
@@ -260,7 +260,7 @@ def load_huggingface(directory: Path) -> list[Loaded]:
             )
         wrong = {key: keys for key, keys in info.items() if keys}
         if wrong:
-            raise UserError(f"transformers does not load the export as it is: {wrong}")
+            raise UserError(f"transformers does not load the export completely: {wrong}")
         loaded.append(_by_transformers(model.eval(), attention))
     return loaded
 
@@ -284,25 +284,13 @@ def load_onnx(directory: Path) -> list[Loaded]:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what an export may have met."""
+    """Installed versions of the libraries that write and check exports."""
     names = ("torch", "timm", "transformers", "safetensors", "onnx", "onnxruntime")
-    found = {}
-    for name in names:
-        # Optional extras may be absent.
-        for distribution in importlib.metadata.distributions(name=name):
-            found[name] = distribution.version
-    return found
-
-
-@contextlib.contextmanager
-def _without_progress_bars(logging: Any) -> Iterator[None]:
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    return {
+        name: distribution.version
+        for name in names
+        for distribution in importlib.metadata.distributions(name=name)  # extras may be absent
+    }
 
 
 def _by_transformers(model: nn.Module, attention: str) -> Loaded:
@@ -310,7 +298,7 @@ def _by_transformers(model: nn.Module, attention: str) -> Loaded:
 
     classifies, masks = hasattr(model, "classifier"), hasattr(model, "decoder")
     config: Any = model.config
-    # DINOv2's and DINOv3's models take images of any size unasked.
+    # DINOv2's and DINOv3's models take images of any size by default.
     asked = {"interpolate_pos_encoding": True} if config.model_type in ("vit_msn", "vit") else {}
 
     def features(images: Tensor) -> Tensor:

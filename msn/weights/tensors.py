@@ -1,6 +1,6 @@
-"""Files of tensors: nothing that is read runs code, what is written is whole.
+"""Read and write files of tensors: nothing that is read runs code, what is written is whole.
 
-What a file of `torch.save` would build is counted before anything of it is built.
+What a file of `torch.save` claims to hold is counted before any of it is built.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from msn.errors import UserError
+from msn.errors import UserError, brief
 from msn.files import SEAL, damage, utf8_path, write_bytes
 from msn.weights.weights import trunk_digest
 
@@ -59,23 +59,21 @@ def open_weights(path: Path) -> tuple[Any, dict[str, str]]:
     except UserError:
         raise
     except OSError as error:
-        # torch seeks before the start of a file whose end was cut off.
+        # In a file whose end was cut off, torch seeks to before the start.
         what = "damaged or cut off" if error.errno == errno.EINVAL else "cannot be read"
         raise UserError(f"{path}: {what} ({error.strerror or error})") from error
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: {_refused(path, error)}") from error
-    # The bytes are not ours: a damaged pickle can raise any error.
-    except Exception as error:
+    except Exception as error:  # a damaged pickle can raise any error
         kind = "safetensors file" if path.suffix == ".safetensors" else "file that torch.save wrote"
         raise UserError(
-            f"{path}: damaged, cut off, or not a {kind} "
-            f"({type(error).__name__}: {_line(error)[:80]})"
+            f"{path}: damaged, cut off, or not a {kind}: {type(error).__name__}: {brief(error, 80)}"
         ) from error
 
 
 def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with utf8_path(path) as place, safe_open(place, framework="pt") as file:
-        names = list(file.keys())  # the file is no mapping
+        names = list(file.keys())  # the file is not a mapping
         _refuse_beyond(len(names), MAX_TENSORS, "tensors", path)
         tensors = {name: file.get_tensor(name) for name in names}
         metadata = file.metadata() or {}
@@ -96,7 +94,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 of tensors and of the metadata beside them, the checksum itself apart."""
+    """SHA-256 of tensors and of the metadata beside them, without the checksum itself."""
     said = {key: value for key, value in metadata.items() if key != CHECKSUM}
     text = json.dumps(said, sort_keys=True) + trunk_digest(tensors)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -105,19 +103,13 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 def _refused(path: Path, error: Exception) -> str:
     found = re.search(r"GLOBAL ([\w.]+)", str(error))
     if found is not None:
-        return (
-            f"refused: the pickle wants to run {found[1]}; only tensors and plain data are opened"
-        )
+        return f"refused: the pickle would run {found[1]}; only tensors and plain data are opened"
     if zipfile.is_zipfile(path):
         return "refused: the pickle carries more than tensors and plain data"
     return "refused: damaged, or a pickle that carries code; only plain data is opened"
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-MAX_TENSORS = 20_000  # of a training checkpoint of 40 blocks about 4,000
+MAX_TENSORS = 20_000  # a training checkpoint of 40 blocks has about 4,000
 _MAX_OPCODES = 3_000_000  # a second of reading
 # The first of the four pickles of files older than torch 1.6.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -131,7 +123,7 @@ _NUMBERS = {
 
 
 class _NumpyType:
-    """Stands for numpy.dtype: keeps the name alone."""
+    """Stands for numpy.dtype: keeps only the name."""
 
     def __init__(self, name: str, *_: Any) -> None:
         self.name, self.order = name, "<"
@@ -141,11 +133,11 @@ class _NumpyType:
 
 
 def _numpy_scalar(kind: _NumpyType, data: bytes) -> Any:
-    """Stands for numpy's maker of scalars: gives Python's number."""
+    """Stands for numpy's constructor of scalars: returns a Python number."""
     return struct.unpack(kind.order + _NUMBERS[kind.name], data)[0]
 
 
-# What training scripts of others keep beside their weights; numpy's own code never runs.
+# What other training scripts store beside their weights; numpy's own code never runs.
 SAFE_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     argparse.Namespace,
     (_NumpyType, "numpy.dtype"),
@@ -180,10 +172,10 @@ def check_torch_file(path: Path) -> None:
 
 
 def _refuse_beyond(count: int, most: int, what: str, path: Path) -> None:
-    """Refuse what takes minutes to read and is no file of a network."""
+    """Refuse a file that would take minutes to read and cannot be a network."""
     if count > most:
         raise UserError(
-            f"{path}: refused: holds more than {most:,} {what}; no backbone has so many"
+            f"{path}: refused: holds more than {most:,} {what}; no backbone has that many"
         )
 
 
@@ -201,7 +193,7 @@ def _check_archive(archive: zipfile.ZipFile, path: Path, size: int) -> None:
             raise UserError(f"{path}: damaged ({reason})")
         return
     for member in members:
-        if member.CRC == 0:  # torch writes none where it is told so; without one none is checked
+        if member.CRC == 0:  # torch can be told to write none; then none is checked
             del member.CRC
             continue
         with archive.open(member) as file:
@@ -224,14 +216,14 @@ class _Dict(OrderedDict[Any, Any]):
 
 
 def _counted(file: IO[bytes], path: Path, size: int) -> Any:
-    """Read one pickle into stand-ins; the file position is after it then."""
+    """Read one pickle into stand-ins and leave the file position after it."""
     start = file.tell()
     made = 0
     for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         made += opcode.name == "REDUCE"  # a tensor takes two: itself and its hooks
         _refuse_beyond(made // 2, MAX_TENSORS, "tensors", path)
         _refuse_beyond(number, _MAX_OPCODES, "names and numbers beside its tensors", path)
-        # Python allocates as many places as the largest memo index says.
+        # Python allocates as many entries as the largest memo index.
         if "PUT" in opcode.name and isinstance(argument, int) and argument > size:
             raise pickle.UnpicklingError("memo")
     file.seek(start)
@@ -276,7 +268,7 @@ class _Counter(pickle.Unpickler):
         raise pickle.UnpicklingError(f"GLOBAL {full}")
 
     def persistent_load(self, pid: Any) -> int:
-        """How many numbers a storage says that it holds."""
+        """Number of elements that a storage claims to hold."""
         _, kind, key, _, count, *_ = pid
         bytes_each = _ITEM_BYTES.get(str(kind).rpartition(".")[2].removesuffix("Storage"), 1)
         self._stored[str(key)] = int(count) * bytes_each
@@ -296,7 +288,7 @@ class _Counter(pickle.Unpickler):
 
 
 def _latin1(text: str, codec: str) -> bytes:
-    """How pickles of protocol 2 write bytes; other codecs can swell them without end."""
+    """Decode bytes of pickle protocol 2; other codecs could expand them without limit."""
     if codec != "latin1":
         raise pickle.UnpicklingError("GLOBAL _codecs.encode")
     return text.encode("latin1")

@@ -150,7 +150,7 @@ def test_an_export_is_pushed_and_read_again_also_without_the_network(stand_in, t
     wrong = run(stand_in, tmp_path, *nothing)
     assert wrong.returncode == 2
     (line,) = wrong.stderr.splitlines()
-    assert "hf://me/nothing: the Hub does not give it" in line
+    assert "hf://me/nothing: cannot be fetched from the Hub" in line
 
 
 def test_what_fails_is_one_line_before_anything_is_made(monkeypatch, tmp_path):
@@ -165,7 +165,9 @@ def test_what_fails_is_one_line_before_anything_is_made(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     for address in ("hf://a/b", "hf:/a/b@v1"):
-        with pytest.raises(UserError, match="^hf://a/b.*: the Hub does not give it .no route."):
+        with pytest.raises(
+            UserError, match="^hf://a/b.*: cannot be fetched from the Hub .no route."
+        ):
             hub.local_path(address)
     with pytest.raises(UserError, match="must be hf://USER/NAME"):
         hub.local_path("hf://a")

@@ -136,7 +136,7 @@ def change(path, **entries):
         ({"auto_map": {"AutoModel": "code.Net"}}, "auto_map names code"),
         ({"quantization_config": {"bits": 4}}, "quantized|quantised"),
         ({"backbone": "resnet50"}, "another backbone to fetch"),
-        ({"model_type": "nothing"}, "knows no model_type 'nothing'"),
+        ({"model_type": "nothing"}, "has no model_type 'nothing'"),
         ({"hidden_size": 32}, "cannot open it|another shape"),
         ({"num_hidden_layers": 3}, "is missing"),
     ],
@@ -224,7 +224,7 @@ def test_features_that_a_family_lacks_name_its_own(tmp_path):
     save_hugging_face(tmp_path, "siglip_vision_model")
     with pytest.raises(UserError, match="no class token; feature=native takes pooled"):
         measured(tmp_path, feature="class_token")
-    with pytest.raises(UserError, match="only our own trunk gives that"):
+    with pytest.raises(UserError, match="only our own trunk has it"):
         measured(tmp_path, feature="last_2")
     tokens = measured(tmp_path, feature="patch_mean")[0]
     assert tokens.shape == (2, 24)
