@@ -69,15 +69,15 @@ class Logistic:
         labels: Tensor,
         *,
         num_classes: int,
-        lambds: Sequence[float],
+        lambds: Sequence[float] | Tensor,
         tolerance: float,
     ) -> LogisticFit:
-        """Fit sets of one size, [S, n, D] and [S, n], for every lambd."""
+        """Fit sets of one size, [S, n, D] and [S, n], for every lambd (of all, or [S, L])."""
         return fit_logistic(
             rows,
             labels,
             num_classes=num_classes,
-            lambdas=[lambd / rows.shape[1] for lambd in lambds],
+            lambdas=torch.as_tensor(lambds, dtype=torch.float64) / rows.shape[1],
             tolerance=tolerance,
             max_evaluations=self.max_evaluations,
         )
@@ -113,11 +113,11 @@ def logistic_results(trial: Trial, settings: Logistic) -> list[Result]:
                 f"protocol.logistic.lambd=null: with {name} labels all images are of one group, "
                 "and cross-validation needs two; give protocol.logistic.lambd"
             )
-        fits = problem.fit(group, lambds)
+        wanted = [lambds] if chosen in (None, lambds) else [lambds, chosen]
+        fits, *others = problem.fit(group, wanted)
         more: dict[str, Any] = {"lambda_choice": "fixed" if fixed else "cross-validation"}
         if fixed and chosen:
-            same = chosen == fixed
-            more["cross_validated"] = _summary(fits if same else problem.fit(group, chosen), chosen)
+            more["cross_validated"] = _summary(others[0] if others else fits, chosen)
         row = make_row(
             backbone=trial.backbone,
             classifier="logistic",
@@ -210,23 +210,37 @@ class _Problem:
         self.test_rows = settings.prepare(test.features.to(device))
         self.test, self.groups = test, train.groups
 
-    def fit(self, group: Sequence[LabelSet], lambds: Sequence[float]) -> _Fits:
-        """Fit every set with its own lambd and classify the test images."""
-        predicted = torch.empty(len(group), len(self.test_rows), dtype=torch.long)
-        converged, first = True, self.rows
+    def fit(self, group: Sequence[LabelSet], choices: Sequence[Sequence[float]]) -> list[_Fits]:
+        """Fit every set with its own lambd and classify the test images, for each choice of them.
+
+        Args:
+            group: label sets.
+            choices: a lambd for each of these; several choices.
+        """
+        predicted = torch.empty(len(choices), len(group), len(self.test_rows), dtype=torch.long)
+        converged, first = torch.ones(len(choices), dtype=torch.bool), self.rows
         sizes = [len(labelled.positions) for labelled in group]
-        # Sets of one size and strength are solved side by side.
-        for (_, lambd), members in _grouped(list(zip(sizes, lambds, strict=True))):
-            for some in self._chunks(members, sizes[members[0]]):
+        strengths = torch.tensor(choices, dtype=torch.float64).T  # [S, L]
+        for size, members in _grouped(sizes):  # those of one size are solved side by side
+            for some in self._chunks(members, size):
                 positions = torch.stack([group[i].positions for i in some]).to(self.rows.device)
-                fit = self._solve(positions, [lambd], self.settings.tolerance)
-                converged &= bool(fit.converged.all())
-                for i, weight in zip(some, fit.weight[:, 0], strict=True):
-                    predicted[i] = self._probabilities(weight, group[i]).argmax(dim=1)
-                    first = weight if i == 0 else first
-        lambdas = [lambd / size for lambd, size in zip(lambds, sizes, strict=True)]
-        outcome = self.test.outcome(predicted, self._probabilities(first, group[0]))
-        return _Fits(first.cpu(), outcome, lambdas, converged)
+                fit = self._solve(positions, strengths[some], self.settings.tolerance)
+                converged &= fit.converged.all(dim=0).cpu()
+                for i, weights in zip(some, fit.weight, strict=True):
+                    scores = [self._probabilities(weight, group[i]) for weight in weights]
+                    predicted[:, i] = torch.stack(scores).argmax(dim=2)
+                    first = weights if i == 0 else first
+        return [
+            _Fits(
+                weight.cpu(),
+                self.test.outcome(of_sets, self._probabilities(weight, group[0])),
+                [lambd / size for lambd, size in zip(lambds, sizes, strict=True)],
+                bool(well),
+            )
+            for weight, of_sets, lambds, well in zip(
+                first, predicted, choices, converged, strict=True
+            )
+        ]
 
     def cross_validate(self, group: Sequence[LabelSet]) -> list[float] | None:
         """The lambd that each set chooses by itself; None where it cannot or need not."""
@@ -257,7 +271,9 @@ class _Problem:
                     loss[folds[i].of] += losses
         return best_lambds(right, loss, grid)
 
-    def _solve(self, positions: Tensor, lambds: Sequence[float], tolerance: float) -> LogisticFit:
+    def _solve(
+        self, positions: Tensor, lambds: Sequence[float] | Tensor, tolerance: float
+    ) -> LogisticFit:
         return self.settings.fit(
             self.rows[positions],
             self.labels[positions],

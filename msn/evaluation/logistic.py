@@ -65,7 +65,7 @@ def fit_logistic(
     labels: Tensor,
     *,
     num_classes: int,
-    lambdas: Sequence[float],
+    lambdas: Sequence[float] | Tensor,
     tolerance: float,
     max_evaluations: int,
     dtype: torch.dtype | None = None,
@@ -77,7 +77,8 @@ def fit_logistic(
             on a device that has float64.
         labels: in [0, C), [S, n].
         num_classes: C >= 2; classes without a row are allowed.
-        lambdas: regularisation of the mean loss, each > 0. The paper's `lambd` is lambda * n.
+        lambdas: regularisation of the mean loss, each > 0: L for all sets, or of each, [S, L]. The
+            paper's `lambd` is lambda * n.
         tolerance: certified (objective - optimum) / objective, > 0.
         max_evaluations: passes over the rows; a warning says when they did not suffice.
         dtype: of the work; None takes float64 for small problems, and for large ones float32
@@ -86,16 +87,15 @@ def fit_logistic(
     Raises:
         UserError: numbers out of range, a single class, or rows that are not finite.
     """
-    _check(rows, labels, num_classes, lambdas, tolerance)
-    count = rows.shape[1]
+    strengths = torch.as_tensor(lambdas, dtype=torch.float64)
+    _check(rows, labels, num_classes, strengths, tolerance)
+    strengths = strengths.expand(len(rows), -1).to(rows.device)
     solver = _Solver(num_classes, tolerance, max_evaluations, dtype)
-    together = _SIDE_BY_SIDE // (count * num_classes * len(lambdas))
+    together = _SIDE_BY_SIDE // (rows.shape[1] * num_classes * strengths.shape[1])
+    fit_some = solver.side_by_side if together >= 1 else solver.in_turn
+    chunks = (part.split(max(1, together)) for part in (rows, labels, strengths))
     with _exact_matmul():
-        if together >= 1:
-            chunks = zip(rows.split(together), labels.split(together), strict=True)
-            fits = [solver.side_by_side(x, y, lambdas) for x, y in chunks]
-        else:
-            fits = [solver.in_turn(x, y, lambdas) for x, y in zip(rows, labels, strict=True)]
+        fits = [fit_some(*some) for some in zip(*chunks, strict=True)]
     fit = LogisticFit(*(torch.cat(parts) for parts in zip(*fits, strict=True)))
     _warn_unless_converged(fit, max_evaluations)
     return fit
@@ -134,15 +134,14 @@ class _Solver:
         self.num_classes, self.tolerance = num_classes, tolerance
         self.max_evaluations, self.dtype = max_evaluations, dtype
 
-    def side_by_side(self, rows: Tensor, labels: Tensor, lambdas: Sequence[float]) -> LogisticFit:
-        """All sets and lambdas as one batch: [S, n, D] -> fits [S, L]."""
+    def side_by_side(self, rows: Tensor, labels: Tensor, lambdas: Tensor) -> LogisticFit:
+        """All sets and lambdas [S, L] as one batch: [S, n, D] -> fits [S, L]."""
         coordinates, back = principal_coordinates(rows.to(torch.float64))
-        copies = len(lambdas)
-        strengths = torch.tensor(lambdas, dtype=torch.float64, device=rows.device)
+        copies = lambdas.shape[1]
         found = self._minimise(
             coordinates.repeat_interleave(copies, dim=0),
             labels.repeat_interleave(copies, dim=0),
-            strengths.repeat(len(rows)),
+            lambdas.flatten(),
             None,
         )
         points = found.points.view(len(rows), copies, self.num_classes, -1)
@@ -150,19 +149,23 @@ class _Solver:
         shape = (len(rows), copies)
         return LogisticFit(weight.to(rows.dtype), *(part.view(shape) for part in found[1:]))
 
-    def in_turn(self, rows: Tensor, labels: Tensor, lambdas: Sequence[float]) -> LogisticFit:
-        """One set, lambdas from strong to weak, each started from the last: -> fits [1, L]."""
-        coordinates, back = principal_coordinates(rows.unsqueeze(0))
+    def in_turn(self, rows: Tensor, labels: Tensor, lambdas: Tensor) -> LogisticFit:
+        """One set, lambdas [1, L] from strong to weak, each started from the last: fits [1, L]."""
+        coordinates, back = principal_coordinates(rows)
         fits: dict[float, Minimum] = {}
         start: Tensor | None = None
-        for strength in sorted(set(lambdas), reverse=True):
-            strengths = torch.tensor([strength], dtype=torch.float64, device=rows.device)
-            fits[strength] = self._minimise(coordinates, labels.unsqueeze(0), strengths, start)
+        for strength in sorted(set(lambdas[0].tolist()), reverse=True):
+            fits[strength] = self._minimise(
+                coordinates, labels, lambdas.new_tensor([strength]), start
+            )
             start = fits[strength].points
         found = Minimum(
-            *(torch.cat(parts) for parts in zip(*(fits[v] for v in lambdas), strict=True))
+            *(
+                torch.cat(parts)
+                for parts in zip(*(fits[v] for v in lambdas[0].tolist()), strict=True)
+            )
         )
-        points = found.points.view(1, len(lambdas), self.num_classes, -1)
+        points = found.points.view(1, lambdas.shape[1], self.num_classes, -1)
         weight = points.to(back.dtype) @ back.unsqueeze(1)
         return LogisticFit(weight.to(rows.dtype), *(part.unsqueeze(0) for part in found[1:]))
 
@@ -222,12 +225,12 @@ def _warn_unless_converged(fit: LogisticFit, max_evaluations: int) -> None:
 
 
 def _check(
-    rows: Tensor, labels: Tensor, num_classes: int, lambdas: Sequence[float], tolerance: float
+    rows: Tensor, labels: Tensor, num_classes: int, lambdas: Tensor, tolerance: float
 ) -> None:
     if num_classes < 2:
         raise UserError(f"logistic regression needs at least 2 classes, got {num_classes}")
-    if not lambdas or any(not strength > 0 for strength in lambdas):
-        raise UserError(f"lambda must be > 0, got {list(lambdas)}")
+    if lambdas.numel() == 0 or not bool((lambdas > 0).all()):
+        raise UserError(f"lambda must be > 0, got {lambdas.tolist()}")
     if not tolerance > 0:
         raise UserError(f"tolerance must be > 0, got {tolerance}")
     if rows.shape[1] == 0:
