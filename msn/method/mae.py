@@ -17,10 +17,11 @@ from msn.method.block import Block
 from msn.method.network import Network
 from msn.method.positions import sincos_positions
 from msn.method.vit import VisionTransformer
+from msn.schema import whole_number
 
 
 class Reconstruction(NamedTuple):
-    """What one pass gives."""
+    """Outputs of one pass."""
 
     loss: Tensor
     """Mean squared error over masked patches, scalar."""
@@ -31,28 +32,28 @@ class Reconstruction(NamedTuple):
 
 
 class Errors(NamedTuple):
-    """What training looks at, all in float32 or more, patches in order."""
+    """Outputs of a training pass, all in at least float32, patches in order."""
 
     loss: Tensor
     """Mean squared error over masked patches, scalar."""
     patches: Tensor
     """Mean squared error of each patch, [B, N]."""
     of_means: Tensor
-    """The same of a prediction that knows each patch's mean and nothing else, [B, N]."""
+    """The same if each patch's mean were predicted for all its pixels, [B, N]."""
     mask: Tensor
     """1 where a patch was masked, 0 where it was kept, [B, N]."""
     class_tokens: Tensor
-    """Of the trunk after the last norm, [B, D]."""
+    """Class tokens of the trunk after the last norm, [B, D]."""
 
 
 class MAE(Network):
     """Trunk and decoder (section 3); after pretraining the decoder is thrown away.
 
     Args:
-        model: the numbers of `VisionTransformer`; its positions are fixed sine-cosine here.
+        model: arguments of `VisionTransformer`; positions are fixed sine-cosine here.
         decoder: `embed_dim` E (a multiple of 4 that `num_heads` divides), `depth`, `num_heads`.
         mask_ratio: share of patches that are masked, in (0, 1); N (1 - mask_ratio) are kept.
-        norm_pix_loss: predict each patch less its mean and over its standard deviation.
+        norm_pix_loss: predict patches normalised by their mean and standard deviation.
 
     Raises:
         UserError: if a number is out of its range, or the ratio keeps or masks no patch.
@@ -108,7 +109,7 @@ class MAE(Network):
 
         Args:
             images: [B, 3, H, W], normalised, of the trunk's size.
-            noise: any numbers, [B, N]; of each image the `num_kept` patches with the least stay.
+            noise: any numbers, [B, N]; per image the `num_kept` patches with the least noise stay.
 
         Raises:
             UserError: if images are of another size than the trunk's.
@@ -118,13 +119,13 @@ class MAE(Network):
         return Reconstruction(self.loss(images, prediction, mask), prediction, mask)
 
     def learn(self, images: Tensor, noise: Tensor, chunk_size: int | None = None) -> Errors:
-        """The same pass with the errors of all patches in place of their pixels.
+        """The same pass, giving the errors of all patches instead of their pixels.
 
         Args:
             images: as of `forward`.
             noise: as of `forward`.
-            chunk_size: images per pass under activation checkpointing; as no image looks at
-                another, chunks change memory, not numbers. None takes all at once.
+            chunk_size: images per pass under activation checkpointing; images are independent, so
+                chunks change memory, not numbers. None takes all at once.
 
         Raises:
             UserError: if images are of another size than the trunk's.
@@ -182,7 +183,7 @@ class Decoder(nn.Module):
     """A small transformer over kept patches and mask tokens, each at its place (section 3).
 
     Args:
-        trunk: whose tokens it takes.
+        trunk: gives the tokens.
         embed_dim: E, a multiple of 4.
         depth: blocks, >= 1.
         num_heads: attention heads; divides E.
@@ -196,8 +197,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"decoder.{name} must be a whole number >= 1, got {value!r}")
+            whole_number(f"decoder.{name}", value, 1)
         if embed_dim % 4 or embed_dim % num_heads:
             raise UserError(
                 f"decoder.embed_dim must be a multiple of 4 and of num_heads={num_heads}, "
@@ -223,7 +223,7 @@ class Decoder(nn.Module):
 
         Args:
             tokens: class token and kept patches, [B, 1 + M, D].
-            kept: places of those patches, [B, M].
+            kept: indices of those patches, [B, M].
 
         Returns:
             [B, N, p * p * 3].
@@ -273,7 +273,7 @@ def _init_linear(module: nn.Module) -> None:
 
 
 def num_kept_patches(patches: int, mask_ratio: float) -> int:
-    """N (1 - mask_ratio), rounded down, of N patches.
+    """Patches that the trunk sees of N: N (1 - mask_ratio), rounded down.
 
     Raises:
         UserError: if the ratio is not in (0, 1), or keeps no patch.

@@ -1,33 +1,38 @@
 """Which patches a masked anchor keeps (paper section 3, random masking)."""
 
+from dataclasses import dataclass
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
 from msn.errors import UserError
+from msn.schema import Range, check_ranges
 
 SCOPES = ("batch", "image")
 
 
+@dataclass(frozen=True, kw_only=True)
 class PatchDrop:
-    """Random masking as a pure function of (seed, step): a resumed run drops what it would have.
-
-    Args:
-        patch_drop: share of patches removed from rand anchors, in [0, 1).
-        patch_drop_scope: "batch" draws one mask per step for all images of all processes (the
-            released code's behaviour on one GPU), "image" one for each image and rand view.
+    """Random masking as a pure function of (seed, step), so that a resumed run drops the same.
 
     Raises:
         UserError: if a setting is out of its range.
     """
 
-    def __init__(self, *, patch_drop: float, patch_drop_scope: str) -> None:
-        if not 0 <= patch_drop < 1:
-            raise UserError(f"method.patch_drop must be in [0, 1), got {patch_drop}")
-        if patch_drop_scope not in SCOPES:
+    # Share of patches removed from rand anchors.
+    patch_drop: Annotated[float, Range(0, 1, below_high=True)]
+    # "batch" draws one mask per step for all images of all processes (as the released code does on
+    # one GPU), "image" one per image and rand view.
+    patch_drop_scope: str
+
+    def __post_init__(self) -> None:
+        check_ranges("method", self)
+        if self.patch_drop_scope not in SCOPES:
+            allowed = ", ".join(SCOPES)
             raise UserError(
-                f"method.patch_drop_scope={patch_drop_scope}: must be one of {', '.join(SCOPES)}"
+                f"method.patch_drop_scope={self.patch_drop_scope}: must be one of {allowed}"
             )
-        self.patch_drop, self.scope = patch_drop, patch_drop_scope
 
     def draw(
         self, num_patches: int, *, rand_views: int, images: range, global_batch_size: int, key: int
@@ -35,9 +40,9 @@ class PatchDrop:
         """Indices of the patches to keep in one step.
 
         Args:
-            num_patches: N of a rand view.
-            rand_views: R.
-            images: places of this process's images in the global batch.
+            num_patches: N, patches of a rand view.
+            rand_views: R, rand views per image.
+            images: positions of this process's images in the global batch.
             global_batch_size: images of all processes.
             key: seed of this step's draw, the same on all processes.
 
@@ -52,7 +57,7 @@ class PatchDrop:
         if kept == num_patches:
             return None
         generator = torch.Generator().manual_seed(key)
-        if self.scope == "batch":
+        if self.patch_drop_scope == "batch":
             return torch.randperm(num_patches, generator=generator)[:kept]
         # Drawn for the global batch, so that the masks do not depend on the number of processes.
         noise = torch.rand(rand_views, global_batch_size, num_patches, generator=generator)
@@ -60,8 +65,7 @@ class PatchDrop:
 
 
 def draw_key(seed: int, step: int) -> int:
-    """The `key` of a step's draw in a run."""
-    # Any injective mix will do: the generator scrambles its seed.
+    """The `key` of `PatchDrop.draw` in a step; any injective mix would do."""
     return (seed << 32) + step
 
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from msn.errors import UserError
 from msn.method.distributed import BatchNorm
 from msn.method.vit import VisionTransformer, init_linear
+from msn.schema import whole_number
 
 
 class Network(nn.Module, ABC):
-    """What training needs of the network of any method."""
+    """What training needs of a network, whatever its method."""
 
     @property
     @abstractmethod
@@ -33,21 +33,21 @@ class Network(nn.Module, ABC):
     @property
     @abstractmethod
     def learner(self) -> nn.Module:
-        """What is trained with weight decay and whose gradient is clipped, if any is."""
+        """The module that is trained with weight decay and clipping (if the method clips)."""
 
     @property
     def undecayed(self) -> list[nn.Parameter]:
-        """What is trained besides, neither decayed nor clipped."""
+        """Further trained parameters, neither decayed nor clipped."""
         return []
 
     @property
     @abstractmethod
     def stacks(self) -> list[nn.ModuleList]:
-        """Stacks of blocks; each block is compiled, and cut over processes (FSDP2), by itself."""
+        """Stacks of blocks; each block is compiled, and sharded (FSDP2), by itself."""
 
 
 class Projections(NamedTuple):
-    """What the loss compares."""
+    """The two inputs of the loss."""
 
     anchor: Tensor
     """Rand then focal views, [V, B, P]."""
@@ -69,9 +69,8 @@ class ProjectionHead(nn.Module):
         self, embed_dim: int, *, hidden_dim: int, output_dim: int, use_batch_norm: bool
     ) -> None:
         super().__init__()
-        for name, value in {"hidden_dim": hidden_dim, "output_dim": output_dim}.items():
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"head.{name} must be a whole number >= 1, got {value!r}")
+        whole_number("head.hidden_dim", hidden_dim, 1)
+        whole_number("head.output_dim", output_dim, 1)
         self.config = {
             "hidden_dim": hidden_dim,
             "output_dim": output_dim,
@@ -98,8 +97,8 @@ class Encoder(nn.Module):
     """Trunk and projection head; one of these is the anchor, a second one the target.
 
     Args:
-        model: the six numbers of `VisionTransformer`.
-        head: hidden_dim, output_dim, use_batch_norm of `ProjectionHead`.
+        model: arguments of `VisionTransformer`.
+        head: arguments of `ProjectionHead` without `embed_dim`.
     """
 
     def __init__(self, model: Mapping[str, int | float], head: Mapping[str, int | bool]) -> None:
@@ -143,8 +142,8 @@ class MSN(Network):
     """The network of Masked Siamese Networks: everything that has parameters.
 
     Args:
-        model: the six numbers of `VisionTransformer`.
-        head: the three settings of `ProjectionHead`.
+        model: arguments of `VisionTransformer`.
+        head: arguments of `ProjectionHead` without `embed_dim`.
         num_prototypes: K, >= 2.
     """
 
@@ -156,8 +155,7 @@ class MSN(Network):
         num_prototypes: int,
     ) -> None:
         super().__init__()
-        if not isinstance(num_prototypes, int) or num_prototypes < 2:
-            raise UserError(f"num_prototypes must be a whole number >= 2, got {num_prototypes!r}")
+        whole_number("num_prototypes", num_prototypes, 2)
         self.anchor = Encoder(model, head)
         self.target = copy.deepcopy(self.anchor).requires_grad_(False)
         width = int(head["output_dim"])
@@ -199,7 +197,7 @@ class MSN(Network):
             rand: masked large views, [R, B, 3, S, S].
             focal: small views, never masked, [F, B, 3, s, s].
             kept: patches that rand views keep, [M] or [R, B, M]; None keeps all.
-            chunk_size: images a trunk pass (`Encoder.forward`); None takes all at once.
+            chunk_size: images per trunk pass (`Encoder.forward`); None takes all at once.
         """
         projected = self.project_target(target, chunk_size)
         return Projections(self.project_anchors(rand, focal, kept, chunk_size), projected)
@@ -226,9 +224,9 @@ class MSN(Network):
         BatchNorm buffers of the target are its own: it normalises by its own batches.
 
         Args:
-            momentum: in [0, 1]; taken once an optimiser step, after it.
-            skip: 1 where that step was not taken: the target stays; else 0. On the CPU it is read,
-                elsewhere it stays on the device.
+            momentum: in [0, 1].
+            skip: 1 where the optimiser step was skipped, so that the target stays; else 0. Read on
+                the CPU; elsewhere it stays on the device.
         """
         target: list[Tensor] = list(self.target.parameters())
         anchor: list[Tensor] = list(self.anchor.parameters())
@@ -250,5 +248,5 @@ def lerp_unless(skip: Tensor, start: list[Tensor], end: list[Tensor], weight: fl
 
 
 def _own_part(x: Tensor) -> Tensor:
-    """This process's numbers of a tensor that may be cut over the processes."""
+    """This process's part of a tensor that may be sharded."""
     return x.to_local() if isinstance(x, DTensor) else x

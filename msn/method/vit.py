@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from msn.errors import UserError
 from msn.method.block import Block, RotaryBlock, Turns
 from msn.method.positions import ROPE_BASE, Rope, resize_position_embeddings, sincos_positions
+from msn.schema import whole_number
 
 LAYER_NORM_EPS = 1e-6
 SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
@@ -95,12 +96,12 @@ class VisionTransformer(nn.Module):
         rope_rescale: float | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(img_size, patch_size, embed_dim, depth, num_heads, mlp_ratio)
         sizes = (img_size, patch_size, embed_dim, depth, num_heads, mlp_ratio)
         options = (layer_norm_eps, registers, layer_scale, mlp, position, class_position, qkv_bias)
         rope = (rope_base, rope_shift, rope_jitter, rope_rescale)
         chosen = dict(zip(PLAIN, (*options, *rope), strict=True))
         self.model_config: dict[str, Any] = dict(zip(SIZES, sizes, strict=True))
+        _check_sizes(self.model_config)
         self.model_config |= {name: v for name, v in chosen.items() if v != PLAIN[name]}
         _check_options(chosen, self.model_config, embed_dim)
         self.img_size, self.patch_size = img_size, patch_size
@@ -306,31 +307,19 @@ def _keep(tokens: Tensor, kept: Tensor) -> Tensor:
     return tokens.expand(index.shape[0], -1, -1).gather(1, index)
 
 
-def _check_sizes(
-    img_size: int, patch_size: int, embed_dim: int, depth: int, num_heads: int, mlp_ratio: float
-) -> None:
-    sizes = {
-        "img_size": img_size,
-        "patch_size": patch_size,
-        "embed_dim": embed_dim,
-        "depth": depth,
-        "num_heads": num_heads,
-    }
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"model.{name} must be a whole number >= 1, got {value!r}")
+def _check_sizes(model: Mapping[str, Any]) -> None:
+    for name in SIZES[:-1]:
+        whole_number(f"model.{name}", model[name], 1)
+    depth, mlp_ratio = model["depth"], model["mlp_ratio"]
     if depth > MOST_BLOCKS:
         raise UserError(f"model.depth must be at most {MOST_BLOCKS:,} blocks, got {depth:,}")
     if not isinstance(mlp_ratio, int | float) or mlp_ratio <= 0:
         raise UserError(f"model.mlp_ratio must be > 0, got {mlp_ratio!r}")
-    if img_size % patch_size:
-        raise UserError(
-            f"model.img_size {img_size} is not divisible by model.patch_size {patch_size}"
-        )
-    if embed_dim % num_heads:
-        raise UserError(
-            f"model.embed_dim {embed_dim} is not divisible by model.num_heads {num_heads}"
-        )
+    for name, divisor in (("img_size", "patch_size"), ("embed_dim", "num_heads")):
+        if model[name] % model[divisor]:
+            raise UserError(
+                f"model.{name} {model[name]} is not divisible by model.{divisor} {model[divisor]}"
+            )
 
 
 def exact_ratio(hidden: int, width: int) -> int | float:
@@ -343,8 +332,7 @@ def exact_ratio(hidden: int, width: int) -> int | float:
 
 def _check_options(options: Mapping[str, Any], changed: Mapping[str, Any], width: int) -> None:
     registers, scale = options["registers"], options["layer_scale"]
-    if not isinstance(registers, int) or isinstance(registers, bool) or registers < 0:
-        raise UserError(f"model.registers must be a whole number >= 0, got {registers!r}")
+    whole_number("model.registers", registers, 0)
     if scale is not None and (not isinstance(scale, int | float) or not scale > 0):
         raise UserError(f"model.layer_scale must be a number > 0 or null, got {scale!r}")
     for name, allowed in (("mlp", MLPS), ("position", POSITIONS)):

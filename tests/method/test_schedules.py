@@ -5,7 +5,7 @@ import math
 import pytest
 
 from msn.errors import UserError
-from msn.method.schedules import Schedule, cosine, linear, warmup_cosine
+from msn.method.schedules import Schedule, cosine, linear
 
 
 def paper(**changes):
@@ -69,8 +69,9 @@ def test_building_blocks_hit_both_ends_and_stay():
     for step, expected in [(0, 2.0), (10, 5.0), (99, 5.0)]:
         assert linear(step, start=2.0, final=5.0, total_steps=10) == expected
         assert cosine(step, start=2.0, final=5.0, total_steps=10) == pytest.approx(expected)
-    middle = warmup_cosine(5, start=0, peak=1, final=0, warmup_steps=0, total_steps=10)
-    assert middle == pytest.approx(0.5 * (1 + math.cos(math.pi / 2)))
+    lengths = {"warmup_epochs": 0, "schedule_stretch": 1, "epochs": 10, "steps_per_epoch": 1}
+    middle = paper(start_lr=0, lr=1, final_lr=0, **lengths).at(4)
+    assert middle.lr == pytest.approx(0.5 * (1 + math.cos(math.pi / 2)))
 
 
 @pytest.mark.parametrize(
@@ -106,8 +107,8 @@ def test_a_trunk_that_follows_is_frozen_then_rises_and_stays_below_the_head():
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"freeze_epochs": -1}, r"method.freeze_epochs must be >= 0, got -1"),
-        ({"trunk_lr_scale": 0}, r"method.trunk_lr_scale must be in \(0, 1\], got 0"),
+        ({"freeze_epochs": -1}, r"method.freeze_epochs=-1: must be >= 0"),
+        ({"trunk_lr_scale": 0}, r"method.trunk_lr_scale=0: must be in \(0, 1\]"),
         ({"freeze_epochs": 785}, r"for 785 epochs and its warm-up of 15 do not fit .* of 800"),
     ],
 )

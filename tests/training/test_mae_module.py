@@ -145,7 +145,7 @@ def test_checkpoints_say_that_they_are_masked_autoencoders(tmp_path):
         (["method.decoder.embed_dim=18", "method.decoder.num_heads=2"], "must be a multiple of 4"),
         (["method.decoder=null"], "method.decoder must be a group of keys"),
         (["method.norm_pix_loss=1"], "method.norm_pix_loss must be true or false"),
-        (["method.lr=0"], "method.lr must be > 0"),
+        (["method.lr=0"], "method.lr=0: must be > 0"),
         (["method.warmup_epochs=300"], "does not fit a training"),
     ],
 )
