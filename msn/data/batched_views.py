@@ -1,16 +1,16 @@
 """The batched back end: all views of a batch at once, by torch, on the CPU or on another device.
 
-Crops are antialiased with Pillow's support, a triangle as wide as the reduction: by torch's uint8
-kernel one after the other (`crop_each`), and of small images by two products of matrices for all
-crops at once (`crop`). Views of like changes are then changed together. CUDA has
-`msn.data.cuda_views`. What was measured stands in `benchmarks/data.md`.
+Crops are antialiased with Pillow's support, a triangle as wide as the reduction: by torch's own
+kernels one after the other (`crop_each`), and of small images by two matrix products for all crops
+at once (`crop_together`). Views with the same change are then changed together. CUDA has
+`msn.data.cuda_views`. Measurements are in `benchmarks/data.md`.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -46,9 +46,8 @@ from msn.data.views import (
 log = logging.getLogger(__name__)
 
 _CACHED_PIXELS = 1 << 18  # measured best of 2**12 to 2**18, 2-core CPU
-_WHOLE_UP_TO = 64  # px
-_CHUNK_BYTES = 1 << 28  # of images, weights and half-made crops at a time
-_LONGEST = 8  # times the short side; crops of a longer image are small beside it
+_TOGETHER_UP_TO = 64  # px
+_TOGETHER = 256  # images at a time, which bounds memory
 
 
 def choose_kernel(batch: ImageBatch) -> str:
@@ -56,10 +55,9 @@ def choose_kernel(batch: ImageBatch) -> str:
     device = batch.pixels.device
     if device.type == "cuda" and _can_compile():
         return "cuda"
-    height, width = batch.sizes[0].tolist()
-    same = bool((batch.sizes == batch.sizes[0]).all())
-    small = same and max(height, width) <= _WHOLE_UP_TO
-    return "whole" if small or device.type != "cpu" else "native"
+    if int(batch.sizes.max()) <= _TOGETHER_UP_TO and bool((batch.sizes == batch.sizes[0]).all()):
+        return "together"
+    return "rounded" if device.type == "cpu" else "each"
 
 
 @cache
@@ -78,8 +76,9 @@ def make_batched_views(
         batch: decoded images with parameters; the tables on the CPU.
         settings: of the views.
         dtype: of the views.
-        kernel: `native` (crops by torch's uint8 kernel, one at a time, CPU only), `whole` (crops by
-            products of matrices, all at once) or `cuda` (`msn.data.cuda_views`); None chooses.
+        kernel: `each` (crops one at a time), `rounded` (the same by torch's uint8 kernel, CPU only,
+            to whole gray levels), `together` (crops of images of one size by matrix products) or
+            `cuda` (`msn.data.cuda_views`); None chooses.
 
     Returns:
         Normalised views.
@@ -107,8 +106,11 @@ def _make(
     device = batch.pixels.device
     if table.shape[0] == 0:
         return torch.empty(shape, device=device)
-    cut = crop_each if kernel == "native" else crop
-    pixels = cut(batch, views, size).view(-1, 3, size, size)
+    if kernel == "together":
+        pixels = crop_together(batch, views, size)
+    else:
+        pixels = crop_each(batch, views, size, rounded=kernel == "rounded")
+    pixels = pixels.view(-1, 3, size, size)
     rows = table.reshape(-1, len(COLUMNS))
     # On a CPU a change is cheap only while its pixels stay in the cache.
     step = max(1, _CACHED_PIXELS // size**2) if device.type == "cpu" else len(pixels)
@@ -180,11 +182,27 @@ def _change(pixels: Tensor, mask: Tensor, change: Callable[[Tensor, Tensor], obj
         pixels.index_copy_(0, index, part)
 
 
-def crop_each(batch: ImageBatch, views: slice, size: int) -> Tensor:
-    """As `crop`, by torch's own uint8 kernel, on the CPU: values are rounded to whole levels."""
-    table = batch.table[views]
+def crop_each(batch: ImageBatch, views: slice, size: int, *, rounded: bool) -> Tensor:
+    """Crop, resize and flip the views of a batch one by one.
+
+    Args:
+        batch: decoded images; the table on the CPU, the pixels on any device.
+        views: which rows of the table; all become `size` px.
+        size: side of the result in px.
+        rounded: whole gray levels by torch's uint8 kernel, which the CPU alone has; faster.
+
+    Returns:
+        Values 0 to 255, float32 [v, B, 3, size, size].
+    """
+    table, device = batch.table[views], batch.pixels.device
+    shape = (*table.shape[:2], 3, size, size)
     # NumPy asks the kernel for huge pages; the first touch of others takes a third of all the time.
-    out = torch.from_numpy(np.empty((*table.shape[:2], 3, size, size), np.float32))
+    on_cpu = device.type == "cpu"
+    out = (
+        torch.from_numpy(np.empty(shape, np.float32))
+        if on_cpu
+        else torch.empty(shape, device=device)
+    )
     boxes = table[..., :5].long().tolist()
     for item in range(table.shape[1]):  # all views of an image while it is in the cache
         image = batch.image(item)
@@ -192,83 +210,24 @@ def crop_each(batch: ImageBatch, views: slice, size: int) -> Tensor:
             top, left, height, width, flip = boxes[view][item]
             # Interleaved pixels have the fast kernel.
             part = image[top : top + height, left : left + width].contiguous().permute(2, 0, 1)
-            resized = F.interpolate(part[None], size=(size, size), mode="bilinear", antialias=True)
-            out[view, item] = resized[0].flip(-1) if flip else resized[0]
+            part = part[None] if rounded else part[None].float()
+            resized = F.interpolate(part, size=(size, size), mode="bilinear", antialias=True)[0]
+            out[view, item] = resized.flip(-1) if flip else resized
     return out
 
 
-def crop(batch: ImageBatch, views: slice, size: int) -> Tensor:
-    """Crop, resize and flip the views of a batch.
+def crop_together(batch: ImageBatch, views: slice, size: int) -> Tensor:
+    """As `crop_each`, not rounded, for images of one size: two matrix products for all crops.
 
-    All views of an image come out of its whole picture by two products of matrices, most of whose
-    entries are zero.
-    Images of different sizes are padded, those of like shape together.
-
-    Args:
-        batch: decoded images; table and sizes on the CPU, the pixels on any device.
-        views: which rows of the table; all become `size` px.
-        size: side of the result in px.
-
-    Returns:
-        Values 0 to 255, not rounded, float32 [v, B, 3, size, size].
+    Most entries of the matrices are zero, so this is fast for small images alone.
     """
-    table = batch.table[views]
-    num_views, count = table.shape[:2]
-    parts, order = [], []
-    for numbers in _chunks(batch.sizes.numpy(), num_views * size):
-        images = _padded(batch, numbers)  # [n, h, 3, w]
-        boxes = table[:, numbers, :5].transpose(0, 1)  # [n, v, 5]
-        low, high = sorted(batch.sizes[numbers[0]].tolist())
-        apart = len(numbers) == 1 and high > _LONGEST * low
-        resample = _resample_apart if apart else _resample
-        parts.append(resample(images, boxes, size).permute(1, 0, 3, 2, 4))
-        order.append(numbers)
-    places = torch.from_numpy(np.concatenate(order))
-    if len(parts) == 1 and bool((places == torch.arange(count)).all()):
-        return parts[0].contiguous()
-    out = parts[0].new_empty(num_views, count, 3, size, size)
-    places = places.to(out.device, non_blocking=True)
-    for part, place in zip(parts, places.split([len(numbers) for numbers in order]), strict=True):
-        out.index_copy_(1, place, part)
-    return out
-
-
-def _chunks(sizes: np.ndarray, rows: int) -> Iterator[np.ndarray]:
-    """Numbers of images that are cropped together: of like shape, and few enough for the memory.
-
-    Args:
-        sizes: heights and widths, int64 [B, 2].
-        rows: that the crops of an image have together.
-    """
-    heights, widths = sizes.T
-    order = np.lexsort((heights * widths, heights > widths))
-    begin, height, width = 0, 0, 0
-    for at, number in enumerate(order.tolist()):
-        height, width = max(height, sizes[number, 0]), max(width, sizes[number, 1])
-        values = 3 * height * width + rows * (4 * width + height)
-        if at > begin and (at + 1 - begin) * values * 4 > _CHUNK_BYTES:
-            yield order[begin:at]
-            begin, (height, width) = at, sizes[number]
-    if begin < len(order):
-        yield order[begin:]
-
-
-def _padded(batch: ImageBatch, numbers: np.ndarray) -> Tensor:
-    """The images with these numbers, rows of planes, [n, h, 3, w]; what is added is arbitrary."""
-    device, sizes = batch.pixels.device, batch.sizes[numbers]
-    height, width = sizes.amax(0).tolist()
-    if bool((sizes == sizes.new_tensor([height, width])).all()) and (np.diff(numbers) == 1).all():
-        begin = int(batch.starts[numbers[0]])
-        images = batch.pixels[begin : begin + len(numbers) * height * width]
-        images = images.view(-1, height, width, 3)
-    else:
-        high, wide = sizes.to(device, non_blocking=True).unbind(-1)
-        starts = batch.starts[numbers].to(device, non_blocking=True)
-        down = torch.arange(height, device=device).minimum(high[:, None] - 1)
-        across = torch.arange(width, device=device).minimum(wide[:, None] - 1)
-        lines = starts[:, None] + down * wide[:, None]
-        images = batch.pixels[lines[:, :, None] + across[:, None]]
-    return images.transpose(2, 3).to(torch.float32, memory_format=torch.contiguous_format)
+    (height, width), count = batch.sizes[0].tolist(), len(batch.sizes)
+    images = batch.pixels.view(count, height, width, 3).transpose(2, 3)  # rows of planes
+    images = images.to(torch.float32, memory_format=torch.contiguous_format)
+    boxes = batch.table[views, :, :5].transpose(0, 1)  # [B, v, 5]
+    pairs = zip(images.split(_TOGETHER), boxes.split(_TOGETHER), strict=True)
+    parts = [_resample(*pair, size) for pair in pairs]
+    return torch.cat(parts).permute(1, 0, 3, 2, 4).contiguous()
 
 
 def _resample(images: Tensor, boxes: Tensor, size: int) -> Tensor:
@@ -277,46 +236,30 @@ def _resample(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     num_views = boxes.shape[1]
     flat = boxes.reshape(-1, 5)
     scale = float(flat[:, 2:4].max()) / size
-    top, left, high, wide, flip = flat.to(images.device, non_blocking=True).unbind(-1)
     taps = 2 * math.ceil(max(scale, 1.0)) + 1
-
-    def weights(begin: Tensor, length: Tensor, flip: Tensor | None, span: int) -> Tensor:
-        taken, places = resampling_weights(begin, length, flip, size=size, span=span, taps=taps)
-        dense = images.new_zeros(len(flat), size, span)
-        return dense.scatter_(-1, places, taken)
-
-    down = weights(top, high, None, height).view(count, num_views * size, height)
-    rows = down @ images.view(count, height, 3 * width)  # [n, v * size, 3 * w]
-    across = weights(left, wide, flip, width)  # [n * v, size, w]
+    top, left, high, wide, flip = flat.to(images.device, non_blocking=True).unbind(-1)
+    down = _resampling_matrices(top, high, None, size=size, span=height, taps=taps)
+    across = _resampling_matrices(left, wide, flip, size=size, span=width, taps=taps)
+    rows = down.view(count, num_views * size, height) @ images.view(count, height, 3 * width)
     rows = rows.view(count * num_views, size * 3, width)
     return torch.bmm(rows, across.transpose(1, 2)).view(count, num_views, size, 3, size)
 
 
-def _resample_apart(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """As `_resample` for one image, each crop by itself: most of a very long image is in none."""
-    parts = []
-    for top, left, high, wide, flip in boxes[0].long().tolist():
-        part = images[:, top : top + high, :, left : left + wide].contiguous()
-        parts.append(_resample(part, boxes.new_tensor([[[0, 0, high, wide, flip]]]), size))
-    return torch.cat(parts, dim=1)
-
-
-def resampling_weights(
+def _resampling_matrices(
     begin: Tensor, length: Tensor, flip: Tensor | None, *, size: int, span: int, taps: int
-) -> tuple[Tensor, Tensor]:
-    """Weights that resample `length` pixels from `begin` on to `size` pixels, Pillow's triangle.
+) -> Tensor:
+    """Matrices that resample `length` pixels from `begin` on to `size` pixels, Pillow's triangle.
 
     Args:
         begin: first pixel of each box within the span, float [n].
         length: pixels of each box, float [n].
-        flip: 1 where the result runs backwards, float [n]; None for nowhere.
+        flip: 1 where the result is mirrored, float [n]; None for nowhere.
         size: pixels of the result.
-        span: pixels of the input row that the weights are for.
-        taps: no pixel of the result needs more pixels of the input.
+        span: pixels of the input row.
+        taps: upper bound on the pixels of the input that a pixel of the result needs.
 
     Returns:
-        Weights and the pixels that they are for, float32 and int64 [n, size, min(taps, span)];
-        the weights of a row sum to 1.
+        float32 [n, size, span], each row sums to 1.
     """
     taps = min(taps, span)
     steps = torch.arange(size, device=begin.device, dtype=torch.float32) + 0.5
@@ -333,4 +276,5 @@ def resampling_weights(
     weights = (1 - (pixels - centres).abs_().div_(reach)).clamp_(min=0)
     weights *= (pixels > begin) & (pixels < begin + length)  # a crop does not see beyond its box
     weights /= weights.sum(0)
-    return weights.permute(1, 2, 0), places.long().permute(1, 2, 0)
+    dense = weights.new_zeros(len(begin), size, span)
+    return dense.scatter_(-1, places.long().permute(1, 2, 0), weights.permute(1, 2, 0))

@@ -9,8 +9,7 @@ import sklearn
 import torch
 from sklearn.datasets import load_sample_images
 
-from msn.data import batched_views
-from msn.data.batched_views import make_batched_views
+from msn.data.batched_views import choose_kernel, make_batched_views
 from msn.data.dataset import ImageBatch, PixelBuffer, Subset, TrainingSet
 from msn.data.reference_views import make_reference_views
 from msn.data.sampler import BatchKey
@@ -79,12 +78,12 @@ def make_batch(settings, images=None):
     return ImageBatch(pixels, starts, sizes, table, 1, 0, torch.from_numpy(indices), [])
 
 
-@pytest.mark.parametrize("kernel", ["native", "whole"])
+@pytest.mark.parametrize("kernel", ["each", "rounded", "together"])
 @pytest.mark.parametrize("case", CASES)
 def test_batched_views_equal_pillows(case, kernel):
     changes, limit = CASES[case]
     settings = ViewSettings(**{**PAPER, **changes})
-    batch = make_batch(settings)
+    batch = make_batch(settings, load_sample_images().images if kernel == "together" else None)
     ours = make_batched_views(batch, settings, dtype=torch.float32, kernel=kernel)
     theirs = make_reference_views(batch, settings, device=torch.device("cpu"), dtype=torch.float32)
     for a, b in zip(ours[:3], theirs[:3], strict=True):
@@ -92,35 +91,33 @@ def test_batched_views_equal_pillows(case, kernel):
         assert gray_levels(a - b) < limit
 
 
-def test_images_are_cropped_alike_whatever_lies_beside_them(monkeypatch):
-    """Images of other shapes, and how many fit into the memory at a time, change nothing."""
+def test_images_are_cropped_alike_whatever_the_kernel(monkeypatch):
     settings = ViewSettings(**PAPER)
-    photo = load_sample_images().images[0]
-    shapes = [(427, 640), (300, 200), (90, 500), (20, 700), (640, 27)]
-    batch = make_batch(settings, [np.resize(photo, (*shape, 3)) for shape in shapes])
-    together = make_batched_views(batch, settings, dtype=torch.float32, kernel="whole")
-    for budget in (1, 12_000_000):
-        monkeypatch.setattr("msn.data.batched_views._CHUNK_BYTES", budget)
-        apart = make_batched_views(batch, settings, dtype=torch.float32, kernel="whole")
-        for a, b in zip(together[:3], apart[:3], strict=True):
+    batch = make_batch(settings, [image[:60, :64] for image in load_sample_images().images])
+    each = make_batched_views(batch, settings, dtype=torch.float32, kernel="each")
+    for at_a_time in (1, 256):
+        monkeypatch.setattr("msn.data.batched_views._TOGETHER", at_a_time)
+        together = make_batched_views(batch, settings, dtype=torch.float32, kernel="together")
+        for a, b in zip(each[:3], together[:3], strict=True):
             assert (a - b).abs().max() < 1e-4
 
 
-def test_a_very_long_image_is_not_resampled_whole(monkeypatch):
-    """Weights for all of 40,000 px would take hundreds of megabytes an image."""
+def test_the_kernel_follows_sizes():
+    settings = ViewSettings(**PAPER)
+    photo = load_sample_images().images[0]
+    chosen = [
+        choose_kernel(make_batch(settings, [photo[:height, :width] for height, width in sizes]))
+        for sizes in ([(64, 32)] * 2, [(64, 65)] * 2, [(64, 32), (32, 64)])
+    ]
+    assert chosen == ["together", "rounded", "rounded"]
+
+
+def test_a_very_long_image_is_cropped():
     settings = ViewSettings(**{**PAPER, **NOTHING})
     rows = np.arange(40_000, dtype=np.uint8)[None, :, None]
     batch = make_batch(settings, [np.repeat(rows, 3, 2), load_sample_images().images[0]])
-    seen, resample = [], batched_views._resample
-
-    def watching(images, boxes, size):
-        seen.append(images.shape[3] * boxes.shape[1])
-        return resample(images, boxes, size)
-
-    monkeypatch.setattr(batched_views, "_resample", watching)
-    ours = make_batched_views(batch, settings, dtype=torch.float32, kernel="whole")
+    ours = make_batched_views(batch, settings, dtype=torch.float32, kernel="each")
     theirs = make_reference_views(batch, settings, device=torch.device("cpu"), dtype=torch.float32)
-    assert max(seen) <= 640 * settings.num_views
     for a, b in zip(ours[:3], theirs[:3], strict=True):
         assert gray_levels(a - b) < 1
 

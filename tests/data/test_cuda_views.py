@@ -46,7 +46,7 @@ def interpret():
     photo, other = load_sample_images().images
     parts = photo[:90, :120], other[100:180, 200:260], photo[200:233, 300:410], other[:20, :17]
     batch = make_batch(settings, [np.ascontiguousarray(part) for part in parts])
-    wanted = make_batched_views(batch, settings, dtype=torch.float32, kernel="whole")
+    wanted = make_batched_views(batch, settings, dtype=torch.float32, kernel="each")
     for dtype, most in {torch.float32: 1e-4, torch.bfloat16: 0.02}.items():
         for a, b in zip(make_cuda_views(batch, settings, dtype=dtype)[:3], wanted[:3], strict=True):
             assert a.dtype == dtype
