@@ -200,7 +200,7 @@ def embed(
     """
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "features.safetensors" if out is None else Path(out)
-        given = {"checkpoint": checkpoint, "data.root": data, "out": file}
+        given = {"checkpoint": checkpoint, **_data(data), "out": file}
         return Embeddings(**_run("embed", {**given, **keys}, quiet=True)._asdict())
 
 
@@ -247,7 +247,7 @@ def show_reconstruction(
     Raises:
         UserError: a key, a value, a path or a file is wrong, or the file holds no decoder.
     """
-    given = {"checkpoint": checkpoint, "data.root": data, "out": out}
+    given = {"checkpoint": checkpoint, **_data(data), "out": out}
     _run("show_reconstruction", {**given, **keys}, quiet=True)
     return Path(out)
 
@@ -312,7 +312,7 @@ def predict(
             with labels.open("w", newline="", errors="surrogateescape") as file:
                 csv.writer(file).writerows(rows)
         file_out = Path(place) / "predictions.csv" if out is None else Path(out)
-        given = {"checkpoint": checkpoint, "data.root": data, "labels": labels, "out": file_out}
+        given = {"checkpoint": checkpoint, **_data(data), "labels": labels, "out": file_out}
         found: list[dict[str, Any]] = _run("predict", {**given, **keys})
         return found
 

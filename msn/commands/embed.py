@@ -22,11 +22,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from msn.commands.entry import to_plain
-from msn.commands.eval_lowshot import choose_device
+from msn.commands.eval_lowshot import choose_device, without_views
+from msn.commands.suggest_labels import images_of
 from msn.data.datamodule import resolve_workers
 from msn.data.dataset import Subset
 from msn.data.layout import UNLABELLED
-from msn.data.sources import Source, find_depth, folder_source, list_source
+from msn.data.pools import PoolSettings, whole_source
+from msn.data.sources import Source, find_depth
 from msn.data.workers import in_one_line, less_memory, make_loader
 from msn.errors import UserError
 from msn.evaluation.features import (
@@ -41,7 +43,7 @@ from msn.files import write_atomically, write_bytes, writing_to
 from msn.images.depth import RECORDED, check_depth, trained_depth
 from msn.images.kinds import BadImageError
 from msn.progress import Progress
-from msn.schema import whole_number
+from msn.schema import make, whole_number
 from msn.weights import Backbone, ForeignBackbone, load_backbone
 from msn.weights.tensors import open_weights, save_tensors
 
@@ -77,9 +79,10 @@ def run(config: DictConfig) -> Embedded:
     Raises:
         UserError: if a setting, path or file is wrong, `out` exists, or no image can be read.
     """
-    settings = to_plain(config)
+    settings = to_plain(without_views(config))
     out = Path(str(settings["out"])).resolve()
     _check(settings, out)
+    data = make("data", images_of(settings["data"]), PoolSettings)
     backbone = load_backbone(
         settings["checkpoint"],
         num_heads=settings["model"]["num_heads"],
@@ -90,17 +93,13 @@ def run(config: DictConfig) -> Embedded:
     settings["feature"] = own_feature(backbone.meta, backbone.resolve(settings["feature"]))
     if isinstance(backbone, ForeignBackbone):
         backbone.check(settings["feature"])
-    root, use_labels = str(settings["data"]["root"]), settings["data"]["use_labels"]
-    if os.path.isfile(root):
-        source: Source = list_source(root, key="data.root", root=None, use_labels=use_labels)
-    else:
-        source = folder_source(root, key="data.root", use_labels=use_labels)
-    depth = trained_depth(check_depth(settings["data"]["depth"]), [backbone.meta])
+    source = whole_source(data)
+    depth = trained_depth(check_depth(data.depth), [backbone.meta])
     source.depth = find_depth(source, depth)
     if out.suffix == ".safetensors" and _header_bytes(source) > MAX_ID_BYTES:
         raise UserError(
-            f"data.root={root}: too many images for one safetensors file; embed its folders apart, "
-            "or write .parquet"
+            f"data.root={data.root}: too many images for one safetensors file; embed its folders "
+            "apart, or write .parquet"
         )
     pieces = out.parent / f".{out.name}.{_digest(backbone, source, settings['feature'])}.part"
     try:

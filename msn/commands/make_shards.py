@@ -15,11 +15,11 @@ from typing import Any, BinaryIO, NamedTuple
 from omegaconf import DictConfig
 
 from msn.commands.entry import to_plain
+from msn.data.groups import refuse_shared
 from msn.data.hf import hf_sources
 from msn.data.index import system_name
 from msn.data.layout import TRAIN, find_parts
 from msn.data.lists import BY_NAME
-from msn.data.pools import refuse_shared
 from msn.data.shards import CLASSES_FILE, class_line
 from msn.data.sources import Source, folder_source, list_source
 from msn.data.tar_members import member_name

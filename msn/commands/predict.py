@@ -21,13 +21,14 @@ from PIL import Image
 from torch import Tensor
 
 from msn.commands.entry import to_plain
-from msn.commands.eval_lowshot import cache_directory, choose_device
+from msn.commands.eval_lowshot import cache_directory, choose_device, without_views
+from msn.commands.suggest_labels import images_of
 from msn.data.datamodule import resolve_workers
 from msn.data.dataset import REPLACED, Subset
-from msn.data.groups import find_groups
 from msn.data.layout import UNLABELLED
 from msn.data.lists import Columns, index_list
-from msn.data.sources import FileSource, Source, find_depth, folder_source, list_source
+from msn.data.pools import PoolSettings, whole_source
+from msn.data.sources import FileSource, Source, find_depth
 from msn.data.subsets import places_of
 from msn.data.workers import in_one_line, less_memory
 from msn.errors import UserError
@@ -137,7 +138,7 @@ def run(config: DictConfig) -> list[dict[str, Any]]:
     Raises:
         UserError: if a setting, a path or a file is wrong, or there are not two classes.
     """
-    settings = to_plain(config)
+    settings = to_plain(without_views(config))
     out = Path(str(settings["out"])).resolve()
     _check_out("out", out, ".csv", settings["overwrite"])
     head = None if settings["head"] is None else Path(str(settings["head"])).resolve()
@@ -185,22 +186,18 @@ def _check_out(key: str, path: Path, suffix: str, overwrite: bool) -> None:
         raise UserError(f"{key}={path} exists; overwrite=true replaces it")
 
 
-def _source(settings: dict[str, Any], subject: FrozenBackbone) -> FileSource:
+def _source(settings: dict[str, Any], subject: FrozenBackbone) -> Source:
     """All images, be they labelled or not."""
-    data = settings["data"]
-    root, own = str(data["root"]), settings["labels"] is None
-    columns = Columns(label=data["label_column"] if own else None, group=data["group"])
-    if os.path.isfile(root):
-        source = list_source(root, key="data.root", root=None, use_labels=own, columns=columns)
-    else:
-        source = folder_source(root, key="data.root", use_labels=own)
-    find_groups(source, data["group"])
+    data = images_of(settings["data"])
+    if settings["labels"] is not None:
+        data |= {"label_column": None, "use_labels": False}  # those of the list count
+    source = whole_source(make("data", data, PoolSettings))
     depth = trained_depth(check_depth(data["depth"]), [subject.about])
     source.depth = find_depth(source, depth)
     return source
 
 
-def _labels(settings: dict[str, Any], source: FileSource) -> Labels:
+def _labels(settings: dict[str, Any], source: Source) -> Labels:
     """Those of a list, by path or name; without one those of the data.
 
     Raises:
@@ -219,7 +216,9 @@ def _labels(settings: dict[str, Any], source: FileSource) -> Labels:
     known = np.flatnonzero(listed.labels != UNLABELLED)
     names = [source.name(i) for i in range(len(source))]
     # Of paths that lead to the files, be they absolute or relative to the list, the own names.
-    own = {_plain(source.path(i)): name for i, name in enumerate(names)}
+    own = {}
+    if isinstance(source, FileSource):
+        own = {_plain(source.path(i)): name for i, name in enumerate(names)}
     paths = [listed.paths[i] for i in known.tolist()]
     wanted = [own.get(_plain(os.path.join(base, path)), path) for path in paths]
     numbers = np.full(len(source), UNLABELLED)

@@ -1,8 +1,6 @@
 """`python -m msn show_reconstruction checkpoint=PATH data.root=DIR out=mae.png`: MAE's picture."""
 
 import logging
-import os
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,13 +8,15 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from msn.commands.entry import to_plain
-from msn.commands.eval_lowshot import check_seed, choose_device
+from msn.commands.eval_lowshot import check_seed, choose_device, without_views
 from msn.commands.show_views import picture_path, write_picture
-from msn.data.sources import folder_source, list_source
+from msn.commands.suggest_labels import images_of
+from msn.data.pools import PoolSettings, whole_source
+from msn.data.sources import Source
 from msn.errors import UserError
 from msn.images.kinds import BadImageError
 from msn.reporting.reconstruction import reconstruction_caption, reconstruction_sheet
-from msn.schema import whole_number
+from msn.schema import make, whole_number
 from msn.weights.mae import LoadedMAE, load_mae
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def run(config: DictConfig) -> None:
         UserError: if a setting, path or file is wrong, the file holds no decoder, or no image can
             be read.
     """
-    settings = to_plain(config)
+    settings = to_plain(without_views(config))
     out, seed = picture_path(settings["out"]), check_seed(settings["seed"])
     count = min(whole_number("images", settings["images"], 1), _MOST_IMAGES)
     ratio, normalised = settings["mask_ratio"], settings["norm_pix_loss"]
@@ -51,19 +51,15 @@ def run(config: DictConfig) -> None:
         raise UserError(
             f"checkpoint={settings['checkpoint']}: holds no decoder to reconstruct with"
         )
-    images = _images(str(settings["data"]["root"]), count, mae)
+    data = {**images_of(settings["data"]), "use_labels": False}
+    images = _images(whole_source(make("data", data, PoolSettings)), count, mae)
     mae.to(choose_device(settings["device"]))
     write_picture(out, reconstruction_sheet(mae, images, seed=seed))
     print(f"{reconstruction_caption(mae, len(images))}: {out}")
 
 
-def _images(root: str, count: int, mae: LoadedMAE) -> Tensor:
-    """Images spread over a folder or list, as the network takes them, [n, 3, S, S]."""
-    source: Any
-    if os.path.isfile(root):
-        source = list_source(root, key="data.root", root=None, use_labels=False)
-    else:
-        source = folder_source(root, key="data.root", use_labels=False)
+def _images(source: Source, count: int, mae: LoadedMAE) -> Tensor:
+    """Images spread over a data set, as the network takes them, [n, 3, S, S]."""
     chosen = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
     found = []
     for i in chosen.tolist():
@@ -72,5 +68,5 @@ def _images(root: str, count: int, mae: LoadedMAE) -> Tensor:
         except BadImageError as error:
             log.warning("left out, cannot be read: %s (%s)", source.name(i), error)
     if not found:
-        raise UserError(f"data.root={root}: none of the chosen images can be read")
+        raise UserError(f"{source.where}: none of the chosen images can be read")
     return torch.stack(found)

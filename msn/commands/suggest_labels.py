@@ -19,6 +19,7 @@ from msn.commands.entry import to_plain
 from msn.commands.eval_lowshot import cache_directory, choose_device, without_views
 from msn.data.datamodule import resolve_workers
 from msn.data.dataset import REPLACED, LabelledImages, Subset
+from msn.data.hf import SAVED
 from msn.data.pools import PoolSettings, build_pools
 from msn.data.sources import FileSource
 from msn.data.subsets import write_names
@@ -95,10 +96,15 @@ def run(config: DictConfig) -> None:
 
 
 def images_of(data: dict[str, Any]) -> dict[str, Any]:
-    """The data as they are meant: a root without a kind is a folder of images, or a list."""
-    if data["source"] != "digits" or data["root"] is None:
+    """The data as they are meant: a root without a kind is a folder, a list, or as `hf` has it."""
+    if data["source"] not in ("digits", "folder") or data["root"] is None:
         return data
-    kind = "list" if Path(data["root"]).is_file() else "folder"
+    root = Path(str(data["root"]))
+    kind = "list" if root.is_file() else "folder"
+    if root.suffix.lower() in (".parquet", ".arrow") or any(
+        (root / name).is_file() for name in SAVED
+    ):
+        kind = "hf"
     return {**data, "source": kind, "image_size": None}
 
 

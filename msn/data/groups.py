@@ -1,13 +1,18 @@
-"""Images that belong together (of one patient, plant or film): never on both sides of a split."""
+"""What is never on both sides of a split: one file, and images of one patient, plant or film."""
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
+from msn.data.hf import HFSource
+from msn.data.index import first_shared
 from msn.data.sampler import permutation
-from msn.data.sources import Source
+from msn.data.shards import ShardSource
+from msn.data.sources import FileSource, Source
 from msn.errors import UserError
 
 _GROUPS = 6  # keeps these draws apart from others of the same seed
@@ -39,6 +44,34 @@ def find_groups(images: Source, group: str | None) -> None:
             )
         groups[i] = numbers.setdefault(text, len(numbers))
     images.groups, images.group_names = groups, list(numbers)
+
+
+def refuse_shared(train: Source, held_out: Source) -> None:
+    """Held-out images must not be trained on, by whatever links or lists their files are named.
+
+    Raises:
+        UserError: a file, or a shard, is in both.
+    """
+    if isinstance(train, FileSource) and isinstance(held_out, FileSource):
+        if not train.linked and not held_out.linked:
+            return  # neither lies in the other's folder, see `find_parts`
+        names: tuple[Sequence[str], Sequence[str]] = (held_out.paths, train.paths)
+        shared = first_shared(*(map(s.path, range(len(s))) for s in (held_out, train)))
+    elif isinstance(train, HFSource) and isinstance(held_out, HFSource):
+        names = ([f"{', '.join(held_out.splits)}, the same rows,"], [*train.splits])
+        shared = (0, 0) if held_out.identity(0) == train.identity(0) else None
+    else:
+        assert isinstance(train, ShardSource)
+        assert isinstance(held_out, ShardSource)
+        names = (held_out.shards, train.shards)
+        shared = first_shared(*(map(os.path.abspath, shards) for shards in names))
+    if shared is not None:
+        ours, theirs = (names[k][i] for k, i in enumerate(shared))
+        alias = "" if ours == theirs else f", as {theirs}"
+        raise UserError(
+            f"data.val_root={held_out.where}: {ours} is in data.root={train.where} too{alias}; "
+            "held-out images must not be trained on"
+        )
 
 
 def refuse_shared_groups(train: Source, held_out: Source) -> None:

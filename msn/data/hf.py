@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 # Names of columns in lower case, the first one there is.
 _IMAGE = ("image", "img", "picture", "photo", "pixel_values")
 _LABEL = ("label", "labels", "class", "fine_label", "category", "target")
-_SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes
+SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes
 _SHOWN = 12  # columns that a message names
 
 
@@ -34,7 +34,7 @@ class HFSource(Source):
 
     Args:
         where: name in messages.
-        split: name of the split; names of images begin with it.
+        splits: name of the split and number of its rows; of several, if these are joined.
         images: the data set with one column, whose values are bytes, or a path, or both.
         column: that column.
         labels: class numbers, int64 [n], -1 for a row without a label; or None.
@@ -46,14 +46,14 @@ class HFSource(Source):
         self,
         *,
         where: str,
-        split: str,
+        splits: dict[str, int],
         images: Any,
         column: str,
         labels: np.ndarray | None,
         classes: list[str],
         why: str,
     ) -> None:
-        self.where, self.split, self.images, self.column = where, split, images, column
+        self.where, self.splits, self.images, self.column = where, splits, images, column
         self.labels, self.classes, self.why = labels, classes, why
 
     def __len__(self) -> int:
@@ -62,7 +62,11 @@ class HFSource(Source):
 
     def name(self, i: int) -> str:
         """Split and number of the row."""
-        return f"{self.split}/{i}"
+        for split, count in self.splits.items():
+            if i < count:
+                return f"{split}/{i}"
+            i -= count
+        raise IndexError(i)
 
     def identity(self, i: int) -> str:
         """What `datasets` calls the fingerprint of the rows, and the number."""
@@ -130,6 +134,36 @@ def hf_sources(
     return train, None
 
 
+def hf_whole(root: str, *, columns: Columns, use_labels: bool) -> HFSource:
+    """The rows of all splits, one behind the other; arguments and errors as of `hf_sources`."""
+    splits = {name: rows for name, rows in _open(root, key="data.root").items() if len(rows)}
+    if not splits:
+        raise UserError(f"data.root={root}: has no rows")
+    parts = [_source(root, name, rows, columns, use_labels) for name, rows in splits.items()]
+    from datasets import concatenate_datasets
+
+    try:
+        images = concatenate_datasets([part.images for part in parts])
+    except ValueError as error:  # columns of other names or kinds
+        raise UserError(f"data.root={root}: its splits differ ({_first_line(error)})") from error
+    classes = list(dict.fromkeys(name for part in parts for name in part.classes))
+    labels = [
+        np.full(len(part), UNLABELLED)
+        if part.labels is None
+        else np.array([*map(classes.index, part.classes), UNLABELLED])[part.labels]
+        for part in parts
+    ]
+    return HFSource(
+        where=root,
+        splits={name: len(rows) for name, rows in splits.items()},
+        images=images,
+        column=parts[0].column,
+        labels=np.concatenate(labels) if classes else None,
+        classes=classes,
+        why=parts[0].why,
+    )
+
+
 def _open(root: str, *, key: str) -> Mapping[str, Any]:
     """All splits by name."""
     try:
@@ -149,7 +183,7 @@ def _open(root: str, *, key: str) -> Mapping[str, Any]:
     try:
         if os.path.isfile(root):
             found = load_dataset(ending[1:], data_files=root)
-        elif any(os.path.isfile(os.path.join(root, name)) for name in _SAVED):
+        elif any(os.path.isfile(os.path.join(root, name)) for name in SAVED):
             found = load_from_disk(root)
         else:
             found = load_dataset(root)
@@ -195,7 +229,7 @@ def _source(where: str, split: str, rows: Any, columns: Columns, use_labels: boo
         found = _read_labels(where, rows, columns.label)
     return HFSource(
         where=where,
-        split=split,
+        splits={split: len(rows)},
         images=images.with_format(None),
         column=image,
         **found._asdict(),

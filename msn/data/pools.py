@@ -11,13 +11,17 @@ from typing import NamedTuple
 import numpy as np
 
 from msn.data.dataset import Subset
-from msn.data.groups import find_groups, hold_out_groups, refuse_shared_groups
-from msn.data.hf import HFSource, hf_sources
-from msn.data.index import first_shared
+from msn.data.groups import (
+    find_groups,
+    hold_out_groups,
+    refuse_shared,
+    refuse_shared_groups,
+)
+from msn.data.hf import hf_sources, hf_whole
 from msn.data.layout import UNLABELLED, find_parts
 from msn.data.lists import Columns
 from msn.data.sampler import permutation
-from msn.data.shards import ShardSource, shard_source
+from msn.data.shards import shard_source
 from msn.data.sources import (
     TORCHVISION,
     ArraySource,
@@ -159,6 +163,29 @@ def build_pools(settings: PoolSettings) -> Pools:
     return pools
 
 
+def whole_source(settings: PoolSettings) -> Source:
+    """Every image of a data set, also those that a training would hold out.
+
+    Raises:
+        UserError: there is no such data set, it is torchvision's, or no image can be read.
+    """
+    name, root = settings.source, settings.root
+    if name in TORCHVISION or settings.val_root is not None:
+        raise UserError(f"data={name}: not read here; data=folder, list, shards or hf, no val_root")
+    if name == "digits":
+        assert settings.image_size is not None
+        digits = digits_source(settings.image_size)
+        if not settings.use_labels:
+            digits.labels, digits.classes, digits.why = None, [], _UNUSED
+        return digits
+    assert root is not None
+    if name == "hf":
+        return hf_whole(root, columns=_columns(settings), use_labels=settings.use_labels)
+    found = _read(settings, root, key="data.root")
+    find_groups(found, settings.group)
+    return found
+
+
 def _fix_depth(pools: Pools, wanted: str | Depth) -> None:
     """What trains decides on the depth of all images."""
     train = pools.train.source
@@ -271,34 +298,6 @@ def _refuse_unreadable(images: Source, what: str) -> None:
     if isinstance(images, FileSource) and not os.path.isdir(images.where):
         reasons[0] += f"; {_LIST_PATHS} {os.path.abspath(images.root)}"
     raise UserError(f"{what}: no image can be read; for instance {reasons[0]}")
-
-
-def refuse_shared(train: Source, held_out: Source) -> None:
-    """Held-out images must not be trained on, by whatever links or lists their files are named.
-
-    Raises:
-        UserError: a file, or a shard, is in both.
-    """
-    if isinstance(train, FileSource) and isinstance(held_out, FileSource):
-        if not train.linked and not held_out.linked:
-            return  # neither lies in the other's folder, see `find_parts`
-        names: tuple[Sequence[str], Sequence[str]] = (held_out.paths, train.paths)
-        shared = first_shared(*(map(s.path, range(len(s))) for s in (held_out, train)))
-    elif isinstance(train, HFSource) and isinstance(held_out, HFSource):
-        names = ([f"{held_out.split}, the same rows,"], [train.split])
-        shared = (0, 0) if held_out.identity(0) == train.identity(0) else None
-    else:
-        assert isinstance(train, ShardSource)
-        assert isinstance(held_out, ShardSource)
-        names = (held_out.shards, train.shards)
-        shared = first_shared(*(map(os.path.abspath, shards) for shards in names))
-    if shared is not None:
-        ours, theirs = (names[k][i] for k, i in enumerate(shared))
-        alias = "" if ours == theirs else f", as {theirs}"
-        raise UserError(
-            f"data.val_root={held_out.where}: {ours} is in data.root={train.where} too{alias}; "
-            "held-out images must not be trained on"
-        )
 
 
 def hold_out_per_class(

@@ -251,8 +251,10 @@ def folder_source(root: str, *, key: str, use_labels: bool) -> FileSource:
     except OSError as error:
         raise UserError(f"{key}={root}: cannot be read ({error.strerror})") from error
     if not len(paths):
-        empty = not any(os.scandir(root))
-        what = "is an empty folder" if empty else f"holds no image ({', '.join(FORMATS)})"
+        inside = os.listdir(root)
+        what = f"holds no image ({', '.join(FORMATS)})" if inside else "is an empty folder"
+        if any(name.endswith((".parquet", ".arrow")) for name in inside):
+            what += "; data=hf reads .parquet and .arrow"
         raise UserError(f"{key}={root}: {what}")
     found = FolderLabels(None, [], "data.use_labels=false")
     if use_labels:

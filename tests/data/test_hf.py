@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from msn.commands import make_shards
-from msn.data.pools import PoolSettings, build_pools
+from msn.commands.suggest_labels import images_of
+from msn.data.pools import PoolSettings, build_pools, whole_source
 from msn.errors import UserError
 from msn.images.kinds import BadImageError
 from tests.data.photos import photo
@@ -85,7 +86,7 @@ def test_a_split_with_labels_is_held_out_and_one_without_is_not(tmp_path):
     splits = {"train": rows(9), "validation": unlabelled, "test": rows(6)}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "d")
     found = pools(tmp_path / "d", use_labels=True)
-    assert found.held_out.source.split == "test"
+    assert found.held_out.source.splits == {"test": 6}
     assert len(found.train) == 9
     named = pools(tmp_path / "d", use_labels=True, val_root="validation")
     assert named.held_out is None
@@ -178,6 +179,22 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
     with pytest.raises(UserError, match=r"data.root=a/b: .*\(cannot connect\); HF_HUB_OFFLINE"):
         pools("a/b", use_labels=True)
+
+
+def test_all_splits_are_read_one_behind_the_other(tmp_path):
+    train = rows(9, kind=["x", "y", "y"] * 3).remove_columns("label")
+    test = rows(6, kind=["z", "y", None] * 2).remove_columns("label")
+    datasets.DatasetDict({"train": train, "test": test}).save_to_disk(tmp_path / "d")
+    (tmp_path / "e").mkdir()
+    assert images_of({**SETTINGS, "root": str(tmp_path / "e")})["source"] == "folder"
+    data = images_of({**SETTINGS, "root": str(tmp_path / "d"), "label_column": "kind"})
+    whole = whole_source(PoolSettings(**data))
+    assert [whole.name(i) for i in (0, 8, 9, 14)] == ["train/0", "train/8", "test/0", "test/5"]
+    assert [whole.read(i) for i in range(15)] == [encoded(i % 9) for i in range(15)]
+    known = [None if label < 0 else whole.classes[label] for label in whole.labels]
+    assert known == ["x", "y", "y"] * 3 + ["z", "y", None] * 2
+    assert len({whole.identity(i) for i in range(15)}) == 15
+    assert whole_source(PoolSettings(**{**data, "use_labels": False})).labels is None
 
 
 def test_a_data_set_becomes_shards_with_the_same_images(tmp_path):

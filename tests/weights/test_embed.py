@@ -15,6 +15,7 @@ from sklearn.datasets import load_sample_images
 import msn
 from msn.__main__ import run_named
 from msn.commands import embed
+from msn.commands.entry import compose
 from msn.errors import UserError
 from msn.weights import load_backbone
 from tests.weights.builders import make_trunk, save_run
@@ -34,19 +35,15 @@ def folder(tmp_path):
     return tmp_path
 
 
-def data(root):
-    return {"root": str(root), "depth": "auto", "num_workers": 0, "use_labels": True}
+def data(root, **changes):
+    shipped = OmegaConf.to_container(compose("embed", []), resolve=False)["data"]
+    return {**shipped, "root": str(root), "num_workers": 0, **changes}
 
 
 def run(folder, **changes):
     settings = {
         "checkpoint": str(folder / "run"),
-        "data": {
-            "root": str(folder / "images"),
-            "depth": "auto",
-            "num_workers": 0,
-            "use_labels": True,
-        },
+        "data": data(folder / "images"),
         "out": str(folder / "features.safetensors"),
         "feature": "class_token",
         "batch_size": 2,
@@ -311,15 +308,7 @@ def test_other_formats_are_refused_before_anything_is_read(folder, name):
 def test_a_list_of_paths_keeps_its_order(folder):
     names = ["images/b/3.png", "images/a/0.png"]
     (folder / "list.txt").write_text("\n".join(names))
-    run(
-        folder,
-        data={
-            "root": str(folder / "list.txt"),
-            "depth": "auto",
-            "num_workers": 0,
-            "use_labels": True,
-        },
-    )
+    run(folder, data=data(folder / "list.txt"))
     assert read(folder)[1] == names
 
 
