@@ -34,7 +34,8 @@ class Rows(Dataset):
 
 def test_more_workers_than_cores_are_no_warning(recwarn):
     iter(make_loader(Rows(), num_workers=3 * (os.cpu_count() or 1), batch_size=1))
-    assert [str(warning.message) for warning in recwarn] == []
+    said = [str(warning.message) for warning in recwarn]
+    assert [line for line in said if "use of fork() may" not in line] == []  # Python 3.12's own
 
 
 def no_room(*_):
