@@ -118,7 +118,7 @@ def equal() -> dict[str, Any]:
         losses.append([float(step.module.loss_value) for step in (here, there)])
     ours = dict(there.module.network.anchor.named_parameters())
     moved = {
-        name: float((ours[name].cpu() - wanted).norm() / wanted.norm().clamp_min(1e-6))
+        name: float(((ours[name].cpu() - wanted).norm() / wanted.norm().clamp_min(1e-6)).detach())
         for name, wanted in here.module.network.anchor.named_parameters()
         if "bias" not in name
     }

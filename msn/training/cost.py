@@ -323,7 +323,7 @@ def _held_bytes(network: Network, size: int, processes: int, sharded: bool) -> _
         several = processes > 1
         return _Held(every, 2 * trained, *((0, trained) if several else (trained, 0)))
     # FSDP2 gathers block by block, the next one while one computes, and leaves what is outside the
-    # blocks whole from its first use to the end of the backward pass. Not measured on a device.
+    # blocks whole from its first use to the end of the backward pass.
     blocks = [[*block.parameters()] for block in chain(*network.stacks)]
     block = size * max(sum(p.numel() for p in own) for own in blocks)
     inside = [p for own in blocks for p in own]

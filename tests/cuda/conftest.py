@@ -1,11 +1,13 @@
 """The fake device, where it makes sense, and the product's step on it."""
 
+import contextlib
 import importlib.util
 import os
 import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from msn.commands.entry import compose, to_plain
 from msn.commands.step import case_of
@@ -58,3 +60,15 @@ def case(experiment="msn_vits16", *, depth=2, **changes):
     made = case_of(settings)._replace(batch_size=6)
     model = made.model if depth is None else {**made.model, "depth": depth}
     return made._replace(model=model, compile=False)._replace(**changes)
+
+
+@contextlib.contextmanager
+def one_of_eight(rank):
+    """A process whose seven others answer at once."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=8)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -16,7 +16,7 @@ import os
 import shutil
 import subprocess
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
@@ -105,6 +105,7 @@ class FakeCuda(TorchDispatchMode):
         self.kernels: list[tuple[Any, dict[str, Any]]] = []
         self.allocated = self.peak = 0
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._sizes: dict[int, int] = {}
         self._stack = contextlib.ExitStack()
 
     @classmethod
@@ -201,19 +202,31 @@ class FakeCuda(TorchDispatchMode):
             raise HostWaits(what)
 
     def _account(self, tensors: list[Tensor]) -> None:
-        for storage in [x.untyped_storage() for x in tensors]:
+        # What wraps tensors, as DTensor does, has a size but no memory of its own.
+        own = [x for x in tensors if not is_traceable_wrapper_subclass(x)]
+        for storage in [x.untyped_storage() for x in own]:
             key = storage._cdata
-            if key in self._storages:
-                continue
+            if key not in self._storages:
+
+                def gone(_: Any, key: int = key) -> None:
+                    del self._storages[key]
+                    self.allocated -= self._sizes.pop(key)
+
+                self._storages[key] = weakref.ref(storage, gone)
+            # FSDP2 empties storages and fills them again.
             size = -(-storage.nbytes() // _BLOCK) * _BLOCK
-
-            def gone(_: Any, key: int = key, size: int = size) -> None:
-                del self._storages[key]
-                self.allocated -= size
-
-            self._storages[key] = weakref.ref(storage, gone)
-            self.allocated += size
+            self.allocated += size - self._sizes.get(key, 0)
+            self._sizes[key] = size
             self.peak = max(self.peak, self.allocated)
+
+    def resizing(self, resize: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+        """A function that changes the size of a tensor's storage, which no operator tells."""
+
+        def noted(tensor: Tensor) -> None:
+            resize(tensor)
+            self._account([tensor])
+
+        return noted
 
 
 def _on_host(func: Any, packet: Any, args: Any, kwargs: Any) -> Any:

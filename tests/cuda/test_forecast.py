@@ -4,19 +4,25 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 
 from msn.commands.step import TrainingStep
 from msn.data.views import ViewSettings
-from tests.cuda.conftest import case
+from msn.training.strategy import shard
+from tests.cuda.conftest import case, one_of_eight
 
 
-def check_forecast(gpu, made, rel=0.05):
+def check_forecast(gpu, made, rel=0.05, processes=1):
     from tests.cuda.fake_triton import fake_inductor
 
     torch._dynamo.reset()
     gpu.strict = False
     with fake_inductor(gpu) if made.compile else nullcontext():
         method = TrainingStep(made)
+        if processes > 1:
+            shard(method.module.network, init_device_mesh("cuda", (processes,)))
+            method.optimizer = method.module.configure_optimizers()
         method.step()
         gpu.reset()
         method.step()
@@ -26,8 +32,8 @@ def check_forecast(gpu, made, rel=0.05):
         chunk_size=made.chunk_size,
         precision=made.precision,
         compiled=bool(made.compile),
-        processes=1,
-        sharded=False,
+        processes=processes,
+        sharded=processes > 1,
     )
     assert forecast.peak == pytest.approx(gpu.peak, rel=rel)
 
@@ -43,6 +49,15 @@ def test_the_forecast_is_within_5_percent_of_a_small_step(gpu, precision, chunk_
 def test_the_forecast_of_masked_autoencoders_is_within_10_percent(gpu, precision, chunk_size):
     made = case("mae_vitb16", depth=3, batch_size=32, precision=precision, chunk_size=chunk_size)
     check_forecast(gpu, made, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_the_forecast_is_within_5_percent_of_a_step_of_a_cut_network(gpu, monkeypatch, precision):
+    for name in ("alloc_storage", "free_storage"):
+        monkeypatch.setattr(_fsdp_param, name, gpu.resizing(getattr(_fsdp_param, name)))
+    with one_of_eight(rank=0):
+        check_forecast(gpu, case(depth=4, batch_size=16, precision=precision), processes=8)
 
 
 @pytest.mark.slow

@@ -5,10 +5,8 @@ from collections import Counter
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.distributed.device_mesh import init_device_mesh
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks import scaling
 from msn.commands.step import TrainingStep
@@ -16,7 +14,7 @@ from msn.method.distributed import BatchNorm, num_processes
 from msn.method.loss import MSNLoss
 from msn.method.optim import FiniteCheck
 from msn.training.strategy import shard
-from tests.cuda.conftest import case
+from tests.cuda.conftest import case, one_of_eight
 
 HALF = torch.bfloat16
 # What mixed precision takes in half precision wherever it stands; products of the loss are float32.
@@ -108,16 +106,6 @@ COLLECTIVES = (
     "_reduce_scatter_base_",
     "broadcast_",
 )
-
-
-@contextlib.contextmanager
-def one_of_eight(rank):
-    """A process whose seven others answer at once."""
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=8)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def sent(gpu, rank, made):
