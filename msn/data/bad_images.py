@@ -1,8 +1,8 @@
-"""What happens to images that cannot be read: replaced, logged once, counted, written down.
+"""Images that cannot be read: replaced, logged once, counted, listed in `bad_images.csv`.
 
-All processes of a run share one `bad_images.csv`, and the file is where they are counted: whoever
-finds an unreadable image appends it under a lock unless another process, or the run before a
-resume, has. So an image is logged and counted once, without any exchange between processes.
+All processes of a run share that file and count in it: a process that finds an unreadable image
+appends it under a lock unless another process, or the run before a resume, has. So an image is
+logged and counted once, without communication between processes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 COLUMNS = ("path", "reason", "image")  # the last is the number in the training set
 _HEADER = (",".join(COLUMNS) + "\n").encode()
 
-# What may be unreadable unless somebody sets a share.
+# How many may be unreadable unless `max_bad_fraction` is set.
 _ALLOWED, _ALLOWED_SHARE = 10, 0.001
 
 
@@ -37,7 +37,7 @@ class BadImage(NamedTuple):
 
 
 def strict_message(name: str, reason: object) -> str:
-    """What ends a run with `data.strict=true`."""
+    """The message that ends a run with `data.strict=true`."""
     return (
         f"data.strict=true: {name} cannot be read ({reason}); "
         "data.strict=false replaces such images"
@@ -49,13 +49,13 @@ class BadImageLedger:
 
     Args:
         num_images: number of indexed files, of which `max_fraction` is a share.
-        max_fraction: share of them that may be unreadable, in [0, 1]; None allows ten images (of
-            fewer than 20 a half), or 0.1 % where that is more.
+        max_fraction: share of them that may be unreadable, in [0, 1]; None allows ten images (half
+            of fewer than 20), or 0.1 % if that is more.
         strict: whether the first unreadable image ends the run.
 
     Attributes:
-        file: the `bad_images.csv` that all processes share; None counts in this one alone.
-        known: unreadable images by their numbers, of all processes as far as this one knows.
+        file: the `bad_images.csv` that all processes share; None counts in this process alone.
+        known: unreadable images by number, of all processes as far as this one knows.
 
     Raises:
         UserError: `max_fraction` is outside [0, 1].
@@ -71,11 +71,7 @@ class BadImageLedger:
         self._read_to = 0
 
     def add(self, images: Iterable[BadImage]) -> list[BadImage]:
-        """Take note of unreadable images; those new to all processes are logged and written down.
-
-        Returns:
-            The new ones.
-        """
+        """Record unreadable images; log, write and return those that are new to all processes."""
         fresh = {image.number: image for image in images if image.number not in self.known}
         if not fresh:
             return []
@@ -96,14 +92,14 @@ class BadImageLedger:
         return new
 
     def knows(self, path: str) -> bool:
-        """Whether the image of this name has been found to be unreadable."""
+        """Whether the image of this name is known to be unreadable."""
         return any(image.path == path for image in self.known.values())
 
     def check(self) -> None:
-        """End the run where too much is unreadable, over all processes.
+        """Check the number of unreadable images of all processes.
 
         Raises:
-            UserError: more than the allowed share, or anything at all if strict.
+            UserError: more than the allowed share is unreadable, or any image if strict.
         """
         count = len(self.known)
         if count == 0:
@@ -127,9 +123,9 @@ class BadImageLedger:
         return max(_ALLOWED_SHARE * self.num_images, min(_ALLOWED, self.num_images // 2))
 
     def forget(self, readable: Callable[[BadImage], bool]) -> None:
-        """Strike images off the file that an earlier start could not read and this one can.
+        """Remove from the file what an earlier start of the run could not read and this one can.
 
-        Before training and by one process alone: no process has read the file yet.
+        Called before training by one process, when no process has read the file yet.
         """
         if self.file is None or not self.file.is_file():
             return
@@ -163,7 +159,7 @@ class BadImageLedger:
             yield file  # closing it unlocks
 
     def _read_others(self, file: BinaryIO) -> None:
-        """Learn what others have written since; then the file stands at its end."""
+        """Learn what others have written since; leaves the file at its end."""
         for image in _parse(file, self._read_to):
             self.known.setdefault(image.number, image)
         if file.tell() == 0:
@@ -171,7 +167,7 @@ class BadImageLedger:
 
 
 def _parse(file: BinaryIO, begin: int) -> Iterator[BadImage]:
-    """The rows from a byte on; at the end the file stands at its own, after a whole row."""
+    """The rows from a byte on; leaves the file at its end, after a whole row."""
     file.seek(begin)
     data = file.read()
     whole = data[: data.rfind(b"\n") + 1]  # the last writer may have been killed in a row

@@ -122,7 +122,7 @@ def _make(
 
 @cache
 def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Factor of values 0 to 255 and what is then taken off; copied to the device only once."""
+    """Scale and shift that normalise values 0 to 255, copied to the device only once."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (1 / (255 * std)).to(device), (mean / std).to(device)
 
@@ -171,7 +171,7 @@ def _apply(part: Tensor, change: int, factor: Tensor) -> None:
 
 
 def _change(pixels: Tensor, mask: Tensor, change: Callable[[Tensor, Tensor], object]) -> None:
-    """Take the views of a mask (on the CPU, so nothing waits for the device), change, put back."""
+    """Change the views of a mask in place; the mask is on the CPU, so nothing waits."""
     rows = torch.nonzero(mask)[:, 0]
     if len(rows) == 0:
         return

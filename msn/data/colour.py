@@ -1,10 +1,9 @@
 """Colour changes and blur as Pillow makes them, for many views at once, on any device.
 
 Pixels are floats from 0 to 255, planes first: [n, 3, H, W]. Brightness, contrast and saturation
-move a view towards or away from a base: black, its mean gray, its gray image. Hue turns the colour
-circle. Pillow works in whole gray levels and cuts fractions off; here they are kept, less the half
-level that cutting costs on average, which is nearer to Pillow than it shows and costs nothing.
-Everything is in place: on a CPU fresh memory costs more than the arithmetic.
+blend a view with a base: black, its mean gray, its gray image. Hue turns the colour circle. Pillow
+truncates to whole gray levels; here fractions are kept, and the half level that truncation costs on
+average is subtracted. Everything is in place: on a CPU fresh memory costs more than the arithmetic.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from torch import Tensor
 
 # ITU-R 601 luma with the 16-bit weights that Pillow uses.
 LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
-HUE_STEPS = 255  # Pillow turns the hue by whole 1/255 of the circle, fractions cut off
+HUE_STEPS = 255  # Pillow turns the hue by whole 1/255 of the circle, truncated
 _BOXES = 3  # of Pillow's Gaussian blur
-CUT = 0.5  # gray levels that are lost on average when fractions are cut off
+CUT = 0.5  # gray levels that truncation loses on average
 
 
 def gray_image(pixels: Tensor) -> Tensor:
@@ -29,7 +28,7 @@ def gray_image(pixels: Tensor) -> Tensor:
 
 
 def mean_gray(pixels: Tensor) -> Tensor:
-    """Mean gray of views, [n, 3, H, W] to [n, 1, 1, 1]: a whole number, as Pillow's is."""
+    """Mean gray of views, rounded as Pillow does, [n, 3, H, W] to [n, 1, 1, 1]."""
     means = pixels.flatten(-2).mean(-1, dtype=torch.float32)
     gray = (means @ _luma(pixels.device)).add_(0.5).floor_()
     return gray.to(pixels.dtype)[..., None, None, None]
@@ -53,9 +52,9 @@ def blend(pixels: Tensor, base: Tensor | None, factor: Tensor) -> Tensor:
 
 
 def turn_hue(pixels: Tensor, turns: Tensor) -> Tensor:
-    """Turn the colours around the circle in place; value and saturation stay.
+    """Turn the hue in place; value and saturation stay.
 
-    Written without masks and divisions. With the angle h in sixths of the circle from red, in
+    Written without masks and divisions: with the angle h in sixths of the circle from red, in
     [-3, 3], and chroma c = high - low, a channel is full within 1 of its own colour, empty from 2
     on and linear between: clamp(high + c - c * distance, low, high).
 
@@ -101,11 +100,11 @@ def box_radius(radius: np.ndarray) -> np.ndarray:
 
 
 def blur_taps(radius: np.ndarray, greatest: float) -> np.ndarray:
-    """One half of the kernel that three boxes make, from its centre outwards.
+    """One half of the kernel of three box blurs, from its centre outwards.
 
     Args:
-        radius: of the Gaussian in px, [n]; 0 gives a kernel that changes nothing.
-        greatest: no radius is greater; it sets the number of taps.
+        radius: of the Gaussian in px, [n]; 0 gives the identity.
+        greatest: upper bound of the radii; it sets the number of taps.
 
     Returns:
         Weights at distance 0, 1, ..., reach, float32 [n, reach + 1].
@@ -121,7 +120,7 @@ def blur_taps(radius: np.ndarray, greatest: float) -> np.ndarray:
 
 
 def blur_matrices(taps: Tensor, size: int) -> Tensor:
-    """Matrices that blur views of one size; the image's edge pixels repeat beyond it.
+    """Matrices that blur views of one size; edge pixels are repeated beyond the image.
 
     Args:
         taps: of `blur_taps`, on any device, [n, reach + 1].

@@ -1,10 +1,9 @@
 """The batched back end on CUDA: five kernels per size of views, for any batch.
 
-Every view is made from the decoded pixels where they lie, so images of any sizes stand side by
-side without padding: crops as in `msn.data.batched_views`, colours and blur as in
-`msn.data.colour`. Each view has its own order of changes; contrast needs the mean gray of all that
-comes before it, hence a pass of its own. The arithmetic is float32, what lies between the kernels
-float16 where the views are of 16 bits.
+Views are made straight from the packed pixels, so images of any sizes need no padding: crops as in
+`msn.data.batched_views`, colours and blur as in `msn.data.colour`. Each view has its own order of
+changes; contrast needs the mean gray after all changes before it, hence a pass of its own. The
+arithmetic is float32; between the kernels pixels are float16 if the views have 16 bits.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from msn.data.views import (
 _TILE = (8, 32)  # px of a view that one program crops
 _BLOCK = 1024  # px of a view that one program recolours or blurs
 
-# What the kernels know of the table. FACTORS lie side by side in the order of the changes' numbers.
+# Columns of the table. FACTORS are adjacent, in the order of the changes' numbers.
 _TOP, _LEFT, _HEIGHT, _WIDTH, _FLIP, _ORDER, _GRAY, _BLUR = (
     tl.constexpr(COLUMNS.index(name))
     for name in ("top", "left", "height", "width", "flip", "order", "gray", "blur")
@@ -50,7 +49,7 @@ assert [n - FACTORS[0] for n in FACTORS] == [BRIGHTNESS, CONTRAST, SATURATION, H
 
 
 def make_cuda_views(batch: ImageBatch, settings: ViewSettings, *, dtype: torch.dtype) -> Views:
-    """Make the views of a batch whose pixels lie on a CUDA device; the host waits for nothing.
+    """Make the views of a batch whose pixels are on a CUDA device, without waiting for it.
 
     Args:
         batch: decoded images with parameters; all but the pixels on the CPU.
@@ -77,7 +76,7 @@ def make_cuda_views(batch: ImageBatch, settings: ViewSettings, *, dtype: torch.d
 
 
 def _upload(values: Tensor, device: torch.device) -> Tensor:
-    """From pinned memory, for else the host may wait for all that the device still has to do."""
+    """Copy from pinned memory; otherwise the host waits for the work queued on the device."""
     pinned = values.pin_memory() if device.type == "cuda" else values
     return pinned.to(device, non_blocking=True)
 
@@ -102,7 +101,6 @@ def _make(pixels: Tensor, images: Tensor, table: Tensor, size: int, dtype: torch
     )
     blocks = -(-(size**2) // _BLOCK)
     grays = torch.empty(count, blocks, device=table.device)
-    # An untouched table of orders is read by every view; it was brought to the device once.
     common = (table, _orders(table.device), grays, table.shape[1], size)
     most = triton.next_power_of_2(blocks)
     gray_kernel[count, blocks](cropped, *common, _BLOCK)
@@ -174,7 +172,7 @@ def crop_kernel(
 
 @triton.jit
 def gray_kernel(cropped, table, orders, grays, columns, size, BLOCK: tl.constexpr):
-    """Sum of a block's gray values as contrast will find them, where contrast is changed."""
+    """Sum of a block's gray values just before contrast, for views whose contrast changes."""
     view, block = tl.program_id(0), tl.program_id(1)
     row = table + view * columns
     if tl.load(row + _FACTORS + _CONTRAST) != 1.0:
@@ -193,7 +191,7 @@ def colour_kernel(
     view, block = tl.program_id(0), tl.program_id(1)
     row = table + view * columns
     parts = tl.arange(0, MOST)
-    # Nothing was written there, and nothing is made of it, where contrast stays.
+    # Undefined, and unused, where contrast stays.
     total = tl.sum(tl.load(grays + view * blocks + parts, mask=parts < blocks, other=0.0))
     mean = tl.floor(total / (size * size) + 0.5)
     place, inside = _places(view, block, size, BLOCK)
@@ -210,7 +208,7 @@ def colour_kernel(
 
 @triton.jit
 def _places(view, block, size, BLOCK: tl.constexpr):
-    """Where a block of a view's red plane lies, and which of it is the view's."""
+    """Offsets of a block of a view's red plane, and which of them are inside the view."""
     at = block * BLOCK + tl.arange(0, BLOCK)
     return view.to(tl.int64) * 3 * size * size + at, at < size * size
 
@@ -250,7 +248,7 @@ def _jitter(red, green, blue, row, orders, mean, BEFORE_CONTRAST: tl.constexpr):
 
 @triton.jit
 def _turn_hue(red, green, blue, hue):
-    """As `msn.data.colour.turn_hue`, whose letters these are."""
+    """As `msn.data.colour.turn_hue`, with the same letters."""
     high = tl.maximum(tl.maximum(red, green), blue)
     low = tl.minimum(tl.minimum(red, green), blue)
     chroma = high - low
@@ -271,7 +269,7 @@ def _turn_hue(red, green, blue, hue):
 
 @triton.jit
 def blur_rows_kernel(source, out, table, columns, size, reach, BLOCK: tl.constexpr):
-    """Blur along the rows of the views that are blurred; others are left out."""
+    """Blur along the rows of those views that are blurred."""
     view = tl.program_id(0)
     row = table + view * columns
     if tl.load(row + _BLUR) > 0:

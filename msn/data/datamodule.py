@@ -33,8 +33,8 @@ from msn.schema import Range, check_ranges
 log = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "batched", "reference")
-_MOST_WORKERS = 16  # a process; more rarely helps and each holds batches in memory
-_LEAST_LIMIT = 64  # that may be asked for on any machine
+_MOST_WORKERS = 16  # per process; more rarely help, and each holds batches in memory
+_LEAST_LIMIT = 64  # workers that any machine may have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +46,13 @@ class DataSettings(PoolSettings):
     """
 
     global_batch_size: int  # images per step over all processes
-    # Worker processes per training process; None takes 0 for images in memory and one for each
-    # core that this process may use otherwise.
+    # Worker processes per training process; None takes 0 for images in memory, else one per core
+    # that this process may use.
     num_workers: int | None
     prefetch_batches: Annotated[int, Range(1, 1000)]  # that each worker prepares ahead
     seed: int  # of order and views
-    # Share of the indexed files that may be unreadable; None allows ten images, or 0.1 % where that
-    # is more.
-    max_bad_fraction: float | None
-    strict: bool  # whether one unreadable image ends the run, be it trained on or held out
+    max_bad_fraction: float | None  # of the files that may be unreadable, see `BadImageLedger`
+    strict: bool  # whether one unreadable image, trained on or held out, ends the run
     backend: str  # one of BACKENDS; `auto` takes `batched`
     views: Mapping[str, Any]  # of `ViewSettings`
 
@@ -99,7 +97,7 @@ class MSNDataModule(LightningDataModule):
         self._sampler: EpochSampler | None = None
         self._position = (0, 0)
         self._labelled: tuple[LabelledImages, LabelledImages] | None = None
-        # Lightning then calls `prepare_data` in one process of all, which the others wait for.
+        # Lightning then calls `prepare_data` in a single process, and the others wait.
         self.prepare_data_per_node = False
         # Fail on a batch that cannot be cut before anything else is built.
         self.sampler(rank=0, world_size=1)
@@ -115,7 +113,7 @@ class MSNDataModule(LightningDataModule):
 
     @property
     def depth(self) -> Depth | None:
-        """Of images of more than 8 bits, None where none was found."""
+        """Black and white of images of more than 8 bits; None if there are none."""
         return self.pools.train.source.depth
 
     @property
@@ -126,7 +124,7 @@ class MSNDataModule(LightningDataModule):
         """Labelled images to fit classifiers on and held-out ones to test; None without labels."""
         if self.pools.labelled is None or self.pools.held_out is None:
             return None
-        if self._labelled is None:  # the same ones each time: they know what has been said
+        if self._labelled is None:  # kept, as they know which images have been reported
             strict = self.ledger.strict
             self._labelled = (
                 LabelledImages(
@@ -147,14 +145,14 @@ class MSNDataModule(LightningDataModule):
         )
 
     def prepare_data(self) -> None:
-        """Take images back that an earlier start of this run could not read and this one can."""
+        """Remove from `bad_images.csv` what an earlier start could not read and this one can."""
         self._open_ledger()
         self.ledger.forget(self._can_be_read)
 
     def _can_be_read(self, image: BadImage) -> bool:
         train = self.pools.train
         if image.number >= len(train) or train.name(image.number) != image.path:
-            return True  # resume.force=true: the data are other ones now
+            return True  # resume.force=true: the data are different now
         try:
             train.source.decode(int(train.positions[image.number]), full_size)
         except BadImageError:
@@ -198,7 +196,7 @@ class MSNDataModule(LightningDataModule):
     def transfer_batch_to_device(
         self, batch: ImageBatch, device: torch.device, dataloader_idx: int
     ) -> ImageBatch:
-        """Bring the pixels to the device; the small tables stay where the host can read them."""
+        """Bring the pixels to the device; the small tables stay on the host."""
         return batch._replace(pixels=_to_device(batch.pixels, device))
 
     def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> Views:
@@ -208,9 +206,9 @@ class MSNDataModule(LightningDataModule):
         return self.make_views(batch, self._view_dtype())._replace(origin=origin)
 
     def _view_dtype(self) -> torch.dtype:
-        """Type of the views: that of the network's first product, which casts them anyway.
+        """Type of the views: bfloat16 under bf16-mixed, where the first layer casts them anyway.
 
-        A method that predicts pixels gets them in the type of the network's weights.
+        A method that predicts pixels gets them in the type of the weights.
         """
         if self.trainer is None:
             return torch.float32
@@ -239,7 +237,7 @@ class MSNDataModule(LightningDataModule):
             self.ledger.file = Path(self.run_dir) / "bad_images.csv"
 
     def fingerprint(self) -> dict[str, Any]:
-        """Values that must not change if a resumed run is to see the same batches."""
+        """Values that must stay the same for a resumed run to see the same batches."""
         train = self.pools.train
         digest = hashlib.sha256()
         step = max(1, len(train) // 1000)
@@ -308,7 +306,7 @@ def resolve_workers(num_workers: int | None, *, in_memory: bool, processes: int 
 
 
 def _to_device(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy to the device; on CUDA the copy overlaps the step before and the host does not wait."""
+    """Copy to the device; on CUDA the copy overlaps the previous step."""
     if device.type != "cuda":
         return pixels.to(device, non_blocking=True)
     step, copies = torch.cuda.current_stream(device), copy_stream(device)
@@ -321,7 +319,7 @@ def _to_device(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @cache
 def copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which batches travel to a CUDA device."""
+    """The stream that copies batches to a CUDA device."""
     return torch.cuda.Stream(device)
 
 

@@ -30,10 +30,9 @@ from msn.images.kinds import BadImageError
 log = logging.getLogger(__name__)
 
 REPLACEMENT_TRIES = 20
-# In the `info` of an image that stands in the place of one that cannot be read.
-REPLACED = "replaced"
+REPLACED = "replaced"  # in the `info` of an image that replaces an unreadable one
 REDUCING_GAP = 2.0  # a crop keeps at least this many times its final size after reduction
-_ROOM = 1.25  # times what images as large as the first would need in the buffer
+_ROOM = 1.25  # size of the buffer over that of images all as large as the first
 _GRAY, _GRAY_SIZE = (127, 127, 127), (64, 64)
 _REPLACE = 3  # keeps these draws apart from those of order, split and views
 
@@ -79,27 +78,16 @@ class Subset:
 
 
 class ImageBatch(NamedTuple):
-    """B decoded images on their way to the views.
+    """B decoded images and the parameters of their views."""
 
-    Attributes:
-        pixels: rows of all images one after another, uint8 [sum of h * w, 3].
-        starts: where each image begins, as a row number of `pixels`, int64 [B].
-        sizes: height and width of each image as it lies in `pixels`, int64 [B, 2].
-        table: parameters of the views, float32 [V, B, columns]; boxes in px of these sizes.
-        epoch: the batch's epoch, from 0.
-        batch: number of the batch in its epoch, from 0.
-        indices: which image of the training set each one is, int64 [B].
-        bad: images that had to be replaced, and images found unreadable while looking for one.
-    """
-
-    pixels: Tensor
-    starts: Tensor
-    sizes: Tensor
-    table: Tensor
-    epoch: int
-    batch: int
-    indices: Tensor
-    bad: list[BadImage]
+    pixels: Tensor  # rows of all images one after another, uint8 [sum of h * w, 3]
+    starts: Tensor  # row of `pixels` where each image begins, int64 [B]
+    sizes: Tensor  # height and width of each image in `pixels`, int64 [B, 2]
+    table: Tensor  # parameters of the views, float32 [V, B, columns]; boxes in px of these sizes
+    epoch: int  # from 0
+    batch: int  # number of the batch in its epoch, from 0
+    indices: Tensor  # number of each image in the training set, int64 [B]
+    bad: list[BadImage]  # images that were replaced, or tried as a replacement, in vain
 
     def image(self, position: int) -> Tensor:
         """Pixels of one image, uint8 [h, w, 3], a view of the buffer."""
@@ -111,12 +99,11 @@ class ImageBatch(NamedTuple):
 class PixelBuffer:
     """Collects images of different sizes in one buffer.
 
-    Each image is copied while it is still in the processor's cache, then its memory is free again.
     In a worker process the buffer is shared memory if there is room, so sending it copies nothing.
     Unused room is never touched and costs nothing.
 
     Args:
-        count: images that are expected.
+        count: expected number of images.
     """
 
     def __init__(self, count: int) -> None:
@@ -126,7 +113,7 @@ class PixelBuffer:
         self._end = 0
 
     def add(self, image: np.ndarray) -> None:
-        """Take an image uint8 [h, w, 3]."""
+        """Copy an image, uint8 [h, w, 3]."""
         height, width, _ = image.shape
         end = self._end + height * width
         if end > len(self._pixels):
@@ -149,15 +136,13 @@ class PixelBuffer:
 
 
 class TrainingSet(Dataset[ImageBatch]):
-    """Maps the key of a batch to decoded images and the parameters of their views.
-
-    It has no state that a batch changes, so every worker of every process gives the same answer.
+    """Maps the key of a batch to decoded images and the parameters of their views; stateless.
 
     Args:
-        images: what to train on.
+        images: the training images.
         settings: of the views.
         seed: of the run.
-        reduce: whether images are decoded no larger than their crops need; False keeps every pixel.
+        reduce: decode images no larger than their crops need; False keeps every pixel.
     """
 
     def __init__(self, images: Subset, settings: ViewSettings, *, seed: int, reduce: bool) -> None:
@@ -206,7 +191,7 @@ class TrainingSet(Dataset[ImageBatch]):
         )
 
     def _allowed_reduction(self, index: int, epoch: int, height: int, width: int) -> int:
-        """How far an image may be scaled down so that all its crops stay large enough."""
+        """The greatest reduction of an image that leaves all its crops large enough."""
         settings = self.settings
         if not self.reduce or not _may_reduce(settings, height * width):
             return 1
@@ -231,12 +216,12 @@ class TrainingSet(Dataset[ImageBatch]):
                 candidate = int(drawn % np.uint64(len(self)))
             else:
                 return image, bad
-        # All data are gone; the main process sees the list of bad images and ends the run.
+        # The main process sees the list of bad images and ends the run.
         return DecodedImage(np.zeros((1, 1, 3), np.uint8), 1, 1, 1), bad
 
 
 def _may_reduce(settings: ViewSettings, area: int) -> bool:
-    """Whether any draw could allow a reduction: a cheap test before drawing."""
+    """Whether any draw could allow a reduction; cheaper than drawing."""
     kinds = [(settings.rand_size, settings.rand_scale)]
     if settings.focal_views:
         kinds.append((settings.focal_side, settings.focal_scale))
@@ -269,18 +254,17 @@ def _batch(
 class LabelledImages(Dataset[Image.Image]):
     """Labelled images for evaluation; item i is image i at its full size, RGB.
 
-    An image that cannot be read is replaced by the next readable one of its class, or by a gray one
-    where the class has no other; its `info` says so under `REPLACED`, and it is logged once.
+    An unreadable image is replaced by the next readable one of its class, or by a gray one if the
+    class has no other; its `info` says so under `REPLACED`, and it is logged once.
 
     Args:
-        images: images of a source with labels.
+        images: with labels.
         what: name used in messages.
-        strict: whether one that cannot be read is an error instead.
+        strict: whether an unreadable image is an error instead.
         said: whether an image of this name has been logged before.
 
     Attributes:
         labels: class numbers, LongTensor [n].
-        names: names of the images.
         classes: names of the classes.
         groups: group numbers, LongTensor [n], or None without groups.
     """
@@ -300,7 +284,7 @@ class LabelledImages(Dataset[Image.Image]):
         self.labels = torch.from_numpy(labels)
         self.classes = images.source.classes
         self.groups = None if images.groups is None else torch.from_numpy(images.groups)
-        # Shared with workers, of which there are new ones for every reading.
+        # Shared with workers, which are started anew for every pass.
         self._reported = shared_flags(len(labels))
 
     @property
@@ -309,7 +293,7 @@ class LabelledImages(Dataset[Image.Image]):
         return [self.images.name(i) for i in range(len(self))]
 
     def identity(self, i: int) -> str:
-        """Changes when image i is another image; see `Source.identity`."""
+        """A key for caches, see `Source.identity`."""
         return self.images.identity(i)
 
     def __len__(self) -> int:
@@ -317,10 +301,10 @@ class LabelledImages(Dataset[Image.Image]):
         return len(self.images)
 
     def __getitem__(self, i: int) -> Image.Image:
-        """Image i, or what stands in for it.
+        """Image i, or its replacement.
 
         Raises:
-            UserError: neither it nor twenty others of its class can be read, or `strict`.
+            UserError: neither it nor twenty others of its class can be read, or `strict` is set.
         """
         try:
             return self._rgb(i)
@@ -335,7 +319,7 @@ class LabelledImages(Dataset[Image.Image]):
                 self._report(other, error)
             else:
                 return _replacing(image)
-        if len(alike) <= REPLACEMENT_TRIES:  # one damaged file of a small class ends nothing
+        if len(alike) <= REPLACEMENT_TRIES:
             return _replacing(Image.new("RGB", _GRAY_SIZE, _GRAY))
         name = self.classes[int(self.labels[i])]
         raise UserError(f"{self.images.source.where}: no image of class {name} can be read")
@@ -358,5 +342,5 @@ class LabelledImages(Dataset[Image.Image]):
 
 
 def _replacing(image: Image.Image) -> Image.Image:
-    image.info[REPLACED] = True  # it travels with the image, also out of a worker
+    image.info[REPLACED] = True  # stays with the image, also out of a worker
     return image

@@ -1,4 +1,4 @@
-"""What is never on both sides of a split: one file, and images of one patient, plant or film."""
+"""Checks that no group (of one patient, plant or film) and no file is on both sides of a split."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _GROUPS = 6  # keeps these draws apart from others of the same seed
 
 
 def find_groups(images: Source, group: str | None) -> None:
-    """Read groups off the paths, where no column has given them.
+    """Set the groups of a source from its paths, unless a column gave them.
 
     Raises:
         UserError: `group` is neither a column nor found in every path.
@@ -47,11 +47,7 @@ def find_groups(images: Source, group: str | None) -> None:
 
 
 def refuse_shared(train: Source, held_out: Source) -> None:
-    """Held-out images must not be trained on, by whatever links or lists their files are named.
-
-    Raises:
-        UserError: a file, or a shard, is in both.
-    """
+    """Raise a UserError if a file, by whatever name, or a shard is in both sources."""
     if isinstance(train, FileSource) and isinstance(held_out, FileSource):
         if not train.linked and not held_out.linked:
             return  # neither lies in the other's folder, see `find_parts`
@@ -87,10 +83,10 @@ def refuse_shared_groups(train: Source, held_out: Source) -> None:
 def hold_out_groups(
     labels: np.ndarray, groups: np.ndarray, fraction: float, split_seed: int
 ) -> np.ndarray:
-    """Hold out whole groups, so that about a share of every class is.
+    """Hold out whole groups that contain about a share of every class.
 
-    Groups are taken in a seeded order; one is held out if that brings the classes nearer to their
-    share, and no class loses its last image. If none is, the one that comes nearest is.
+    Groups are tried in a seeded order; one is held out if that brings the classes nearer to their
+    share and no class loses its last image. If none does, the nearest one is held out.
 
     Args:
         labels: class numbers, int64 [n].
@@ -99,7 +95,7 @@ def hold_out_groups(
         split_seed: of the order.
 
     Returns:
-        Numbers of the groups to hold out; empty where every group is all that a class has.
+        Numbers of the groups to hold out; empty if every group is all that some class has.
     """
     numbers, inverse = np.unique(groups, return_inverse=True)
     counts = np.zeros((len(numbers), int(labels.max()) + 1))

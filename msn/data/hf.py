@@ -1,7 +1,7 @@
-"""Images of Hugging Face data sets: `save_to_disk`, parquet and arrow files, or a name on the Hub.
+"""Hugging Face data sets: `save_to_disk`, parquet and arrow files, or a name on the Hub.
 
-The rows stay in mapped files that all workers share; an image is read by its number, so the order
-of a run is exact. No code of a data set runs: `datasets` does not run any since version 4.
+The rows stay in memory-mapped files that all workers share. No code of a data set runs: `datasets`
+has not run any since version 4.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,39 +23,24 @@ from msn.images.kinds import BadImageError, read_file
 
 log = logging.getLogger(__name__)
 
-# Names of columns in lower case, the first one there is.
+# Names of columns in lower case; the first that exists is taken.
 _IMAGE = ("image", "img", "picture", "photo", "pixel_values")
 _LABEL = ("label", "labels", "class", "fine_label", "category", "target")
 SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes
 _SHOWN = 12  # columns that a message names
 
 
+@dataclass(eq=False, kw_only=True)
 class HFSource(Source):
-    """Rows of a `datasets.Dataset`.
+    """Rows of a `datasets.Dataset`."""
 
-    Args:
-        where: name in messages.
-        splits: name of the split and number of its rows; of several, if these are joined.
-        images: the data set with one column, whose values are bytes, or a path, or both.
-        column: that column.
-        labels: class numbers, int64 [n], -1 for a row without a label; or None.
-        classes: names of the classes.
-        why: why there are no labels.
-    """
-
-    def __init__(
-        self,
-        *,
-        where: str,
-        splits: dict[str, int],
-        images: Any,
-        column: str,
-        labels: np.ndarray | None,
-        classes: list[str],
-        why: str,
-    ) -> None:
-        self.where, self.splits, self.images, self.column = where, splits, images, column
-        self.labels, self.classes, self.why = labels, classes, why
+    where: str
+    splits: dict[str, int]  # names of the splits and their rows; images are named after them
+    images: Any  # the data set with one column, whose values are bytes, or a path, or both
+    column: str  # that column
+    labels: np.ndarray | None
+    classes: list[str]
+    why: str = ""
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -69,7 +55,7 @@ class HFSource(Source):
         raise IndexError(i)
 
     def identity(self, i: int) -> str:
-        """What `datasets` calls the fingerprint of the rows, and the number."""
+        """Fingerprint of the rows (of `datasets`) and the number."""
         return f"{self.images._fingerprint} {i}"
 
     def read(self, i: int) -> bytes:
@@ -93,22 +79,21 @@ class _Labels(NamedTuple):
 def hf_sources(
     root: str, val_root: str | None, *, columns: Columns, use_labels: bool
 ) -> tuple[HFSource, HFSource | None]:
-    """Open a data set: what trains, and what is held out.
+    """Open the training images and the held-out images of a data set.
 
-    The split `train`, or the only one, trains. `val_root` names the split, or another data set,
-    that is held out; without it the first of `val`, `valid`, `validation` and `test` whose rows
-    have labels is.
+    The split `train`, or the only one, trains. `val_root` names the held-out split, or another data
+    set; without it the first of `val`, `valid`, `validation` and `test` with labels is held out.
 
     Args:
         root: a directory that `save_to_disk` wrote, a folder of parquet or arrow files or of
             images, one such file, or a name on the Hub, USER/NAME.
         val_root: as set.
         columns: names of columns as set.
-        use_labels: False leaves the images without labels.
+        use_labels: False ignores the labels.
 
     Raises:
-        UserError: `datasets` is not installed, there is no such data set, or it has no column of
-            images, several, or labels that are no classes.
+        UserError: `datasets` is not installed, there is no such data set, it has no column of
+            images or several, or its labels are not classes.
     """
     splits = _open(root, key="data.root")
     trained = TRAIN if TRAIN in splits else next(iter(splits))
@@ -193,7 +178,7 @@ def _open(root: str, *, key: str) -> Mapping[str, Any]:
 
 
 def _ask_hub(name: str, key: str) -> None:
-    """Refuse at once what is not on the Hub; `datasets` alone tries for half a minute."""
+    """Refuse at once what is not on the Hub; `datasets` would try for half a minute."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import OfflineModeIsEnabled
 
@@ -227,13 +212,8 @@ def _source(where: str, split: str, rows: Any, columns: Columns, use_labels: boo
     found = _Labels(None, [], "data.use_labels=false")
     if use_labels:
         found = _read_labels(where, rows, columns.label)
-    return HFSource(
-        where=where,
-        splits={split: len(rows)},
-        images=images.with_format(None),
-        column=image,
-        **found._asdict(),
-    )
+    images, splits = images.with_format(None), {split: len(rows)}
+    return HFSource(where=where, splits=splits, images=images, column=image, **found._asdict())
 
 
 def _find_image(where: str, features: Mapping[str, Any]) -> str:
@@ -244,14 +224,16 @@ def _find_image(where: str, features: Mapping[str, Any]) -> str:
     named = [
         lower[name] for name in _IMAGE if name in lower and _may_be_image(features, lower[name])
     ]
-    if len(typed) == 1 or named:
-        return typed[0] if len(typed) == 1 else named[0]
+    if len(typed) == 1:
+        return typed[0]
+    if named:
+        return named[0]
     what = f"several columns of images ({', '.join(typed)})" if typed else "no column of images"
     raise UserError(f"{where}: {what}; data.image_column=NAME chooses; {_seen(features)}")
 
 
 def _may_be_image(features: Mapping[str, Any], name: str) -> bool:
-    """Bytes, or bytes and path as parquet holds them without `datasets`' own description."""
+    """Whether it holds bytes, or bytes and path as in plain parquet files."""
     from datasets import Image
 
     feature = features[name]
@@ -269,11 +251,10 @@ def _check_there(key: str, name: str, where: str, features: Mapping[str, Any]) -
 
 
 def _seen(features: Mapping[str, Any]) -> str:
-    kinds = {name: type(feature).__name__ for name, feature in list(features.items())[:_SHOWN]}
-    shown = [
-        f"{name} ({_kind(features[name]) if kind == 'Value' else kind})"
-        for name, kind in kinds.items()
-    ]
+    shown = []
+    for name, feature in list(features.items())[:_SHOWN]:
+        kind = type(feature).__name__
+        shown.append(f"{name} ({_kind(feature) if kind == 'Value' else kind})")
     return f"columns seen: {', '.join(shown)}"
 
 
@@ -285,12 +266,9 @@ def _read_labels(where: str, rows: Any, column: str | None) -> _Labels:
     from datasets import ClassLabel
 
     features = rows.features
+    column = column or _find_label(where, features)
     if column is None:
-        column = _find_label(where, features)
-        if column is None:
-            return _Labels(
-                None, [], f"no column of labels; data.label_column=NAME; {_seen(features)}"
-            )
+        return _Labels(None, [], f"no column of labels; data.label_column=NAME; {_seen(features)}")
     _check_there("data.label_column", column, where, features)
     feature = features[column]
     kind = _kind(feature)
@@ -312,9 +290,8 @@ def _read_labels(where: str, rows: Any, column: str | None) -> _Labels:
     if not (labels != UNLABELLED).any():
         return _Labels(None, [], f"no row has a value in the column {column}")
     if len(np.unique(labels[labels != UNLABELLED])) < 2:
-        return _Labels(
-            None, [], f"all rows have one class in the column {column}, and two are needed"
-        )
+        why = f"all rows have one class in the column {column}, and two are needed"
+        return _Labels(None, [], why)
     return _Labels(labels, classes, "")
 
 

@@ -1,6 +1,6 @@
-"""An index of the image files below a folder: built in parallel, kept between runs.
+"""The index of the image files below a folder: built in parallel, kept between runs.
 
-Two names of one file are one image. Only links are looked at: folders say which of their
+Two names of one file are one image. Only links are resolved; a folder's listing says which of its
 entries are links.
 """
 
@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 _THREADS = 16
 _MOST_LINKS = 40  # to a file, one after the other, as in the kernel
-# Files and folders that operating systems, network drives and notebooks put beside images; systems
-# and the tools that copy write them in any case.
+# Files and folders that operating systems, network drives and notebooks put beside images, in
+# lower case.
 _SYSTEM = frozenset(
     {
         *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@tmp", "~snapshot"),
@@ -51,17 +51,16 @@ def scan_folder(root: str, cache_from: int = KEEP_FROM) -> FoundImages:
     """Find every image file below a folder, in the order of their relative paths.
 
     Hidden files and folders and those that systems make for themselves are skipped. Links are
-    followed; of several names of one file, or one folder, one counts: the one without a link, else
-    the first. The result for a large folder is kept in the user's cache and used again while no
-    folder in it has changed.
+    followed; of several names of one file or folder the one without a link counts, else the first.
+    The result for a large folder is cached and used again while no folder in it has changed.
 
     Args:
         root: an existing folder.
-        cache_from: number of images from which on the result is kept.
+        cache_from: number of images from which on the result is cached.
 
     Returns:
-        Paths relative to `root` with `/` between their parts. What lies below the root and cannot
-        be listed, or is not a regular file, is skipped with a warning.
+        Paths relative to `root` with `/` between their parts. Folders below the root that cannot be
+        listed, and files that are not regular, are skipped with a warning.
 
     Raises:
         OSError: the root cannot be listed.
@@ -98,7 +97,7 @@ def system_name(name: str) -> str | None:
 
 
 class _Note(NamedTuple):
-    """What each start says of a folder, also where its index is in the cache."""
+    """A message about a folder that each start logs, also when its index is in the cache."""
 
     level: int
     text: str
@@ -141,24 +140,42 @@ def _since(started: int) -> float:
 
 
 @dataclasses.dataclass
-class _Tree:
-    """What lies below a root. Paths are relative, real ones absolute."""
+class _Listing:
+    """Contents of one folder, or of a tree. Paths are relative to the root, real ones absolute."""
 
     paths: list[str] = field(default_factory=list)
-    folders: dict[str, Stamp] = field(default_factory=dict)  # with their stamps
-    real: set[str] = field(default_factory=set)  # real paths of all folders
+    folders: dict[str, Stamp] = field(default_factory=dict)  # that were listed, with their stamps
+    inner: dict[str, str] = field(default_factory=dict)  # folders in them: real paths
     links: dict[str, str] = field(default_factory=dict)  # to folders not yet listed: real paths
     linked_files: list[str] = field(default_factory=list)  # those of the paths that are links
-    repeated: list[str] = field(default_factory=list)  # folders that are there by another name
     closed: list[str] = field(default_factory=list)  # what cannot be listed, and why
     special: list[str] = field(default_factory=list)  # pipes, sockets, devices
     unread: Counter[str] = field(default_factory=Counter)  # images of kinds that are not read
     system: Counter[str] = field(default_factory=Counter)  # what `system_name` names
+
+
+@dataclasses.dataclass
+class _Tree(_Listing):
+    """All that lies below a root."""
+
+    real: set[str] = field(default_factory=set)  # real paths of all folders
+    repeated: list[str] = field(default_factory=list)  # paths that are there by another name
     linked: bool = False
+
+    def add(self, found: _Listing) -> dict[str, str]:
+        """Add a listing; returns the folders in it that are not listed yet."""
+        for name in ("paths", "linked_files", "closed", "special"):
+            getattr(self, name).extend(getattr(found, name))
+        for name in ("folders", "links", "unread", "system"):  # counters add up
+            getattr(self, name).update(getattr(found, name))
+        new = {path: real for path, real in found.inner.items() if real not in self.real}
+        self.repeated += found.inner.keys() - new.keys()
+        self.real |= set(new.values())
+        return new
 
 
 def _walk(root: str) -> _Tree:
-    """Read the tree with many threads: first what lies in it, then, round by round, its links."""
+    """Read the tree with many threads: first its folders, then, round by round, its links."""
     tree = _Tree()
     with Progress("looking for images") as progress, ThreadPoolExecutor(_THREADS) as pool:
         begin = {"": root}
@@ -168,29 +185,13 @@ def _walk(root: str) -> _Tree:
             while pending:
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
                 for future in done:
-                    inner = _take(tree, future.result())
+                    inner = tree.add(future.result())
                     pending |= {pool.submit(_list_folder, *folder) for folder in inner.items()}
                 progress.advance(
                     title=f"looking for images: {len(tree.paths)} in {len(tree.folders)} folders"
                 )
             begin = _next_links(tree)
     return tree
-
-
-def _take(tree: _Tree, found: _Listing) -> dict[str, str]:
-    """Add a listing to the tree; returns the folders in it that are not listed yet."""
-    tree.folders[found.folder] = found.stamp
-    tree.paths += found.files
-    tree.linked_files += found.linked_files
-    tree.closed += found.closed
-    tree.special += found.special
-    tree.unread += found.unread
-    tree.system += found.system
-    tree.links |= found.links
-    new = {path: real for path, real in found.inner.items() if real not in tree.real}
-    tree.repeated += found.inner.keys() - new.keys()
-    tree.real |= set(new.values())
-    return new
 
 
 def _next_links(tree: _Tree) -> dict[str, str]:
@@ -230,34 +231,18 @@ def _repeated_files(root: str, tree: _Tree) -> list[str]:
     return repeated
 
 
-@dataclasses.dataclass
-class _Listing:
-    """One folder: its stamp and what is in it, as in `_Tree`."""
-
-    folder: str
-    stamp: Stamp = (0, 0)
-    files: list[str] = field(default_factory=list)
-    inner: dict[str, str] = field(default_factory=dict)  # folders: real paths
-    links: dict[str, str] = field(default_factory=dict)
-    linked_files: list[str] = field(default_factory=list)
-    closed: list[str] = field(default_factory=list)
-    special: list[str] = field(default_factory=list)
-    unread: Counter[str] = field(default_factory=Counter)
-    system: Counter[str] = field(default_factory=Counter)
-
-
 def _list_folder(folder: str, real: str) -> _Listing:
     """List one folder; one below the root that cannot be listed is closed and empty."""
-    found = _Listing(folder)
+    found = _Listing()
     try:
-        found.stamp = stamp(real)
+        found.folders[folder] = stamp(real)
         with os.scandir(real) as entries:
             for entry in entries:
-                _sort_in(entry, found)
+                _sort_in(entry, folder, found)
     except OSError as error:
         if not folder:
             raise
-        return _Listing(folder, closed=[_closed(folder, error)])
+        return _Listing(closed=[_closed(folder, error)])
     return found
 
 
@@ -269,9 +254,9 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def _sort_in(entry: os.DirEntry[str], found: _Listing) -> None:
-    """Put an entry of a folder where it belongs, and look at links alone."""
-    path = f"{found.folder}/{entry.name}" if found.folder else entry.name
+def _sort_in(entry: os.DirEntry[str], folder: str, found: _Listing) -> None:
+    """Put an entry of a folder where it belongs; only links are resolved."""
+    path = f"{folder}/{entry.name}" if folder else entry.name
     is_image = _is_image(entry.name)
     try:
         is_folder = entry.is_dir()
@@ -290,7 +275,7 @@ def _sort_in(entry: os.DirEntry[str], found: _Listing) -> None:
     elif is_image and _is_special(entry):
         found.special.append(path)
     elif is_image:
-        found.files.append(path)
+        found.paths.append(path)
         if entry.is_symlink():
             found.linked_files.append(path)
     elif entry.name.lower().endswith(UNREAD_SUFFIXES):
@@ -298,7 +283,7 @@ def _sort_in(entry: os.DirEntry[str], found: _Listing) -> None:
 
 
 def _is_special(entry: os.DirEntry[str]) -> bool:
-    """A pipe, socket or device, whose reading may never end; a broken link is a missing file."""
+    """Whether it is a pipe, socket or device, whose reading may never end."""
     try:
         return not entry.is_file() and os.path.exists(entry.path)
     except OSError:

@@ -1,4 +1,4 @@
-"""What folders say: which train, which are held out, and which class an image has."""
+"""Meaning of folder names: which images train, which are held out, and their classes."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from msn.images.kinds import SUFFIXES
 log = logging.getLogger(__name__)
 
 TRAIN = "train"
-HELD_OUT = ("val", "valid", "validation", "test")  # names beside `train`, the first one there is
+HELD_OUT = ("val", "valid", "validation", "test")  # beside `train`; the first that exists
 UNLABELLED = -1  # the class number of an image without a label
 _HALVES = (("labelled", "unlabelled"), ("labeled", "unlabeled"))
 _OR_LIST = "or give a CSV with the columns path and label (data=list data.root=FILE)"
-_DEEPEST = 8  # folders around each other; links may make a circle
+_DEEPEST = 8  # nested folders; links may make a circle
 
 
 def find_parts(root: str, val_root: str | None) -> tuple[str, str | None]:
-    """Find the folder of training images and that of held-out images.
+    """Find the folders of training images and of held-out images.
 
-    A folder `train` is a part, and not a class of that name, if `val` lies beside it, if all
-    folders beside it are named like parts, or if `val_root` is given. If the root holds a single
-    folder and nothing else, that folder is searched instead.
+    A folder `train` is a split, not a class of that name, if `val` is beside it, if all folders
+    beside it are named like splits, or if `val_root` is given. If the root holds a single folder
+    and nothing else, that folder is searched instead.
 
     Args:
         root: as set; a folder, or a file (a list of images, one shard).
         val_root: as set.
 
     Returns:
-        The training root, and the root of the held-out images or None where there is none.
+        The training root, and the root of the held-out images or None.
 
     Raises:
         UserError: if held-out images would be trained on.
@@ -59,7 +59,7 @@ def find_parts(root: str, val_root: str | None) -> tuple[str, str | None]:
 
 
 def _step_in(root: str) -> tuple[str, set[str]]:
-    """Step into the folder that an archive put around `train`; return it and its folders."""
+    """Step into the folder that an archive put around `train`; return it and its subfolders."""
     folders = inside = _folders(root)
     inner = root
     for _ in range(_DEEPEST):
@@ -115,14 +115,14 @@ class FolderLabels(NamedTuple):
 def read_folder_labels(paths: Sequence[str], *, where: str) -> FolderLabels:
     """Label images by the first folder of their paths that is not the same for all.
 
-    Two folders `labelled` and `unlabelled` are not classes; the folders in `labelled` are.
+    Of two folders `labelled` and `unlabelled`, the folders in `labelled` are the classes.
 
     Args:
         paths: sorted relative paths.
         where: name of their folder in messages.
 
     Returns:
-        Labels, if every image lies in one of at least two such folders.
+        Labels, if every image is in one of at least two such folders.
 
     Raises:
         UserError: `labelled` and `unlabelled` lie beside further folders.
@@ -150,14 +150,14 @@ def read_folder_labels(paths: Sequence[str], *, where: str) -> FolderLabels:
 def labels_from_folders(
     paths: Sequence[str], above: str = ""
 ) -> tuple[np.ndarray | None, list[str]]:
-    """Read labels off sorted relative paths: the first folder of each is its class.
+    """Labels from sorted relative paths: the first folder of each is its class.
 
     Args:
         paths: relative paths.
-        above: what all paths begin with and is not a class: "" or folders with a `/`.
+        above: common prefix of all paths that is not a class: "" or folders with a `/`.
 
     Returns:
-        Labels int64 [n] and class names; None and [] if one lies outside any folder, or all in one.
+        Labels int64 [n] and class names; None and [] if an image is in no folder, or all in one.
     """
     classes: dict[str, int] = {}
     labels = np.empty(len(paths), np.int64)
@@ -173,7 +173,7 @@ def labels_from_folders(
 
 
 def _end_of_run(paths: Sequence[str], begin: int, prefix: str) -> int:
-    """One past the last of the paths from `begin` on that start alike; they are sorted."""
+    """One past the last of the sorted paths from `begin` on that start with a prefix."""
     step = 1
     while begin + step < len(paths) and paths[begin + step].startswith(prefix):
         step *= 2
@@ -185,7 +185,7 @@ def _end_of_run(paths: Sequence[str], begin: int, prefix: str) -> int:
 
 
 def _shared_folder(paths: Sequence[str]) -> str:
-    """The folders that all sorted paths begin with, with a `/`; "" where there are none."""
+    """The folders that all sorted paths begin with, with a `/`; "" if there are none."""
     first, last = paths[0], paths[len(paths) - 1]
     above = ""
     while True:
@@ -210,7 +210,7 @@ def _why_none(paths: Sequence[str], above: str) -> str:
 def _half_labelled(
     paths: Sequence[str], inside: np.ndarray, half: str, other: str, where: str
 ) -> FolderLabels:
-    """All images train; those at the positions `inside` have labels."""
+    """Labels for the images at the positions `inside`; all images train."""
     names = [paths[int(i)] for i in inside]
     found, classes = labels_from_folders(names, _shared_folder(names))
     if found is None:

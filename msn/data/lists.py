@@ -1,6 +1,6 @@
 """Lists of image files: text with a path per line, or a table with or without a header.
 
-Read once in little memory, kept in a cache while the list stays.
+A list is read once in little memory and cached until it changes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from msn.progress import Progress
 
 log = logging.getLogger(__name__)
 
-# Names of columns in lower case, the first one there is.
+# Names of columns in lower case; the first that exists is taken.
 _PATH = (
     *("path", "filepath", "filename", "file", "image", "img", "file_path", "file_name"),
     *("image_path", "image_name", "image_id", "img_path"),
@@ -33,34 +33,29 @@ _LABEL = ("label", "class", "labels", "class_name", "category", "target")
 _SHOWN = 8  # columns that a message names
 _SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}
 _SHOW_EVERY = 10_000  # rows
-_MOST_FRACTIONS = 50  # different numbers with fractions that may be classes
+_MOST_FRACTIONS = 50  # distinct fractional numbers that may be classes
 
 
 class Columns(NamedTuple):
-    """How the images and labels of a table are named, as set."""
+    """Names of a table's columns, as set; None finds images and labels by common names."""
 
     image: str | None = None
-    """Column of the images; None finds it by its name."""
     label: str | None = None
-    """Column of the labels; None finds it by its name."""
-    suffix: str = ""
-    """Ending of the images where the table leaves it out, with its dot."""
-    group: str | None = None
-    """Column of the groups; None, or a name that no column has, reads none."""
+    suffix: str = ""  # of the images where the table leaves it out, with its dot
+    group: str | None = None  # None, or a name that no column has, reads no groups
 
 
 BY_NAME = Columns()
 
 
 class ListIndex(NamedTuple):
-    """Paths as they are written, classes int64 [n] or None, their names, why there are none."""
+    """The images of a list; fields as of `msn.data.sources.FileSource`."""
 
-    paths: StringTable
+    paths: StringTable  # as they are written
     labels: np.ndarray | None
     classes: list[str]
     why: str
     groups: np.ndarray | None = None
-    """Of every image, int64 [n]; None without a column of groups."""
     group_names: list[str] = []
 
 
@@ -73,18 +68,18 @@ def index_list(
     columns: Columns = BY_NAME,
     cache_from: int = KEEP_FROM,
 ) -> ListIndex:
-    """Read a list, or what an earlier reading kept of it.
+    """Read a list, or its cached index.
 
-    A file that is there twice, by whatever links, counts once, or it could be trained on and held
-    out.
+    A file that is listed twice, by whatever links, counts once; otherwise it could be trained on
+    and held out.
 
     Args:
         file: the list, see `read_list`.
         key: the setting it came from, for messages.
-        base: what relative paths start from.
+        base: folder of relative paths.
         use_labels: False ignores the labels.
-        columns: names of columns, and the images' ending, as set.
-        cache_from: number of images from which on the result is kept.
+        columns: names of columns, and the images' suffix, as set.
+        cache_from: number of images from which on the result is cached.
 
     Raises:
         UserError: the list is missing, damaged or empty, or has two labels for one image.
@@ -94,12 +89,12 @@ def index_list(
     where = f"{key}={file}"
     table = kept_table(kept)
     if table is not None:
-        classes = list(table.strings["classes"])
+        classes, names = list(table.strings["classes"]), list(table.strings["groups"])
         labels = table.arrays["labels"] if classes else None
+        groups = table.arrays["groups"] if names else None
         _say(where, table.facts["repeated"], labels)
-        names = list(table.strings["groups"])
-        groups = (table.arrays["groups"] if names else None, names)
-        return ListIndex(table.strings["paths"], labels, classes, table.facts["why"], *groups)
+        paths, why = table.strings["paths"], table.facts["why"]
+        return ListIndex(paths, labels, classes, why, groups, names)
     watched = {file: stamp(file)} if os.path.isfile(file) else {}
     rows = _Rows(where, base, use_labels)
     index = rows.read(read_list(file, key=key, columns=columns))
@@ -132,15 +127,15 @@ def _say(where: str, repeated: int, labels: np.ndarray | None) -> None:
 
 
 class _Rows:
-    """The rows of a list, without a Python object for each.
+    """The rows of a list, without a Python object per row.
 
     Args:
         where: name of the list in messages.
-        base: what relative paths start from, absolute.
+        base: folder of relative paths, absolute.
         use_labels: False ignores the labels.
 
     Attributes:
-        repeated: rows that were left out because an earlier one has their image.
+        repeated: number of rows left out because an earlier one has their image.
     """
 
     def __init__(self, where: str, base: str, use_labels: bool) -> None:
@@ -153,7 +148,7 @@ class _Rows:
         self.repeated = 0
 
     def read(self, rows: Iterator[ListedImage]) -> ListIndex:
-        """Take every row and check them together."""
+        """Collect the rows and check them together."""
         with Progress("reading the list") as progress:
             for row in rows:
                 self._add(row)
@@ -190,11 +185,11 @@ class _Rows:
             self._labels.append(UNLABELLED)
 
     def _plain(self, path: str) -> str:
-        """The same text for all ways to write the path of a file."""
+        """The real path: the same text for all ways to name a file."""
         return self._real.of(os.path.join(self._base, path))
 
     def _repeated(self) -> list[int]:
-        """Rows whose image an earlier row has; UserError if that one has another label."""
+        """Rows that repeat the image of an earlier row; UserError if their labels differ."""
         hashes = np.frombuffer(self._hashes, np.int64)
         _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
         first: dict[str, int] = {}
@@ -216,7 +211,7 @@ class _Rows:
             )
 
     def _with_classes(self, paths: StringTable, labels: np.ndarray) -> ListIndex:
-        """Number the classes in the order of their names."""
+        """Number the classes by their sorted names."""
         self._refuse_continuous()
         if len(self._numbers) < 2:
             return ListIndex(paths, None, [], self._why())
@@ -227,7 +222,7 @@ class _Rows:
         return ListIndex(paths, np.append(number, UNLABELLED)[labels], classes, "")
 
     def _refuse_continuous(self) -> None:
-        """Many numbers with fractions are measurements and no classes."""
+        """Many fractional numbers are measurements, not classes."""
         if len(self._numbers) > _MOST_FRACTIONS and _has_fractions(self._numbers):
             raise UserError(
                 f"{self._where}: the labels are continuous numbers ({len(self._numbers)} "
@@ -247,7 +242,7 @@ class _Rows:
 
 
 def _has_fractions(labels: Iterable[str]) -> bool:
-    """Whether all are numbers, and some no whole ones."""
+    """Whether all are numbers, and some of them not whole."""
     try:
         return not all(float(label).is_integer() for label in labels)
     except (ValueError, OverflowError):
@@ -255,40 +250,40 @@ def _has_fractions(labels: Iterable[str]) -> bool:
 
 
 class ListedImage(NamedTuple):
-    """A row: path as written, label or "", the number of its (last) line from 1, and group."""
+    """A row of a list."""
 
-    path: str
-    label: str
-    line: int
-    group: str | None = None  # None where no column holds them
+    path: str  # as written
+    label: str  # or ""
+    line: int  # number of its last line, from 1
+    group: str | None = None  # None without a column of groups
 
 
 class _Layout(NamedTuple):
-    """How to read a list: separator ("": a line is a path), columns from 0, header or []."""
+    """Format of a list; columns count from 0, -1 means that there is none."""
 
-    separator: str
+    separator: str  # "": a line is a path
     path: int
-    label: int  # -1: none
-    header: list[str]
-    group: int = -1  # none
+    label: int
+    header: list[str]  # [] without a header
+    group: int = -1
 
 
 def read_list(file: str, *, key: str, columns: Columns = BY_NAME) -> Iterator[ListedImage]:
     """Read the rows of a list one by one; empty rows are skipped.
 
     The first row decides. If it names an image, its first column is the path and the second, if
-    there is one, the label. If a cell of it is one of `path`, `filename`, `image` and the like, in
-    whatever case, it is a header: then the label is the column `label`, `class` or the like.
-    Everything else is refused, so that a header is never taken for an image.
+    there is one, the label. If one of its cells is `path`, `filename`, `image` or similar, in any
+    case, it is a header, and the label is the column `label`, `class` or similar. Everything else
+    is refused, so that a header is never taken for an image.
 
     Args:
         file: the list. Columns are separated by commas, semicolons or tabs; in a file that is
-            called neither `.csv` nor `.tsv` a line may be a path as it is.
+            neither `.csv` nor `.tsv` a whole line may be a path.
         key: the setting it came from, for messages.
-        columns: names of columns, and the images' ending, as set.
+        columns: names of columns, and the images' suffix, as set.
 
     Raises:
-        UserError: the list is missing, not text, no table, lacks a column, or a row has no path.
+        UserError: the list is missing, not text, not a table, lacks a column, or a row has no path.
     """
     where = f"{key}={file}"
     if not os.path.isfile(file):
@@ -322,7 +317,7 @@ def _rows(file: str, separator: str, where: str) -> Iterator[tuple[int, list[str
 
 
 def _text_lines(opened: Iterable[str], where: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines, from 1; other encodings than ours are full of zeros."""
+    """Numbered lines, from 1; a zero character means UTF-16 or UTF-32."""
     for number, line in enumerate(opened, 1):
         if "\0" in line:
             raise UserError(f"{where}: line {number} is not text in UTF-8; save the list as UTF-8")
@@ -346,9 +341,9 @@ def _table_rows(
 
 
 def _find_layout(file: str, where: str, columns: Columns) -> _Layout | None:
-    """The way to read a list in which its first row is a header or an image; None: it is empty.
+    """The format in which the first row is a header or an image; None if the list is empty.
 
-    Of several ways in which it is an image the first one in which that image is there counts.
+    If several do, the first one whose image exists is taken.
     """
     ending = os.path.splitext(file)[1].lower()
     order = {".csv": [",", ";", "\t"], ".tsv": ["\t", ",", ";"]}.get(ending, ["", "\t", ",", ";"])

@@ -1,4 +1,4 @@
-"""From settings to the images that train, those with labels to learn from, and those held out."""
+"""Pools of images: those that train, labelled ones for classifiers, and held-out ones."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from msn.images.kinds import SUFFIXES, BadImageError
 log = logging.getLogger(__name__)
 
 SOURCES = ("digits", "folder", "imagenet", *TORCHVISION, "list", "shards", "hf")
-# Keys that these sources alone read.
+# Keys that only these sources read.
 _READ_BY = {
     "image_column": ("list", "hf"),
     "label_column": ("list", "hf"),
@@ -52,7 +52,7 @@ _READ_BY = {
 }
 _LARGEST_DIGIT = 512  # px of 8; all 1,797 are held in memory
 _UNUSED = "data.use_labels=false"
-_PROBED = 16  # images that are decoded until one of them can be read
+_PROBED = 16  # images tried until one can be decoded
 _LIST_PATHS = (
     "a list names files with their endings (data.suffix=.jpg adds one) and with / between folders, "
     "no URLs; data.image_dir=DIR says where they are; "
@@ -76,21 +76,19 @@ class PoolSettings:
     # a share of every class.
     val_root: str | None
     hold_out: float  # that share, in (0, 1)
-    # Of that choice; not the run's seed, so that every run and evaluation leaves the same images
-    # out.
-    split_seed: int
+    split_seed: int  # of that choice; not the run's seed, so that every run holds out the same
     use_labels: bool  # False ignores folder names and label columns
     download: bool  # whether torchvision may fetch one of its sets
     image_size: int | None  # side of the upsampled digits in px; None for everything else
-    # Of images of more than 8 bits: a number of bits, the values that are black and white, or
-    # `auto`, which asks a sample of the training images. Runs that name none were trained with 16.
+    # For images of more than 8 bits: a number of bits, the values that are black and white, or
+    # `auto`, which looks at a sample of the training images. Runs without the key trained with 16.
     depth: str | int | Sequence[int] = 16
     image_column: str | None = None  # of a table; None finds it by its name
     label_column: str | None = None
-    image_dir: str | None = None  # what relative paths of a list start from; None: the list
-    suffix: str | None = None  # ending of a list's images where its names have none
+    image_dir: str | None = None  # folder of a list's relative paths; None: that of the list
+    suffix: str | None = None  # of a list's images where its names have none
     # Column of a list, or a regular expression found in every path (its first bracket, else all of
-    # it), that says which images belong together: a group is never on both sides of a split.
+    # it), that gives the group of an image; a group is never on both sides of a split.
     group: str | None = None
 
     def __post_init__(self) -> None:
@@ -101,7 +99,7 @@ class PoolSettings:
             raise UserError(f"data.split_seed={self.split_seed}: must be in [0, 2^32)")
 
     def _check_source(self) -> None:
-        """Refuse what the source needs and has not, or has and does not read."""
+        """Refuse keys that the source needs and lacks, or has and does not read."""
         source, size = self.source, self.image_size
         if source not in SOURCES:
             raise UserError(f"data.source={source}: must be one of {', '.join(SOURCES)}")
@@ -137,22 +135,19 @@ class PoolSettings:
 
 
 class Pools(NamedTuple):
-    """Which images are what; `labelled` and `held_out` are None where there are no labels.
-
-    `why` says then which rule decided so, and what to do.
-    """
+    """Images by their use; `labelled` and `held_out` are None if there are no labels."""
 
     train: Subset
     labelled: Subset | None
     held_out: Subset | None
-    why: str = ""
+    why: str = ""  # reason for that, and what to do about it
 
 
 def build_pools(settings: PoolSettings) -> Pools:
-    """Find the images and decide which ones train.
+    """Find the images and split them.
 
-    `train` and `val` below the root are used where there are both (see `find_parts`); else
-    `val_root`; else, where there are labels, a seeded share of every class is held out.
+    `train` and `val` below the root are used if both exist (see `find_parts`); else `val_root`;
+    else, if there are labels, a seeded share of every class is held out.
 
     Raises:
         UserError: held-out images would be trained on, or there are no images that can be read.
@@ -187,7 +182,7 @@ def whole_source(settings: PoolSettings) -> Source:
 
 
 def _fix_depth(pools: Pools, wanted: str | Depth) -> None:
-    """What trains decides on the depth of all images."""
+    """Set the depth of all images to that of the training images."""
     train = pools.train.source
     if isinstance(train, ArraySource):
         if wanted not in (AUTO, 16):
@@ -287,7 +282,7 @@ def _read(settings: PoolSettings, root: str, *, key: str) -> Source:
 
 
 def _refuse_unreadable(images: Source, what: str) -> None:
-    """Look at some images, until one can be read, before anything is made for them."""
+    """Fail early if none of some images can be read."""
     reasons = []
     for i in np.linspace(0, len(images) - 1, min(_PROBED, len(images))).round().astype(np.int64):
         try:
@@ -305,12 +300,12 @@ def hold_out_per_class(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Hold out a seeded share of every class.
 
-    A class keeps at least one image to train on, and gives at least one up if it has two.
+    A class of two images or more has at least one on each side; a single image trains.
 
     Args:
         labels: class numbers, int64 [n].
         fraction: share to hold out, in (0, 1).
-        split_seed: of the choice; not the run's seed, so that every run leaves the same images out.
+        split_seed: of the choice.
 
     Returns:
         Sorted positions to train on and to hold out, int64.
@@ -352,7 +347,7 @@ def _hold_out_groups(train: Source, known: np.ndarray, share: float, split_seed:
             "set data.val_root=DIR"
         )
         return Pools(Subset(train), None, None, why)
-    out = np.isin(train.groups, numbers)  # their images without a label do not train either
+    out = np.isin(train.groups, numbers)  # their unlabelled images do not train either
     tested = known[out[known]]
     log.info(
         "data.group: %d of %d groups are held out, with %d of %d labelled images",
@@ -363,7 +358,7 @@ def _hold_out_groups(train: Source, known: np.ndarray, share: float, split_seed:
 
 
 def _with_held_out(train: Source, held_out: Source) -> Pools:
-    """Pair two sources whose classes must mean the same, and whose groups must be others."""
+    """Pair two sources, which must have the same classes and no common group."""
     refuse_shared_groups(train, held_out)
     for part, other in ((train, held_out), (held_out, train)):
         if part.labels is None:

@@ -1,6 +1,6 @@
-"""The reference back end: one image at a time through Pillow, as the published code makes views.
+"""The reference back end: views one image at a time through Pillow, as the published code does.
 
-It is slow and it is the oracle: the batched back end is tested against it number by number.
+It is slow; the batched back end is tested against it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The order of the images: a function of (seed, epoch), cut the same way for any number of readers.
+"""The order of the images, a function of (seed, epoch), and stateless random numbers.
 
-Every global batch holds the same images in the same places whatever the number of workers and
-processes; each process takes its slice of each global batch. The sampler hands out batch keys that
-say all a worker must know, so workers keep no state and a run resumes at any batch. Random numbers
-have no state either: a draw is a function of its coordinates.
+Every global batch holds the same images in the same order for any number of workers and processes;
+each process takes its slice of it. The sampler yields batch keys with all that a worker must know,
+so workers keep no state and a run resumes at any batch. A random number is a function of its
+coordinates.
 """
 
 from __future__ import annotations
@@ -52,15 +52,14 @@ def counter_hash(*coordinates: int | np.ndarray) -> np.ndarray:
 
 
 def uniform(*coordinates: int | np.ndarray) -> np.ndarray:
-    """Uniform float64 numbers in [0, 1), one for each point of the broadcast coordinates."""
+    """Uniform float64 numbers in [0, 1) of the broadcast shape of the coordinates."""
     return (counter_hash(*coordinates) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permutation(length: int, *coordinates: int) -> np.ndarray:
-    """Draw a random order of range(length) that depends on the coordinates alone, int64 [length].
+    """Random order of range(length) that depends on the coordinates alone, int64 [length].
 
-    Sorting hashes instead of shuffling keeps it a pure function of its arguments; the stable sort
-    makes the order the same on every machine even where two hashes collide.
+    The stable sort gives the same order on every machine even if two hashes collide.
     """
     return np.argsort(counter_hash(*coordinates, np.arange(length)), kind="stable")
 
@@ -69,7 +68,7 @@ _ORDER = 1  # keeps the order's draws apart from those of the views
 
 
 class BatchKey(NamedTuple):
-    """What a worker needs to make one batch: epoch, number of the batch in it, images int64 [B]."""
+    """All that a worker needs to make a batch: epoch, batch in the epoch, images int64 [B]."""
 
     epoch: int
     batch: int
@@ -111,21 +110,21 @@ class EpochSampler(Sampler[BatchKey]):
 
     @property
     def left_out(self) -> int:
-        """Images that an epoch leaves out because batches do not divide them; others each time."""
+        """Images that an epoch leaves out, different ones each time, to fill whole batches."""
         return self.num_images % self.global_batch_size
 
     def __len__(self) -> int:
-        """Batches in a whole epoch, also when this one was resumed in its middle."""
+        """Batches in a whole epoch, also after a resume within one."""
         return self.num_images // self.global_batch_size
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the start of an epoch; called again for the same one it keeps the position."""
+        """Go to the start of an epoch; for the current epoch the position stays."""
         if epoch != self.epoch:
             self.epoch, self.start = epoch, 0
 
     def __iter__(self) -> Iterator[BatchKey]:
         """Yield this process's keys from the position on."""
-        # Not a generator: epoch and position are those of now, not of the first `next`.
+        # Not a generator, which would read epoch and position only at the first `next`.
         return iter(self.keys(self.epoch)[self.start :])
 
     def keys(self, epoch: int) -> list[BatchKey]:
@@ -137,7 +136,7 @@ class EpochSampler(Sampler[BatchKey]):
         return [BatchKey(epoch, number, indices) for number, indices in enumerate(mine)]
 
     def state_dict(self) -> dict[str, Any]:
-        """The position: the next batch to hand out is number `batch` of `epoch`."""
+        """The position: epoch and number of the next batch."""
         return {"epoch": self.epoch, "batch": self.start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

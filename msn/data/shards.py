@@ -15,6 +15,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,23 +39,19 @@ _COMPRESSED = (".tar.gz", ".tgz")
 
 
 class Members(NamedTuple):
-    """Per image: number of its shard, byte offset, size in bytes, class number or -1, name.
+    """Columns of a table with one row per image, and what holds for all."""
 
-    `folders` names the classes if folders are the classes; it is empty if `.cls` members number
-    them. `without_cls` counts the images without such a number.
-    """
-
-    shard: np.ndarray
-    offset: np.ndarray
-    size: np.ndarray
-    label: np.ndarray
+    shard: np.ndarray  # number of its shard
+    offset: np.ndarray  # in bytes
+    size: np.ndarray  # in bytes
+    label: np.ndarray  # class number, UNLABELLED or NO_CLASS
     names: StringTable
-    folders: StringTable
-    without_cls: int
+    folders: StringTable  # the classes if folders are the classes; empty if `.cls` members are
+    without_cls: int  # images without a `.cls` number
 
 
 def find_shards(root: str, *, key: str) -> list[str]:
-    """Sorted paths of the tar files below a folder, or the one that `root` is."""
+    """Sorted paths of the tar files below a folder, or the file `root` itself."""
     if os.path.isfile(root):
         return [root]
     if not os.path.isdir(root):
@@ -77,7 +74,7 @@ def find_shards(root: str, *, key: str) -> list[str]:
 
 
 def _tar_files(root: str) -> list[str]:
-    """Sorted paths of all tar files below a folder; what links reach again is listed once."""
+    """Sorted paths of all tar files below a folder, each once, whatever links lead to it."""
     seen = {os.path.realpath(root)}
 
     def is_new(path: str) -> bool:
@@ -95,13 +92,11 @@ def _tar_files(root: str) -> list[str]:
 
 
 def _is_file(path: str) -> bool:
-    """Whether it is a regular file: reading a pipe would wait, reading a device never ends."""
+    """Whether it is a regular file; others, whose reading may never end, are logged."""
     if os.path.isfile(path):
         return True
-    if os.path.exists(path):
-        log.warning("%s: is a pipe, a socket or a device and is skipped", path)
-    else:
-        log.warning("%s: is a link to nothing and is skipped", path)
+    what = "a pipe, a socket or a device" if os.path.exists(path) else "a link to nothing"
+    log.warning("%s: is %s and is skipped", path, what)
     return False
 
 
@@ -113,7 +108,7 @@ def index_shards(root: str, shards: list[str]) -> Members:
     """The index of the shards, from the cache while none of them has changed.
 
     Args:
-        root: what was searched for them, or the one shard.
+        root: the folder of the shards, or the only shard.
         shards: paths of tar files.
 
     Raises:
@@ -127,7 +122,7 @@ def index_shards(root: str, shards: list[str]) -> Members:
     watched = {path: stamp(path) for path in shards}
     contents = _read_shards(root, shards)
     members = _members(contents)
-    # An index with faults is not kept, so that they are reported at every start.
+    # An index with faults is not cached, so that they are reported at every start.
     if all(found.damage is None and not found.links for found in contents):
         arrays = {name: getattr(members, name) for name in ("shard", "offset", "size", "label")}
         strings = {"names": members.names, "folders": members.folders}
@@ -163,7 +158,7 @@ def _read_shards(root: str, shards: list[str]) -> list[ShardContents]:
 
 
 def _members(contents: list[ShardContents]) -> Members:
-    """One table of all images; if a class number is missing, folders give all classes."""
+    """One table of all images; if any class number is missing, folders are the classes."""
     rows = [(i, *image[:3]) for i, found in enumerate(contents) for image in found.images]
     names = [image.name for found in contents for image in found.images]
     table = np.array(rows, np.int64).reshape(-1, 4)
@@ -190,34 +185,20 @@ class _OpenShard:
         os.close(self.descriptor)
 
 
+@dataclass(eq=False, kw_only=True)
 class ShardSource(Source):
-    """Images inside uncompressed tar files, in the order of shards and members.
+    """Images inside uncompressed tar files, in the order of shards and members."""
 
-    Args:
-        where: the folder or file, for messages.
-        shards: paths of the tar files.
-        members: one row per image.
-        labels: class numbers, int64 [n], or None.
-        classes: names of the classes.
-    """
-
-    why = (
+    where: str
+    shards: list[str]  # paths of the tar files
+    members: Members
+    labels: np.ndarray | None
+    classes: list[str]
+    why: str = (
         "data.use_labels=false, or not every image has a .cls number and their first folders are "
         "no classes, of which two are needed"
     )
-
-    def __init__(
-        self,
-        *,
-        where: str,
-        shards: list[str],
-        members: Members,
-        labels: np.ndarray | None,
-        classes: list[str],
-    ) -> None:
-        self.where, self.shards, self.members = where, shards, members
-        self.labels, self.classes = labels, classes
-        self._open: dict[int, _OpenShard] = {}
+    _open: dict[int, _OpenShard] = field(default_factory=dict, init=False)
 
     def __len__(self) -> int:
         """Number of images."""
@@ -233,7 +214,7 @@ class ShardSource(Source):
         return f"{os.path.realpath(path)} {stamp(path)} {int(self.members.offset[i])}"
 
     def read(self, i: int) -> bytes:
-        """The bytes of image i out of its shard."""
+        """The bytes of image i."""
         shard = int(self.members.shard[i])
         size = int(self.members.size[i])
         if size > MOST_BYTES:
@@ -248,7 +229,7 @@ class ShardSource(Source):
         return data
 
     def _opened(self, shard: int) -> _OpenShard:
-        """Open a shard when it is first needed; close the one that has been open longest."""
+        """Open a shard on first use; above the limit close the one opened first."""
         opened = self._open.get(shard)
         if opened is not None:
             return opened
@@ -327,8 +308,7 @@ def _listed_classes(root: str) -> list[str]:
     """The classes in `classes.txt`; [] if there is no such file.
 
     Raises:
-        UserError: a line is empty, which makes the numbers after it unclear, or two lines name the
-            same class.
+        UserError: a line is empty, or two lines name the same class.
     """
     folder = root if os.path.isdir(root) else os.path.dirname(os.path.abspath(root))
     path = os.path.join(folder, CLASSES_FILE)

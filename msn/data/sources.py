@@ -1,8 +1,8 @@
-"""Where images come from: files in folders or lists, and arrays in memory.
+"""Sources of images: files in folders or lists, and arrays in memory.
 
 A source is a numbered collection of named images, with or without labels. It decodes an image or
-raises `BadImageError`; the caller decides what happens then. The arrays are scikit-learn's digits
-and torchvision's small data sets.
+raises `BadImageError`; the caller handles that. The arrays are scikit-learn's digits and
+torchvision's small data sets.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ from msn.data.lists import BY_NAME, Columns, index_list
 from msn.data.tables import StringTable
 from msn.errors import UserError
 from msn.images.decode import DecodedImage, decode, extremes, full_size
-from msn.images.depth import AUTO, Depth, depth_for, levels_of
+from msn.images.depth import Depth, depth_for, levels_of
 from msn.images.kinds import FORMATS, SUFFIXES, BadImageError, read_file
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ _NAMES_LOOKED_AT = 4096  # names among which these images are chosen
 # Formats of 8 bits; a name without an ending may be of any format.
 _SHALLOW = set(SUFFIXES) - {".png", ".tif", ".tiff"}
 _IN_MEMORY = {"cifar10": CIFAR10, "cifar100": CIFAR100}
-# Those that keep files, and which of their parts are labelled images to learn from.
+# Data sets that keep files, and which of their splits are labelled images to learn from.
 _IN_FILES = {
     "dtd": (DTD, ("train", "val")),
     "aircraft": (FGVCAircraft, ("trainval",)),
@@ -59,24 +60,14 @@ TORCHVISION = (*_IN_MEMORY, "stl10", *_IN_FILES)
 
 
 class Source(ABC):
-    """A numbered collection of images.
+    """A numbered collection of images."""
 
-    Attributes:
-        where: name in messages, for instance the folder.
-        labels: class numbers, int64 [n], -1 for an image without a label; or None.
-        classes: names of the classes, empty without labels.
-        depth: which values are black and white in images of more than 8 bits, None for 16 bits.
-        why: the reason why there are no labels, and what to do about it.
-        groups: which group each image is of, int64 [n], numbers of `group_names`; None without
-            groups.
-    """
-
-    where: str
-    labels: np.ndarray | None
-    classes: list[str]
-    depth: Depth | None = None
-    why = ""
-    groups: np.ndarray | None = None
+    where: str  # name in messages, for instance the folder
+    labels: np.ndarray | None  # class numbers, int64 [n], -1 for an image without a label
+    classes: list[str]  # names of the classes, empty without labels
+    depth: Depth | None = None  # black and white in images of more than 8 bits; None is 16 bits
+    why: str = ""  # the reason why there are no labels, and what to do about it
+    groups: np.ndarray | None = None  # numbers of `group_names`, int64 [n]; None without groups
     group_names: Sequence[str] = ()
 
     @abstractmethod
@@ -111,28 +102,19 @@ class Source(ABC):
         return Image.fromarray(self.decode(i, full_size).pixels)
 
 
+@dataclass(eq=False, kw_only=True)
 class FileSource(Source):
-    """Image files, by paths relative to a root.
+    """Image files, by paths relative to a root."""
 
-    `linked` says whether some of the paths may lead through links.
-    """
-
-    def __init__(
-        self,
-        *,
-        where: str,
-        root: str,
-        paths: StringTable,
-        labels: np.ndarray | None,
-        classes: list[str],
-        why: str = "",
-        linked: bool = True,
-        groups: np.ndarray | None = None,
-        group_names: Sequence[str] = (),
-    ) -> None:
-        self.where, self.root, self.paths = where, root, paths
-        self.labels, self.classes, self.why, self.linked = labels, classes, why, linked
-        self.groups, self.group_names = groups, group_names
+    where: str
+    root: str
+    paths: StringTable
+    labels: np.ndarray | None
+    classes: list[str]
+    why: str = ""
+    linked: bool = True  # whether some of the paths may lead through links
+    groups: np.ndarray | None = None
+    group_names: Sequence[str] = ()
 
     def __len__(self) -> int:
         """Number of files."""
@@ -143,7 +125,7 @@ class FileSource(Source):
         return self.paths[i]
 
     def path(self, i: int) -> str:
-        """Where file i is, from any directory."""
+        """Absolute path of file i."""
         return os.path.join(os.path.abspath(self.root), self.paths[i])
 
     def identity(self, i: int) -> str:
@@ -160,13 +142,14 @@ class FileSource(Source):
         return read_file(os.path.join(self.root, self.paths[i]))
 
 
+@dataclass(eq=False, kw_only=True)
 class ArraySource(Source):
-    """Images of one size in memory, uint8 [n, H, W, 3]."""
+    """Images of one size in memory."""
 
-    def __init__(
-        self, *, where: str, pixels: np.ndarray, labels: np.ndarray | None, classes: list[str]
-    ) -> None:
-        self.where, self.pixels, self.labels, self.classes = where, pixels, labels, classes
+    where: str
+    pixels: np.ndarray  # uint8 [n, H, W, 3]
+    labels: np.ndarray | None
+    classes: list[str]
 
     def __len__(self) -> int:
         """Number of images."""
@@ -185,9 +168,9 @@ class ArraySource(Source):
         return np.ascontiguousarray(self.pixels[i]).tobytes()
 
     def decode(self, i: int, allowed_reduction: Callable[[int, int], int]) -> DecodedImage:
-        """Look image i up; nothing is left to decode."""
-        pixels = self.pixels[i]
-        return DecodedImage(pixels, pixels.shape[0], pixels.shape[1], 1)
+        """The pixels of image i; there is nothing to decode."""
+        _, height, width, _ = self.pixels.shape
+        return DecodedImage(self.pixels[i], height, width, 1)
 
 
 def find_depth(source: Source, depth: str | Depth) -> Depth | None:
@@ -202,7 +185,6 @@ def find_depth(source: Source, depth: str | Depth) -> Depth | None:
     """
     if not isinstance(depth, str):
         return depth
-    assert depth == AUTO
     names = np.linspace(0, len(source) - 1, min(_NAMES_LOOKED_AT, len(source))).astype(np.int64)
     endings = ((i, os.path.splitext(source.name(i))[1].lower()) for i in names.tolist())
     deep = [i for i, ending in endings if ending not in _SHALLOW]
@@ -299,13 +281,12 @@ def digits_source(image_size: int) -> ArraySource:
     digits = load_digits()
     small = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
     large = F.interpolate(small, size=(image_size, image_size), mode="bicubic")
-    gray = large.round().clamp(0, 255).to(torch.uint8).numpy()
-    pixels = np.ascontiguousarray(
-        np.broadcast_to(gray.transpose(0, 2, 3, 1), (*gray[:, 0].shape, 3))
-    )
-    labels = digits.target.astype(np.int64)
+    gray = large.round().clamp(0, 255).to(torch.uint8).numpy()[:, 0]
     return ArraySource(
-        where="digits", pixels=pixels, labels=labels, classes=[str(i) for i in range(10)]
+        where="digits",
+        pixels=np.stack([gray] * 3, axis=-1),
+        labels=digits.target.astype(np.int64),
+        classes=[str(i) for i in range(10)],
     )
 
 
@@ -339,13 +320,9 @@ def torchvision_source(name: str, root: str, *, split: str, download: bool) -> S
         raise UserError(
             f"data.root={root}: no {name} here as torchvision keeps it (data.download=true fetches)"
         ) from error
-    unlabelled = split == "unlabeled"
-    return ArraySource(
-        where=f"{name}/{split}",
-        pixels=pixels,
-        labels=None if unlabelled else labels,
-        classes=[] if unlabelled else classes,
-    )
+    if split == "unlabeled":
+        return ArraySource(where=f"{name}/{split}", pixels=pixels, labels=None, classes=[])
+    return ArraySource(where=f"{name}/{split}", pixels=pixels, labels=labels, classes=classes)
 
 
 def _torchvision_files(name: str, root: str, *, split: str, download: bool) -> FileSource:

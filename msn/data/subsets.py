@@ -1,7 +1,6 @@
-"""Which images are labelled: k per class, a share of each class, or a list of names.
+"""Label sets: k images per class, a share of each class, or a list of names.
 
-Everything here is a pure function of labels and names; lists are text files with one name per line,
-the form of the published ImageNet lists.
+Lists are text files with one name per line, the form of the published ImageNet lists.
 """
 
 from collections import Counter
@@ -16,8 +15,7 @@ from msn.errors import UserError
 from msn.files import write_bytes
 
 _SUBSET = 4  # keeps these draws apart from those of order, views and the held-out split
-_NAMED = 5  # how many missing names a message lists
-
+_NAMED = 5  # missing names that a message lists
 
 SHORT_CLASSES = ("refuse", "take_all", "leave_out")
 
@@ -30,15 +28,15 @@ def k_shot(
     classes: Sequence[str],
     short: str = "refuse",
 ) -> dict[int, Tensor]:
-    """Draw nested label sets with k images of every class: 1 is part of 2 is part of 5.
+    """Draw nested label sets with k images per class: that of 1 is part of that of 2, and so on.
 
     Args:
         labels: class numbers, [n].
         shots: numbers of images per class, each >= 1.
         seed: of the draw.
         classes: names of all classes.
-        short: what is done with a class of fewer than k images: `refuse`, `take_all` (it gives all
-            that it has) or `leave_out` (it gives none).
+        short: treatment of a class with fewer than k images: `refuse`, `take_all` of them, or
+            `leave_out` the class.
 
     Returns:
         For each k its sorted positions in `labels`, [k * classes] where no class is short.
@@ -132,14 +130,14 @@ def places_of(
     Args:
         listed: names of a list, e.g. `n01440764_10026.JPEG` or `train/cat/3.jpg`.
         names: names of the data set's images.
-        classes: of the data set; tell a missing class from a missing file.
+        classes: of the data set, to tell a missing class from a missing file.
         where: the list, for messages.
 
     Returns:
         Positions in `names`, in the order of `listed`.
 
     Raises:
-        UserError: images or classes are not there (the first five are named), or a bare file name
+        UserError: images or classes are missing (the first five are named), or a bare file name
             fits several images.
     """
     table = _by_name(names)
@@ -164,7 +162,7 @@ def places_of(
 
 
 def _order_in_classes(labels: Tensor, seed: int, classes: Sequence[str]) -> list[Tensor]:
-    """Positions of every class in the order in which a seed labels them."""
+    """Positions of the images of every class in a seeded order."""
     if len(classes) < 2:
         found = ", ".join(classes) if classes else "none"
         raise UserError(f"labels: at least two classes are needed, found {found}")
@@ -176,7 +174,7 @@ def _order_in_classes(labels: Tensor, seed: int, classes: Sequence[str]) -> list
 
 
 def _by_name(names: Sequence[str]) -> dict[str, int]:
-    """Positions by full name and by file name; -1 where a file name fits several images."""
+    """Positions by full name and by file name; -1 if a file name fits several images."""
     table: dict[str, int] = {}
     for position, name in enumerate(names):
         bare = PurePosixPath(name).name
@@ -186,7 +184,7 @@ def _by_name(names: Sequence[str]) -> dict[str, int]:
 
 
 def _missing_classes(missing: Sequence[str], classes: Sequence[str]) -> list[str]:
-    """Classes that missing names name (folder, or WordNet id before `_`) and the data lack."""
+    """Classes of missing names (folder, or WordNet id before `_`) that the data lack."""
     known = set(classes)
     spoken = {PurePosixPath(name).parent.name or name.partition("_")[0] for name in missing}
     wordnet = {name for name in spoken if name[:1] == "n" and name[1:].isdigit()}

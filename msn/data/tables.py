@@ -1,9 +1,7 @@
-"""Tables that are kept between runs, while the files and folders they were read from stay.
+"""The cache of indexes: tables kept between runs until the files they were read from change.
 
-A table is a file of arrays that every process maps into memory.
-
-Strings lie end to end in one block of bytes with an array of offsets, so a million of them load in
-milliseconds and all processes share the same pages.
+A table is a file of arrays that every process maps into memory. Strings are one block of bytes with
+an array of offsets, so a million of them load in milliseconds and all processes share the pages.
 """
 
 from __future__ import annotations
@@ -25,16 +23,15 @@ from msn.images.kinds import SUFFIXES
 
 log = logging.getLogger(__name__)
 
-# Also raised when the rules of folders, lists and shards change: a table holds what they find.
-_FORMAT = 7
-_SETTLED_NS = 2_000_000_000  # what changed this shortly before may change again unseen
-KEEP_FROM = 10_000  # images; fewer are found again faster than a file in the cache is worth
+_FORMAT = 7  # raised also when the rules of folders, lists or shards change
+_SETTLED_NS = 2_000_000_000  # a file that changed so recently may change again unseen
+KEEP_FROM = 10_000  # images; with fewer the cache is not worth it
 _WATCHED, _STAMPS = "watched", "stamps"
 Stamp = tuple[int, int]  # size and time of last change
 
 
 class StringTable(Sequence[str]):
-    """Strings end to end in one uint8 array; `table[i]` is decoded when asked for."""
+    """Strings end to end in one uint8 array; `table[i]` is decoded on access."""
 
     def __init__(self, data: np.ndarray, offsets: np.ndarray) -> None:
         self.data, self.offsets = data, offsets
@@ -73,9 +70,9 @@ class StringTable(Sequence[str]):
 
 
 def cache_folder() -> Path:
-    """Where indexes are kept: $MSN_CACHE_DIR, else `msn` in the user's cache folder.
+    """The folder of indexes: $MSN_CACHE_DIR, else `msn` in the user's cache folder.
 
-    A user of a container may have neither HOME nor a name: then it lies with temporary files.
+    Without a home, as in some containers, it is in the folder of temporary files.
     """
     given = os.environ.get("MSN_CACHE_DIR")
     if given:
@@ -101,7 +98,7 @@ def stamp(path: str) -> Stamp:
 
 
 class Table(NamedTuple):
-    """Columns of numbers and of strings, and what else was found with them, as JSON has it."""
+    """Columns of numbers and of strings, and further JSON values."""
 
     arrays: dict[str, np.ndarray]
     strings: dict[str, StringTable]
@@ -109,15 +106,12 @@ class Table(NamedTuple):
 
 
 def keep_table(key: str, table: Table, watched: Mapping[str, Stamp], since: int) -> None:
-    """Keep a table for `kept_table`.
-
-    It is not kept where something it was read from changed so shortly before that it may change
-    again unseen, or where the cache cannot be written, which is logged.
+    """Cache a table, unless its files changed too recently or the cache cannot be written.
 
     Args:
         key: describes the table.
         table: what to keep.
-        watched: the files and folders it was read from, with their stamps before that.
+        watched: the files and folders it was read from, with their stamps before reading.
         since: when reading began, in ns.
     """
     if any(changed >= since - _SETTLED_NS for _, changed in watched.values()):
@@ -133,11 +127,11 @@ def keep_table(key: str, table: Table, watched: Mapping[str, Stamp], since: int)
 
 
 def kept_table(key: str, read_from: Sequence[str] | None = None) -> Table | None:
-    """The table of that key, while all it was read from is as it was; its columns are mapped.
+    """The memory-mapped table of a key, or None if a file that it was read from has changed.
 
     Args:
         key: of `keep_table`.
-        read_from: what it must have been read from, where that may be more or less by now.
+        read_from: the files that it must have been read from; None takes any.
     """
     try:
         with _cache_file(key).open("rb") as file:  # all of one: another process may replace it
@@ -153,7 +147,7 @@ def kept_table(key: str, read_from: Sequence[str] | None = None) -> Table | None
             return None
         if any(stamp(path) != tuple(seen) for path, seen in zip(watched, stamps, strict=True)):
             return None
-    except (OSError, ValueError):  # not there, or damaged
+    except (OSError, ValueError):  # missing or damaged
         return None
     return Table(arrays, strings, header)
 
@@ -185,7 +179,7 @@ def _store(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) ->
 
 
 def _map(file: BinaryIO) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Header and arrays of `_store`; both are empty where they are of another format or cut off."""
+    """Header and arrays of `_store`; both are empty if the format differs or the file is cut."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(length)) if length < size else {}

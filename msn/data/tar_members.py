@@ -1,7 +1,7 @@
-"""Read the headers of one tar shard: its samples, as WebDataset groups them, and any damage.
+"""A reader of the headers of one tar shard: its samples, as in WebDataset, and any damage.
 
-`tarfile` does not do: it allocates as much memory as a header claims, goes backwards at a negative
-size, and recurses when one long name follows another.
+`tarfile` allocates as much memory as a header claims, goes backwards at a negative size, and
+recurses when one long name follows another.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from msn.data.layout import UNLABELLED
 from msn.errors import UserError
 from msn.images.kinds import SUFFIXES
 
-NO_CLASS = -2  # no .cls member, or no number in it; UNLABELLED is a number that says so
+NO_CLASS = -2  # no .cls member, or no number in it; UNLABELLED is the number -1 in it
 _LARGEST_META = 1 << 20  # bytes of a long name or of a PAX header
-_LOOKED_BEHIND = 64 << 20  # bytes after the end of an archive in which another one is looked for
+_LOOKED_BEHIND = 64 << 20  # bytes after the end of an archive that are checked for another one
 _MOST_CLASSES = 1 << 31  # a greater number in a .cls member is a mistake
 _LONGEST_NUMBER = 32  # bytes of a .cls member
 _BLOCK = 512
@@ -34,37 +34,30 @@ _WRONG_SIZE = "the size of a member is not a number >= 0"
 
 
 class ShardImage(NamedTuple):
-    """One image: byte offset and size in its shard, class number or NO_CLASS, member's name."""
+    """One image in a shard."""
 
-    offset: int
-    size: int
-    label: int
-    name: str
+    offset: int  # in bytes
+    size: int  # in bytes
+    label: int  # class number, UNLABELLED or NO_CLASS
+    name: str  # of the member
 
 
 class ShardContents(NamedTuple):
-    """What was found in a shard.
+    """The images of a shard."""
 
-    Attributes:
-        images: one per sample, in the order of the members.
-        further: number of other images in samples that have an image already; they are skipped.
-        links: number of images that are links to others; they are skipped.
-        damage: first byte that cannot be read, and why; None if the shard is whole.
-    """
-
-    images: list[ShardImage]
-    further: int
-    links: int
-    damage: str | None
+    images: list[ShardImage]  # one per sample, in the order of the members
+    further: int  # skipped images in samples that have an image already
+    links: int  # skipped images that are links to others
+    damage: str | None  # first byte that cannot be read, and why; None if the shard is whole
 
 
 class _Member(NamedTuple):
-    """A member's name, kind, byte where its data begin, and their size."""
+    """A member of a tar file."""
 
     name: str
     kind: bytes
-    offset: int
-    size: int
+    offset: int  # byte where its data begin
+    size: int  # of its data in bytes
 
 
 class _Damage(Exception):
@@ -146,8 +139,8 @@ class _Samples:
         """End the sample; of `1.jpg` and `1.seg.png` the first is its image.
 
         Args:
-            cut_off: whether the shard is damaged after it. Its class number may be lost then: a
-                sample without a number is skipped if the one before has a number.
+            cut_off: whether the shard is damaged after it, so that its class number may be lost: it
+                is skipped if it has no number and the sample before has one.
         """
         if not self._found:
             return
@@ -160,11 +153,7 @@ class _Samples:
 
 
 def _read_label(descriptor: int, member: _Member) -> int:
-    """The number in a `.cls` member, or NO_CLASS.
-
-    Raises:
-        _Damage: its block does not end in zeros, so it is not the block of a class number.
-    """
+    """The number in a `.cls` member, or NO_CLASS; _Damage if its block does not end in zeros."""
     if member.size > _LONGEST_NUMBER:
         return NO_CLASS
     block = os.pread(descriptor, _BLOCK, member.offset)
@@ -178,11 +167,7 @@ def _read_label(descriptor: int, member: _Member) -> int:
 
 
 def _members(descriptor: int) -> Iterator[_Member]:
-    """The complete members of a tar file up to the end of the archive.
-
-    Raises:
-        _Damage: the next block is not a member.
-    """
+    """The complete members of a tar file up to its end; _Damage if a block is not a member."""
     file_size = os.fstat(descriptor).st_size
     begin = at = 0  # a member begins with the first of the headers that describe it
     long_name, pax_size, is_link = None, None, False
@@ -225,11 +210,7 @@ def _members(descriptor: int) -> Iterator[_Member]:
 
 
 def _header(block: bytes, at: int) -> tuple[bytes, bytes, int]:
-    """Name, kind and size of a header [512 bytes].
-
-    Raises:
-        _Damage: it is not a header, its size is negative, or the file is sparse.
-    """
+    """Name, kind and size of a header [512 bytes]; _Damage if it is none, or of a sparse file."""
     if not _is_header(block):
         raise _Damage(at, "no header of a member")
     name, kind, size = block[:100].partition(b"\0")[0], block[156:157], _number(block[124:136])
@@ -261,11 +242,7 @@ def _number(field: bytes) -> int | None:
 
 
 def _read_pax(data: bytes, at: int) -> tuple[bytes | None, int | None]:
-    """Path and size from the records `LENGTH KEY=VALUE` of a PAX header; None if absent.
-
-    Raises:
-        _Damage: a record is damaged, or says that the file is sparse.
-    """
+    """Path and size from the records `LENGTH KEY=VALUE` of a PAX header; None if absent."""
     path = size = None
     begin = 0
     while begin < len(data) and data[begin] != 0:
@@ -291,15 +268,7 @@ def _shown(name: bytes) -> str:
 
 
 def _refuse_more(descriptor: int, end: int) -> None:
-    """Refuse bytes other than zero after the end of the archive, which `tar` skips silently.
-
-    Args:
-        descriptor: of the shard.
-        end: byte where the archive ends.
-
-    Raises:
-        _Damage: there are some.
-    """
+    """Raise _Damage if other bytes than zero follow the archive's end, which `tar` skips."""
     for at in range(end, end + _LOOKED_BEHIND, _CHUNK):
         chunk = os.pread(descriptor, _CHUNK, at)
         if rest := chunk.lstrip(b"\0"):

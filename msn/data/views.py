@@ -1,8 +1,8 @@
-"""What a view is: its settings, and the numbers that make it, drawn apart from their application.
+"""The settings of views, and the random parameters of each view; back ends apply them.
 
-The numbers of a view (crop box, flip, colour factors and their order, gray, blur radius) are a
-function of (seed, epoch, image index, view) alone: not of workers, processes, batch or back end.
-View order everywhere: the target first, then rand anchors, then focal anchors.
+The parameters (crop box, flip, colour factors and their order, gray, blur radius) are a function of
+(seed, epoch, image index, view) alone: not of workers, processes, batch or back end. View order
+everywhere: the target first, then rand anchors, then focal anchors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from msn.data.sampler import BatchKey, uniform
 from msn.errors import UserError
-from msn.schema import Range, check_ranges, make, refuse_unknown
+from msn.schema import Range, check_ranges, make
 
 # Views and evaluation images are normalised alike, as every published MSN backbone expects.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -40,16 +40,12 @@ NO_CHANGE = np.array([1.0, 1.0, 1.0, 0.0], np.float32)
 
 
 class Views(NamedTuple):
-    """The views of B images, normalised, in the model's dtype.
+    """The views of B images, normalised, in the model's dtype."""
 
-    `target` [B, 3, S, S], `rand` [R, B, 3, S, S] and `focal` [F, B, 3, s, s]; `origin` says which
-    images of the training set they are of, where that is known.
-    """
-
-    target: Tensor
-    rand: Tensor
-    focal: Tensor
-    origin: BatchKey | None = None
+    target: Tensor  # [B, 3, S, S]
+    rand: Tensor  # [R, B, 3, S, S]
+    focal: Tensor  # [F, B, 3, s, s]
+    origin: BatchKey | None = None  # the images of the training set, where known
 
 
 _Chance = Annotated[float, Range(0, 1)]
@@ -117,21 +113,19 @@ class ViewSettings:
 
 
 def view_settings(settings: Mapping[str, Any]) -> ViewSettings:
-    """What stands at `data.views`, checked.
+    """The settings at `data.views`, checked.
 
     Raises:
         UserError: a key is unknown or missing, or a value is of a wrong type or out of its range.
     """
-    refuse_unknown("data.views", settings, ViewSettings)
-    return make("data.views", settings, ViewSettings)
+    return make("data.views", settings, ViewSettings, complete=True)
 
 
 class ViewParameters:
-    """The numbers that make V views of each of B images, as one table float32 [V, B, columns].
+    """Parameters of V views of each of B images, as one table float32 [V, B, columns].
 
-    Boxes are whole pixels of the image the views are cut from. A factor of exactly 1, a hue of
-    exactly 0 and a blur of exactly 0 mean that the change does not happen; `order` is a row number
-    of `JITTER_ORDERS`.
+    Boxes are in whole pixels of the decoded image. A factor of exactly 1, a hue of 0 and a blur of
+    0 mean that the change does not happen; `order` is a row number of `JITTER_ORDERS`.
     """
 
     def __init__(self, table: np.ndarray) -> None:
@@ -153,10 +147,10 @@ def draw_parameters(
     heights: np.ndarray,
     widths: np.ndarray,
 ) -> ViewParameters:
-    """Draw the numbers of every view of a batch.
+    """Draw the parameters of every view of a batch (torchvision's distributions).
 
     Args:
-        settings: what may be drawn.
+        settings: of the views.
         seed: of the run.
         epoch: counts from 0.
         indices: of the images in the data set, int [B].
@@ -197,7 +191,7 @@ _NO_VIEW = -1  # keeps the noise's draws apart from those of the views
 
 
 def draw_noise(*, seed: int, epoch: int, indices: np.ndarray, count: int) -> np.ndarray:
-    """Draw numbers in [0, 1) that choose patches of each image, float32 [B, count].
+    """Draw numbers in [0, 1) by which MAE chooses the patches of each image, float32 [B, count].
 
     Args:
         seed: of the run.

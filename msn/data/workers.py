@@ -1,7 +1,7 @@
-"""Worker processes of a loader: how batches leave them, and what ends them, in one line.
+"""Data loaders and their worker processes: transport of batches, and errors in one line.
 
-A batch travels in shared memory, which copies nothing. Where that is full (a container's is often
-64 MB) or few files may be open, it travels through the worker's pipe, which is slower.
+A batch travels in shared memory without a copy. If that is full (a container's is often 64 MB) or
+too few files may be open, it travels through the worker's pipe, which is slower.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from msn.files import TOO_MANY_OPEN
 log = logging.getLogger(__name__)
 
 _SHARED_MEMORY = "/dev/shm"
-_SPARE = 4 << 20  # bytes of shared memory left to others: locks lie there too
+_SPARE = 4 << 20  # bytes of shared memory left to others, for instance locks
 _FILES_A_WORKER = 4  # that this process keeps open: two pipes
 _FILES_BESIDE = 8  # for logs, checkpoints and what reads images
-# What allocators of torch say in a plain RuntimeError: the CPU's, MPS', those of CUDA's libraries.
+# Messages of torch's allocators in a plain RuntimeError: of the CPU, MPS and CUDA's libraries.
 _NO_MEMORY = ("DefaultCPUAllocator", "out of memory", "_STATUS_ALLOC_FAILED", "std::bad_alloc")
 _may_share = True  # whether this worker's batches may lie in shared memory
-_said = mmap.mmap(-1, 1)  # whether some process has said that it is short
+_said = mmap.mmap(-1, 1)  # whether some process has logged that shared memory is short
 
 
 def make_loader(
@@ -47,16 +47,16 @@ def make_loader(
     collate: Callable[[Any], Any] | None = None,
     **options: Any,
 ) -> DataLoader:
-    """A loader whose batches leave its workers by shared memory or, where that is short, by pipe.
+    """A loader whose workers send batches by shared memory or, if that is short, by pipe.
 
     Args:
         images: the data set.
         num_workers: processes; 0 reads in this one.
-        collate: from what the data set gives to a batch; None takes `stack`.
+        collate: makes a batch of items; None takes `stack`.
         options: of `DataLoader`.
 
     Raises:
-        UserError: fewer files may be open than so many workers need.
+        UserError: the limit of open files is too low for so many workers.
     """
     free = open_files_limit() - _open_files()
     # Beside workers that stay, those of an evaluation come and go.
@@ -92,9 +92,9 @@ def _prepare(number: int, *, may_share: bool) -> None:
 
 
 def _heed_parent_alone() -> None:
-    """End on SIGTERM of the process that reads the batches, not on a cluster's to all processes.
+    """End on SIGTERM of the parent, not on a cluster's SIGTERM to all processes.
 
-    That process wants to finish its step and to save, for which it needs its workers.
+    The parent still needs its workers to finish its step and to save.
     """
     parent = os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -120,7 +120,7 @@ def _open_files() -> int:
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory for a batch: in a worker shared memory, where there is room, else its own."""
+    """Memory for a batch: in a worker shared memory if there is room, else private memory."""
     count = math.prod(shape) * dtype.itemsize
     if get_worker_info() is not None and _may_share and _fits(count):
         with suppress(RuntimeError):  # another worker has just taken the room
@@ -157,7 +157,7 @@ def shared_memory() -> str:
 
 
 def shared_flags(count: int) -> Tensor:
-    """False for each of some things, bool [count], seen by all workers where that can be had."""
+    """Flags that start as False, bool [count], shared with all workers if possible."""
     flags = torch.zeros(count, dtype=torch.bool)
     with suppress(RuntimeError):
         flags.share_memory_()
@@ -165,7 +165,7 @@ def shared_flags(count: int) -> Tensor:
 
 
 def stack(rows: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
-    """Columns of rows of tensors of one shape, numbers and texts; those of texts are lists."""
+    """Collate rows of tensors, numbers and texts into columns; columns of texts are lists."""
     return tuple(_column(column) for column in zip(*rows, strict=True))
 
 
@@ -179,10 +179,9 @@ def _column(values: tuple[Any, ...]) -> Tensor | list[str]:
 
 
 class _Send:
-    """Makes a batch of what a data set gives and, in a worker, chooses the way of each tensor.
+    """Collates and, in a worker, sends tensors outside shared memory through the pipe as bytes.
 
-    What does not lie in shared memory goes through the pipe as bytes: torch would make a file in
-    shared memory for each small tensor too.
+    torch would make a file in shared memory for each small tensor.
     """
 
     def __init__(self, collate: Callable[[Any], Any]) -> None:
@@ -212,14 +211,14 @@ def _by_pipe(value: Any) -> Any:
 
 @contextmanager
 def in_one_line(lower: Callable[[], str], then: Callable[[], str] = lambda: "") -> Iterator[None]:
-    """Turn what ends workers, and too little memory, into a line that says what to do.
+    """Turn errors that end workers, or of memory, into a line that says what to do.
 
     Args:
-        lower: says what takes less memory in this process.
+        lower: the advice to take less memory in this process.
         then: says how the work goes on.
 
     Raises:
-        UserError: in the place of such an error.
+        UserError: in place of such an error.
     """
     try:
         yield
@@ -231,17 +230,17 @@ def in_one_line(lower: Callable[[], str], then: Callable[[], str] = lambda: "") 
 
 
 def less_memory(key: str, batch_size: int) -> str:
-    """What takes less memory where batches of images, set by a key, go through a trunk."""
+    """Advice to take less memory, for a key that sets the batch of a trunk."""
     if batch_size == 1:
         return f"{key} is 1 already; another device or a smaller backbone takes less"
     return f"{key}={batch_size // 2} takes less"
 
 
 def explain(error: BaseException, lower: Callable[[], str]) -> str | None:
-    """What ended a worker or took too much memory, with what to do; None for anything else.
+    """Reason and advice for an error of workers or memory; None for any other error.
 
     Args:
-        error: in this process, or in a worker, which sends its type and its traceback as text.
+        error: of this process, or of a worker, which sends its type and its traceback as text.
         lower: see `in_one_line`.
     """
     text = str(error)
@@ -269,7 +268,7 @@ def explain(error: BaseException, lower: Callable[[], str]) -> str | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the memory of the host or of a device does not suffice."""
+    """Whether the memory of the host or of a device does not suffice."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, OSError):

@@ -1,1 +1,1 @@
-"""One image from its file to pixels: which kinds, how deep, decoded once."""
+"""One image from its file to pixels: formats, bit depth, decoding."""

@@ -1,7 +1,7 @@
-"""Images of more than 8 bits a channel: which values of a set are black and which are white.
+"""Images of more than 8 bits per channel: the values of a data set that are black and white.
 
 Files of 16 and 32 bits often hold fewer: 12 from microscopes and cameras, CT values from -1,024 on.
-So one range is fixed for a whole set, kept in the run and its weights, and used again wherever
+So one range is fixed for a whole data set, stored with the run and its weights, and used wherever
 images are read for that network.
 """
 
@@ -22,8 +22,8 @@ Depth = int | list[int]  # bits from 0 on, or the values that are black and whit
 Levels = tuple[int, int]  # the values that are black and white
 SIXTEEN_BITS: Levels = (0, 65_535)
 _BITS = (8, 32)
-# Pillow keeps the upper bytes of 16-bit colours; how it is made to give the lower ones, and which
-# of the channels that it then gives they are.
+# Pillow keeps the upper bytes of 16-bit colours. Raw modes that make it give the lower ones, and
+# the channels in which they then are.
 _COLOURS = ("RGB", "RGBX", "RGBA")
 _LOWER = {
     **{f"{mode};16B": (f"{mode};16L", (0, 1, 2)) for mode in _COLOURS},
@@ -33,7 +33,7 @@ _LOWER = {
     "LA;16B": ("RGBA", (1, 1, 1)),
 }
 _UNSIGNED = ("I;32N", "I;32B")  # Pillow's whole numbers are signed
-RECORDED = "data_depth"  # where weights say what they were trained with
+RECORDED = "data_depth"  # key in the header of weights
 
 
 class BeyondWhite(UserWarning):
@@ -41,7 +41,7 @@ class BeyondWhite(UserWarning):
 
 
 def check_depth(depth: Any) -> str | Depth:
-    """What stands at `data.depth`.
+    """The setting `data.depth`, checked.
 
     Raises:
         UserError: it is neither `auto`, nor 8 to 32 bits, nor two ascending whole numbers.
@@ -61,24 +61,18 @@ def check_depth(depth: Any) -> str | Depth:
 
 
 def levels_of(depth: Depth | None) -> Levels:
-    """The values that are black and white; None, where nothing is known, is 16 bits."""
+    """The values that are black and white; None is 16 bits."""
     if depth is None:
         return SIXTEEN_BITS
     return (0, 2**depth - 1) if isinstance(depth, int) else (depth[0], depth[1])
 
 
 class Deep(NamedTuple):
-    """What is needed beside a decoded image for its values of more than 8 bits.
+    """What is needed beside a decoded image for its values of more than 8 bits."""
 
-    Attributes:
-        lower: the lower bytes of 16-bit colours.
-        channels: where in `lower` they are.
-        unsigned: whether negative numbers are large ones.
-    """
-
-    lower: Image.Image | None = None
-    channels: tuple[int, ...] = ()
-    unsigned: bool = False
+    lower: Image.Image | None = None  # the lower bytes of 16-bit colours
+    channels: tuple[int, ...] = ()  # where in `lower` they are
+    unsigned: bool = False  # whether negative numbers are large ones
 
     def part(self, box: tuple[int, int, int, int]) -> Deep:
         """The same for a part of the image: left, top, right, bottom in px."""
@@ -99,15 +93,11 @@ def is_gray(image: Image.Image) -> bool:
 
 
 def find_deep(image: Image.Image, again: Callable[[], Image.Image] | None) -> Deep | None:
-    """Whether an image that is opened and not yet decoded has more than 8 bits, and what of these.
+    """What reads more than 8 bits of an opened, not yet decoded image; None if it has 8.
 
     Args:
         image: as it was opened.
-        again: opens it once more, for the lower bytes of colours; None leaves them out, so that
-            colours are no deep ones.
-
-    Returns:
-        None for an image of 8 bits.
+        again: opens it once more, for the lower bytes of 16-bit colours; None skips these.
     """
     raw_mode = _raw_mode(image)
     if is_gray(image):
@@ -123,7 +113,7 @@ def find_deep(image: Image.Image, again: Callable[[], Image.Image] | None) -> De
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """How Pillow calls the pixels as they are in the file, empty where it does not say."""
+    """Pillow's raw mode of the pixels in the file, or ""."""
     tiles = getattr(image, "tile", None)
     if not tiles:
         return ""
@@ -152,11 +142,11 @@ def to_eight_bits(values: np.ndarray, levels: Levels) -> np.ndarray:
 
 
 def trained_depth(setting: str | Depth, abouts: Sequence[Mapping[str, Any]]) -> str | Depth:
-    """The depth to evaluate with: what was set, else that of the trainings, else still `auto`.
+    """The depth to evaluate with: the setting, else that of the trainings, else still `auto`.
 
     Args:
         setting: `data.depth` of the evaluation.
-        abouts: what the weights say of themselves.
+        abouts: headers of the weights.
 
     Raises:
         UserError: the networks were trained with different ones.
@@ -173,19 +163,17 @@ def trained_depth(setting: str | Depth, abouts: Sequence[Mapping[str, Any]]) -> 
 
 
 def recorded_depth(about: Mapping[str, Any]) -> Depth | None:
-    """The depth that weights were trained with, None where there is nothing to know.
-
-    Runs of versions that did not record it took 16 bits.
-    """
+    """The depth that weights were trained with, or None; 16 bits for runs of older versions."""
     depth = about.get(RECORDED, 16 if "method" in about else None)
     checked = None if depth is None else check_depth(depth)
     return None if isinstance(checked, str) else checked
 
 
 def depth_for(values: tuple[int, int]) -> Depth:
-    """What the least and the largest value of a set need: bits, or with negative values both.
+    """The depth that fits the least and the largest value of a data set.
 
-    Zeros alone tell nothing: 16 bits. Zeros and ones are a mask, black and white.
+    That is a number of bits, or with negative values both values. If all values are 0, it is 16
+    bits; zeros and ones are a mask, black and white.
     """
     low, high = values
     if low == high == 0:

@@ -1,4 +1,4 @@
-"""Reading image files as far as opening them: which kinds are read, which are not, and why."""
+"""Opening of image files: the formats that are read, and why others are not."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ UNREAD_SUFFIXES = tuple(
 PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, 1 << 24)
 # Pillow reads unsigned 32-bit TIFFs of one byte order only.
 TiffImagePlugin.OPEN_INFO.setdefault((b"MM", 1, (1,), 1, (32,), ()), ("I", "I;32B"))
-# libtiff hands numbers over in the machine's order, for which Pillow does not look in these.
+# libtiff returns numbers in the machine's byte order, which Pillow overlooks for these.
 _NATIVE = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "I;32B": "I;32N"}
 _SAMPLE_FORMAT, _SIGNED, _FLOAT, _COMPLEX = 339, 2, 3, (5, 6)  # of a TIFF
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of a regular file: pipes, sockets and devices, which may never end, are not opened.
+    """The bytes of a regular file; pipes, sockets and devices, which may never end, are refused.
 
     Raises:
         BadImageError: it is not a regular file, larger than 1 GiB or than the memory, or cannot be
@@ -78,7 +78,7 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
 
 
 def unreadable(error: OSError, where: str = "") -> BadImageError:
-    """Why the bytes of an image cannot be read.
+    """The reason why the bytes of an image cannot be read, as an exception to raise.
 
     Args:
         error: of the system.
@@ -99,11 +99,11 @@ def _open_at_once(path: str, flags: int) -> int:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Open an image without decoding it yet.
+    """Open an image without decoding it.
 
     Raises:
         BadImageError: it is of a kind that is not read.
-        Exception: anything else where the file is damaged.
+        Exception: anything, if the file is damaged.
     """
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
@@ -126,7 +126,7 @@ def _in_native_order(tile: ImageFile._Tile) -> ImageFile._Tile:
 
 
 def _why_not(tags: Any) -> str | None:
-    """Why a TIFF with these tags is not read although Pillow might, None if it is."""
+    """Why a TIFF with these tags is not read, although Pillow might; None if it is."""
     bits = max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
     samples = int(tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1))
     kinds = tags.get(_SAMPLE_FORMAT, (1,))
