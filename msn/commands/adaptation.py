@@ -191,6 +191,6 @@ def better_of(
     kept = adapted if shares[1] - shares[0] > margin else foundation
     return kept, (
         f"{kept.name} (10-NN on {count:,} labelled training images, each left out in turn: "
-        f"{foundation.name} {shares[0]:.1%}, {adapted.name} {shares[1]:.1%}; more than "
-        f"{100 * margin:.1f} points would not be chance)"
+        f"{foundation.name} {shares[0]:.1%}, {adapted.name} {shares[1]:.1%}; margin for chance "
+        f"{100 * margin:.1f} points)"
     )

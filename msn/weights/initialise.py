@@ -182,5 +182,8 @@ def _load_prototypes(prototypes: nn.Parameter, tensor: Tensor | None) -> str:
 
 
 def _grouped(names: tuple[str, ...]) -> list[str]:
-    """'decoder.a.weight', 'decoder.b.weight' -> 'decoder.*', each group once."""
-    return list(dict.fromkeys(f"{name.split('.')[0]}.*" if "." in name else name for name in names))
+    """'decoder.a.weight', 'decoder.b.weight' -> 'decoder.*'; a name alone stays."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.split(".")[0], []).append(name)
+    return [f"{group}.*" if len(some) > 1 else some[0] for group, some in groups.items()]

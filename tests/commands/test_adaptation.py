@@ -116,7 +116,7 @@ def test_better_means_by_more_than_chance(monkeypatch, before_alone, after_alone
     kept, why = better_of(subjects, Labelled(), None, None)
     assert kept.name == name
     assert f"foundation {before_alone / 40:.1%}, adapted {after_alone / 40:.1%}" in why
-    assert f"more than {margin} points" in why
+    assert f"margin for chance {margin} points" in why
 
 
 @pytest.mark.parametrize(
