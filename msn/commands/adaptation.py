@@ -171,7 +171,10 @@ def better_of(
     """
     foundation, adapted = subjects
     if labelled is None or len(labelled) <= _NEIGHBOURS:
-        return adapted, "adapted (no labels among the training images to compare it by)"
+        return adapted, (
+            "adapted (no labels among the training images to compare it by; eval_lowshot.py "
+            "checkpoint=[init:PATH,adapted:RUN] compares both on a few labelled ones)"
+        )
     count = min(len(labelled), _MOST_IMAGES)
     positions = torch.linspace(0, len(labelled) - 1, count, dtype=torch.float64).round().long()
     chosen = ChosenImages(labelled, positions)

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from msn.commands.adaptation import choose_prototypes, follow_init
 from msn.commands.entry import to_plain
+from msn.commands.plan import IMAGENET_IMAGES
 from msn.commands.step import bench_step, case_of
 from msn.data.batched_views import make_batched_views
 from msn.data.dataset import ImageBatch, Subset, TrainingSet
@@ -36,7 +37,6 @@ from msn.training.strategy import keep_freed_memory
 CPU = torch.device("cpu")
 _ROUNDS = 5  # the median of so many; every round measures everything
 _SHORT = 0.1  # of the longest time: what is measured more than once per round
-_IMAGENET = 1_281_167  # images; `bench` knows of no others, and the step hardly depends on them
 _BATCH = 120  # images per batch; as many of a folder are measured
 _ADVICE = {
     "decoding": "more cores or workers, or smaller files (msn make_shards).",
@@ -55,7 +55,7 @@ def run(config: DictConfig) -> None:
         UserError: if a setting or a path is wrong.
     """
     if to_plain(config).get("init") is not None:
-        said = [*follow_init(config), *choose_prototypes(config, _IMAGENET)]
+        said = [*follow_init(config), *choose_prototypes(config, IMAGENET_IMAGES)]
         print(*said, sep="\n", end="\n" if said else "")
     settings = to_plain(config)
     job = {"step": bench_step, "views": bench_views, "all": bench_all}[settings["what"]]

@@ -31,7 +31,7 @@ from msn.training.cost import (
 from msn.training.strategy import compilation
 from msn.training.trainer import resolve_precision
 
-_IMAGENET_IMAGES = 1_281_167
+IMAGENET_IMAGES = 1_281_167
 _BEYOND_REASON = 2  # times a device's memory: no swap and no error of the forecast is so large
 _FEW_PROTOTYPES = 2
 _SMALLER = {
@@ -237,15 +237,19 @@ def less_memory(
     )
 
 
-def count_images(config: DictConfig, settings: dict[str, Any]) -> int:
-    """Training images of an epoch: as stated, ImageNet's where it is not here yet, or counted."""
+def count_images(config: DictConfig, settings: dict[str, Any], *, all_: bool = False) -> int:
+    """Training images of an epoch: as stated, ImageNet's where it is not here yet, or counted.
+
+    Counted are those of whole batches, or `all_`.
+    """
     if settings["planning"]["images"] is not None:
         return int(settings["planning"]["images"])
     if settings["data"]["source"] == "imagenet" and settings["data"]["root"] is None:
-        return _IMAGENET_IMAGES
+        return IMAGENET_IMAGES
     data: MSNDataModule = build(config, "data", MSNDataModule)
-    batch = data.global_batch_size
-    return len(data.sampler(rank=0, world_size=1)) * batch
+    if all_:
+        return len(data.pools.train)
+    return len(data.sampler(rank=0, world_size=1)) * data.global_batch_size
 
 
 def _case(settings: dict[str, Any], batch_size: int, device: torch.device) -> Case:

@@ -80,7 +80,7 @@ def run(config: DictConfig) -> Path | None:
     _check_switch("resume.force", settings["resume"]["force"])
     if settings["plan"]:
         if settings["method"].get("num_prototypes", 0) is None:
-            said += choose_prototypes(config, plan.count_images(config, settings))
+            said += choose_prototypes(config, plan.count_images(config, settings, all_=True))
         print(*said, sep="\n", end="\n" if said else "")
         plan.run(config, to_plain(config), Console())
         return None

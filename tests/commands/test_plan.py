@@ -73,6 +73,8 @@ def test_limited_steps_make_a_shorter_epoch():
     assert (whole.images, limited.images) == (1280, 3 * 64)
     assert limited.hours(1e12) == pytest.approx(whole.hours(1e12) * 192 / 1280)
     assert planned("trainer.limit_train_batches=1000")[0].images == 1280
+    config = compose("train", [])
+    assert plan.count_images(config, to_plain(config), all_=True) == 1297  # that prototypes follow
 
 
 def case_of(batch_size):
