@@ -5,7 +5,6 @@ Further keywords are keys of the command, `**{"trainer.max_epochs": 5}`; see doc
 
 import contextlib
 import csv
-import io
 import json
 import logging
 import os
@@ -50,11 +49,9 @@ class Table(Sequence[dict[str, Any]]):
         return import_module(f"msn.evaluation.{'suite' if several else 'table'}")
 
     def _repr_html_(self) -> str:
-        from rich.console import Console
+        from msn.evaluation.drawing import html_table
 
-        console = Console(record=True, file=io.StringIO(), width=160, force_jupyter=False)
-        console.print(self._layout.table_of(self.rows, ""))
-        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+        return html_table(self._layout.table_of(self.rows, ""))
 
 
 @dataclass(frozen=True)
@@ -311,8 +308,7 @@ def predict(
             labels = Path(place) / "labels.csv"
             with labels.open("w", newline="", errors="surrogateescape") as file:
                 csv.writer(file).writerows(rows)
-        file_out = Path(place) / "predictions.csv" if out is None else Path(out)
-        given = {"checkpoint": checkpoint, **_data(data), "labels": labels, "out": file_out}
+        given = {"checkpoint": checkpoint, **_data(data), "labels": labels, "out": out}
         found: list[dict[str, Any]] = _run("predict", {**given, **keys})
         return found
 
@@ -331,8 +327,10 @@ def _run(command: str, keys: Mapping[str, Any], *, quiet: bool = False) -> Any:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep what a command prints for a terminal to itself, also from a notebook's display."""
+    from msn.progress import Held
+
     with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(contextlib.redirect_stdout(Held(sys.stdout)))
         if "IPython" in sys.modules:
             capture = import_module("IPython.utils.capture")
             stack.enter_context(capture.capture_output(stdout=False, stderr=False))
@@ -354,6 +352,8 @@ def _undisturbed() -> Iterator[None]:
     numbers = np.random.get_state()  # noqa: NPY002  # the global one, which a seed sets
     try:
         with torch.random.fork_rng(), warnings.catch_warnings():
+            # tqdm's, without widgets; its bars are text then.
+            warnings.filterwarnings("ignore", "IProgress not found")
             yield
     finally:
         random.setstate(drawn)

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import sys
+from importlib import import_module
+from typing import Any
 
 from rich import progress as rich
 from rich.console import Console
 
 
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    return "ipykernel" in sys.modules
+
+
+class Held(io.StringIO):
+    """Keeps what is printed to itself; bars of a notebook go to the stream behind it."""
+
+    def __init__(self, behind: Any) -> None:
+        super().__init__()
+        self.behind = behind
+
+
 class Progress:
-    """A bar that several threads may advance; silent without a terminal and with nothing to do.
+    """A bar that several threads may advance, in a terminal or notebook; else it is silent.
 
     Args:
         title: what is being done.
@@ -18,6 +34,11 @@ class Progress:
     """
 
     def __init__(self, title: str, total: int | None = None, show: bool = True) -> None:
+        self._notebook: Any = None
+        if show and total != 0 and in_notebook():
+            tqdm = import_module("tqdm").tqdm
+            shown = getattr(sys.stdout, "behind", sys.stdout)
+            self._notebook = tqdm(desc=title, total=total, file=shown, leave=False, ncols=100)
         text = rich.TextColumn("{task.description}")
         counted = (rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeRemainingColumn())
         columns = (rich.SpinnerColumn(), text, rich.TimeElapsedColumn())
@@ -32,6 +53,9 @@ class Progress:
 
     def advance(self, steps: int = 1, title: str | None = None) -> None:
         """Count some more steps, under another title where one is given."""
+        if self._notebook is not None:
+            self._notebook.set_description(title or self._notebook.desc, refresh=False)
+            self._notebook.update(steps)
         self._bar.update(self._task, advance=steps, description=title)
 
     def __enter__(self) -> Progress:
@@ -40,3 +64,5 @@ class Progress:
 
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
+        if self._notebook is not None:
+            self._notebook.close()

@@ -71,7 +71,8 @@ def test_a_run_is_what_the_command_leaves(run):
     assert {row["backbone"] for row in run.table} == {"msn", "random", "pixels", "majority"}
     assert run.table.rows == json.loads((run.path / "lowshot.json").read_text())["rows"]
     assert run.backbone(torch.zeros(1, 3, 32, 32)).shape == (1, 24)
-    assert "<pre>" in run._repr_html_()
+    assert "<th>logistic<br>1 per class</th>" in run._repr_html_()
+    assert run._repr_html_().count("<td>majority</td>") == 1
     assert "random" in run._repr_html_()
 
 

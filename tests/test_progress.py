@@ -1,6 +1,7 @@
 import io
 import sys
 
+from msn.api import _quiet
 from msn.progress import Progress
 
 
@@ -30,3 +31,16 @@ def test_nothing_is_shown_where_nobody_looks_or_nothing_is_to_be_done(monkeypatc
     with Progress("probing", 7) as progress:
         progress.advance()
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_notebook_shows_a_line_that_moves_also_of_a_quiet_command(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ipykernel", object())
+    with _quiet(), Progress("probing", 7) as progress:
+        print("for a terminal")
+        progress.advance(3)
+        progress.advance(4, title="probed")
+    seen = capsys.readouterr()
+    assert "probing:   0%" in seen.out
+    assert "for a terminal" not in seen.out
+    assert "\n" not in seen.out
+    assert seen.err == ""

@@ -139,8 +139,9 @@ def run(config: DictConfig) -> list[dict[str, Any]]:
         UserError: if a setting, a path or a file is wrong, or there are not two classes.
     """
     settings = to_plain(without_views(config))
-    out = Path(str(settings["out"])).resolve()
-    _check_out("out", out, ".csv", settings["overwrite"])
+    out = None if settings["out"] is None else Path(str(settings["out"])).resolve()
+    if out is not None:
+        _check_out("out", out, ".csv", settings["overwrite"])
     head = None if settings["head"] is None else Path(str(settings["head"])).resolve()
     if head is not None:
         _check_out("head", head, ".safetensors", settings["overwrite"])
@@ -169,7 +170,8 @@ def run(config: DictConfig) -> list[dict[str, Any]]:
     fitted = fit_labelled(train, logistic, fallback=_FALLBACK)
     rest = np.flatnonzero((labels.numbers == UNLABELLED) & found.readable)
     rows = _rows(source, rest, fitted.probabilities(logistic.prepare(found.rows[rest])), labels)
-    write_bytes(out, _table(rows, labels.classes).encode("utf-8", "surrogateescape"))
+    if out is not None:
+        write_bytes(out, _table(rows, labels.classes).encode("utf-8", "surrogateescape"))
     if head is not None:
         _save_head(head, fitted, labels.classes, subject, features, logistic, len(train.labels))
     _say_quality(fitted, train, [source.name(int(i)) for i in labelled])
@@ -370,7 +372,7 @@ def _say_quality(fitted: Fitted, train: FeatureSet, names: Sequence[str]) -> Non
 
 
 def _say_rest(
-    rows: Sequence[dict[str, Any]], source: Source, readable: np.ndarray, out: Path
+    rows: Sequence[dict[str, Any]], source: Source, readable: np.ndarray, out: Path | None
 ) -> None:
     """Print how the rest was classified, and what could not be read."""
     bad = [source.name(int(i)) for i in np.flatnonzero(~readable)]
@@ -378,4 +380,5 @@ def _say_rest(
         print(f"left out, cannot be read: {len(bad)} images (first: {', '.join(bad[:_SHOWN])})")
     counts = Counter(row["prediction"] for row in rows)
     told = ", ".join(f"{name} {n}" for name, n in counts.most_common(20)) or "nothing"
-    print(f"{len(rows)} images predicted ({told}): {as_argument('out', out)}")
+    place = "" if out is None else f": {as_argument('out', out)}"
+    print(f"{len(rows)} images predicted ({told}){place}")

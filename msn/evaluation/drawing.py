@@ -1,7 +1,8 @@
-"""Pictures of an evaluation: accuracy against labels, and what is taken for what."""
+"""Pictures of an evaluation, and its table for a notebook."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from html import escape
 from typing import Any, BinaryIO, NamedTuple
 
 import matplotlib
@@ -9,6 +10,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
+from rich.table import Table
 
 from msn.evaluation.outcomes import Outcome, confusion
 from msn.evaluation.sets import CLASSIFIERS, Row, printable
@@ -133,3 +135,17 @@ def draw_confusion(outcome: Outcome, title: str, file: BinaryIO) -> None:
     axes.set_title(printable(title).replace("$", r"\$"), fontsize=10)
     figure.colorbar(picture, label="share of the class", shrink=0.7)
     figure.savefig(file, format="png", dpi=130, metadata={"Software": None})
+
+
+def html_table(table: Table) -> str:
+    """The table for a notebook."""
+
+    def line(tag: str, cells: Iterable[Any]) -> str:
+        texts = [escape(str(cell)).replace("\n", "<br>") for cell in cells]
+        return "<tr>" + "".join(f"<{tag}>{text}</{tag}>" for text in texts) + "</tr>"
+
+    head = line("th", [column.header for column in table.columns])
+    lines = zip(*(column.cells for column in table.columns), strict=True)
+    body = "".join(line("td", cells) for cells in lines)
+    note = escape(str(table.caption or ""))
+    return f"<table><thead>{head}</thead><tbody>{body}</tbody></table><p>{note}</p>"

@@ -37,6 +37,7 @@ from msn.evaluation.sets import (
     table_key,
 )
 from msn.files import write_bytes
+from msn.progress import in_notebook
 from msn.weights.card import column_name, floors_note
 from msn.weights.tensors import save_tensors
 
@@ -292,11 +293,16 @@ _VERSIONS = ("torch", "torchvision", "timm", "numpy")
 
 
 def print_table(results: Sequence[Result], title: str) -> None:
-    """Print the table to standard output; no figure is cut, however narrow a terminal is."""
+    """Print the table to standard output; no figure is cut, however narrow a terminal is.
+
+    A notebook shows the one that `msn.pretrain` or `msn.evaluate` returns.
+    """
     rows, console = [result.row for result in results], Console()
     table = table_of(rows, title)
     needed = Console(width=_ANY_WIDTH).measure(table).maximum
-    if not console.is_terminal:
+    if in_notebook():
+        pass
+    elif not console.is_terminal:
         # A table cut at 80 columns because the output goes to a file is of no use.
         Console(width=max(_FILE_WIDTH, needed)).print(table)
     elif console.width < needed:

@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
+from msn.progress import in_notebook
 from msn.training.judge import Judge
 from msn.training.monitors import Monitors
 from msn.training.probe import Probe
@@ -57,7 +58,7 @@ class NotebookBar(TQDMProgressBar):
 
 def build_progress() -> Callback:
     """The progress display that fits where the output goes."""
-    if "ipykernel" in sys.modules:
+    if in_notebook():
         return NotebookBar()
     return Bar(leave=False) if sys.stdout.isatty() else Lines()
 
