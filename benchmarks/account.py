@@ -29,6 +29,7 @@ RATES = {torch.bfloat16: 989e12, torch.float32: 67e12, torch.float64: 67e12}
 BANDWIDTH = 3.35e12
 LEAST = 2.5e-6  # s, from the start of a kernel to that of the next
 # Experiment, images, chunk_size.
+# Names that end in "_stream" are taken with method.bf16_stream=true.
 CASES: dict[str, tuple[str, int, int | None]] = {
     "s16": ("msn_vits16", 128, None),
     "s16_64": ("msn_vits16", 64, None),
@@ -53,8 +54,9 @@ def _one(launch: Launch, rate: float, bandwidth: float, least: float) -> float:
 
 def step_launches(name: str) -> tuple[list[Launch], float, float]:
     """Kernels of the second step of a case, its nominal operations and its peak in bytes."""
-    experiment, batch, chunk = CASES[name]
+    experiment, batch, chunk = CASES[name.removesuffix("_stream")]
     settings = to_plain(compose("bench", ["what=step", f"experiment={experiment}"]))
+    settings["method"]["bf16_stream"] = name.endswith("_stream")
     torch._dynamo.reset()
     with FakeCuda() as gpu, fake_inductor(gpu):
         gpu.strict = False
@@ -82,7 +84,7 @@ def main() -> None:
         ideal = seconds(launches)
         products = seconds([launch for launch in launches if launch.operations])
         print(
-            f"| {name} | {CASES[name][1]} | {len(launches):,} | "
+            f"| {name} | {CASES[name.removesuffix('_stream')][1]} | {len(launches):,} | "
             f"{sum(launch.operations for launch in launches) / 1e12:.1f} / {nominal / 1e12:.1f} | "
             f"{sum(launch.moved for launch in launches) / 1e9:.1f} | {ideal * 1e3:.2f} "
             f"({products * 1e3:.2f}) | {nominal / ideal / 989e12:.1%} | "

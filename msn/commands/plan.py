@@ -16,7 +16,7 @@ from msn.commands.plan_settings import (
     count_processes,
     planned_device,
 )
-from msn.commands.step import Case, TrainingStep, product_type, seconds_per_step
+from msn.commands.step import Case, TrainingStep, check_stream, product_type, seconds_per_step
 from msn.data.datamodule import MSNDataModule
 from msn.data.views import ViewSettings
 from msn.errors import UserError
@@ -257,7 +257,7 @@ def _case(settings: dict[str, Any], batch_size: int, device: torch.device) -> Ca
     precision = trainer["precision"]
     if precision == "auto" and device.type == "cuda":  # which need not be here
         precision = "bf16-mixed"
-    return Case(
+    case = Case(
         model=settings["model"],
         method=settings["method"],
         views=settings["data"]["views"],
@@ -267,6 +267,7 @@ def _case(settings: dict[str, Any], batch_size: int, device: torch.device) -> Ca
         precision=resolve_precision(precision, trainer["accelerator"]),
         device=device.type,
     )
+    return check_stream(case)
 
 
 def _memory_of(device: torch.device) -> float | None:

@@ -72,7 +72,7 @@ def case_of(settings: dict[str, Any]) -> Case:
         whole_number("chunk_size", settings["chunk_size"], 1)
     compilation(settings["compile"])
     view_settings(settings["data"]["views"])
-    return Case(
+    case = Case(
         model=settings["model"],
         method=settings["method"],
         views=settings["data"]["views"],
@@ -82,6 +82,16 @@ def case_of(settings: dict[str, Any]) -> Case:
         precision=resolve_precision(settings["trainer"]["precision"], "auto"),
         device=device,
     )
+    return check_stream(case)
+
+
+def check_stream(case: Case) -> Case:
+    """Refuse `method.bf16_stream` where nothing else is in bf16."""
+    if case.method.get("bf16_stream") and case.precision != "bf16-mixed":
+        raise UserError(
+            f"method.bf16_stream=true is for trainer.precision=bf16-mixed, got {case.precision}"
+        )
+    return case
 
 
 def step_flops(case: Case) -> Operations:

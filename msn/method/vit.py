@@ -69,6 +69,8 @@ class VisionTransformer(nn.Module):
     Attributes:
         model_config: these arguments, of the options those alone that are not a plain ViT's.
         num_prefix_tokens: 1 + R, the tokens before the patches.
+        half_stream: whether under autocast `forward` keeps the residual stream too in its type;
+            else the stream is as wide as the parameters.
 
     Raises:
         UserError: if a number is out of its range, or an option would have no effect.
@@ -111,6 +113,7 @@ class VisionTransformer(nn.Module):
         self.class_position = class_position
         is_rotary = position == "rope"
         self.rope = Rope(embed_dim // num_heads, *rope) if is_rotary else None
+        self.half_stream = False
         self._moved: Tensor | None = None  # see `draw_positions`
         self.patch_embed = PatchEmbed(img_size, patch_size, 3, embed_dim, bias=True)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
@@ -183,6 +186,9 @@ class VisionTransformer(nn.Module):
         embedded = [self.embed(view, keep) for view, keep in zip(views, kept, strict=True)]
         groups = tuple((tokens.shape[0], tokens.shape[1]) for tokens in embedded)
         packed = torch.cat([tokens.flatten(0, 1) for tokens in embedded])  # [T, D]
+        device = packed.device.type
+        if self.half_stream and torch.is_autocast_enabled(device):
+            packed = packed.to(torch.get_autocast_dtype(device))
         turns = self.turns(views, kept, self._moved)
         *full_blocks, last_block = self.blocks
         for block in full_blocks:

@@ -356,7 +356,7 @@ def identity_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     sharded = pairs.get("trainer.strategy") == "fsdp2"
     # What files from before it was there do not name counts where it is not off.
     off: dict[str, Any] = {f"method.{key}": value for key, value in TRUNK_KEYS.items()}
-    off |= {"trainer.accumulate_grad_batches": 1, "data.group": None}
+    off |= {"trainer.accumulate_grad_batches": 1, "data.group": None, "method.bf16_stream": False}
     identity = {
         key: value
         for key, value in pairs.items()

@@ -358,19 +358,24 @@ def _trunk_bytes(
     tokens = sum(count * length for count, length in groups)
     size = 8 if precision == "64-true" else 4
     patches = tokens * 3 * trunk.patch_size**2 * (2 if precision == "bf16-mixed" else size)
-    block, passing = _block_bytes(tokens * width, trunk.model_config, precision, compiled)
+    # Eager, a norm under autocast keeps a copy of its input in float32.
+    stream = 2 if trunk.half_stream and compiled else 4
+    block, passing = _block_bytes(tokens * width, trunk.model_config, precision, compiled, stream)
     if precision == "bf16-mixed":
         # The last block takes its scores in float32, eager from a copy of the normed tokens.
-        last = tokens * width * (8 if compiled else 12)
+        last = tokens * width * (stream + (4 if compiled else 8))
     else:
         last = tokens * width * size * 3  # tokens and their norm
     return (trunk.depth - 1) * block + patches, last, passing
 
 
 def _block_bytes(
-    numbers: int, model: Mapping[str, Any], precision: str, compiled: bool
+    numbers: int, model: Mapping[str, Any], precision: str, compiled: bool, stream: int = 4
 ) -> tuple[float, float]:
-    """Bytes of a block for tokens of so many numbers: kept, and passing in its backward pass."""
+    """Bytes of a block for tokens of so many numbers: kept, and passing in its backward pass.
+
+    Under autocast the residual stream takes `stream` bytes per number.
+    """
     ratio = float(model["mlp_ratio"])
     # The MLP's layer and its GELU; or gate and value, the gate's SiLU, the product.
     hidden = ratio * (4 if model.get("mlp") == "swiglu" else 2)
@@ -380,12 +385,12 @@ def _block_bytes(
         # In half precision the normed inputs of qkv and MLP, q, k, v, the mixed values (each
         # group's and all together), the hidden layer and its GELU: the compiler makes the GELU
         # anew only if no product of the backward pass reads it, and fc2's weight gradient does
-        # (`ban_recompute_materialized_backward` of torch._functorch). The input of norm 1 is in
-        # float32; that of norm 2 too where blocks are eager, compiled ones make it anew from the
+        # (`ban_recompute_materialized_backward` of torch._functorch). The input of norm 1 is of
+        # the stream; that of norm 2 too where blocks are eager, compiled ones make it anew from the
         # projection in half precision. Checked against what autograd keeps under bf16 autocast on
         # a CPU; not measured on CUDA.
-        second = 2 if compiled else 4
-        block = numbers * (4 + second + 2 * (2 + 3 + 2 + hidden + more))
+        second = 2 if compiled else stream
+        block = numbers * (stream + second + 2 * (2 + 3 + 2 + hidden + more))
         return block, numbers * 2 * (hidden + 4)
     size = 8 if precision == "64-true" else 4
     # Gradients of the residual stream, the hidden layer and its GELU, which is gone itself.

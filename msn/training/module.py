@@ -70,6 +70,8 @@ class MSNModule(PretrainingModule):
         self.loss = MSNLoss(prior=method_settings(**own), **take("method", method, MSNLoss))
         self.patch_drop = PatchDrop(**take("method", method, PatchDrop))
         self.clip_grad_norm = own["clip_grad_norm"]
+        for encoder in (self.network.anchor, self.network.target):
+            encoder.trunk.half_stream = own.get("bf16_stream", False)
 
     def _build_network(self) -> MSN:
         model, method = self.settings["model"], self.settings["method"]
@@ -219,6 +221,7 @@ def method_settings(
     head: Mapping[str, Any],
     prior_exponent: float,
     clip_grad_norm: float | None,
+    bf16_stream: bool = False,
 ) -> Tensor | None:
     """Check what no other part of the method takes, and give the prior over prototypes.
 

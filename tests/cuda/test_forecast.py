@@ -61,6 +61,13 @@ def test_the_forecast_is_within_5_percent_of_a_step_of_a_cut_network(gpu, monkey
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_forecast_is_within_5_percent_of_a_step_with_a_stream_in_bf16(gpu, compiled):
+    made = case(depth=6, batch_size=64, compile=compiled)
+    check_forecast(gpu, made._replace(method={**made.method, "bf16_stream": True}))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("experiment", "batch_size", "chunk_size"),
     [

@@ -110,6 +110,21 @@ def test_mixed_precision_does_not_round_the_class_token():
     assert torch.equal(tokens[1, 0], (trunk.cls_token + trunk.pos_embed[:, :1])[0, 0])
 
 
+@torch.no_grad()
+def test_a_stream_in_half_precision_is_near_and_without_autocast_the_same():
+    torch.manual_seed(0)
+    trunk = VisionTransformer(**SMALL_MODEL)
+    images, seen = torch.rand(2, 3, 16, 16), []
+    trunk.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    exact = trunk([images], [None])[0]
+    trunk.half_stream = True
+    assert torch.equal(trunk([images], [None])[0], exact)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = trunk([images], [None])[0]
+    assert seen == [torch.float32, torch.float32, torch.bfloat16]
+    assert 0 < (rounded - exact).abs().max() < 3e-2 * exact.abs().max()
+
+
 def test_initialisation_is_the_reference_s():
     torch.manual_seed(0)
     model = {**SMALL_MODEL, "img_size": 64, "embed_dim": 192, "num_heads": 3}

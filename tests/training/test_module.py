@@ -51,6 +51,13 @@ def module_of(config, *, chunk_size=None, **changes):
     return MSNModule(model=model, method=method, seed=0, chunk_size=chunk_size, compile=False)
 
 
+def test_both_trunks_take_the_stream_in_bf16_where_that_is_set():
+    config = load_golden(GOLDEN["default"]).config
+    for wanted in (False, True):
+        network = module_of(config, bf16_stream=wanted).network
+        assert [each.trunk.half_stream for each in (network.anchor, network.target)] == [wanted] * 2
+
+
 def trainer_of(tmp_path, **changes):
     settings = {
         "max_epochs": 1,
