@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import random
-import re
 import sys
 import tempfile
 import warnings
@@ -21,11 +20,9 @@ from typing import Any
 
 from msn.errors import UserError
 
-_PLAIN = re.compile(r"[\w.+/:@-]+")  # text that Hydra reads as it stands
-
 
 class Table(Sequence[dict[str, Any]]):
-    """Rows of a low-shot evaluation, as `lowshot.json` holds them; a notebook shows the table."""
+    """Rows of an evaluation, as its JSON file holds them; a notebook shows the table."""
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
         self.rows = list(rows)
@@ -45,8 +42,10 @@ class Table(Sequence[dict[str, Any]]):
 
     @property
     def _layout(self) -> Any:
-        several = any("data" in row for row in self.rows)
-        return import_module(f"msn.evaluation.{'suite' if several else 'table'}")
+        keys = {key for row in self.rows for key in row}
+        if "rankme" in keys:
+            return import_module("msn.commands.rank")
+        return import_module(f"msn.evaluation.{'suite' if 'data' in keys else 'table'}")
 
     def _repr_html_(self) -> str:
         from msn.evaluation.drawing import html_table
@@ -167,14 +166,26 @@ def evaluate(
     Raises:
         UserError: a key, a value, a path or a file is wrong, or the data have no labels.
     """
-    given: dict[str, Any] = {"checkpoint": checkpoint, "protocol": protocol}
-    if isinstance(checkpoint, Mapping):
-        given["checkpoint"] = [f"{name}:{path}" for name, path in checkpoint.items()]
+    given: dict[str, Any] = {"checkpoint": _named(checkpoint), "protocol": protocol}
     with tempfile.TemporaryDirectory() as place:
         given["run.dir"] = Path(place) / "table" if out is None else out
         directory = _run("eval_lowshot", {**given, **_data(data), **keys}, quiet=True)
         table = None if directory is None else _read_table(directory)
     return Table([]) if table is None else table
+
+
+def rank(
+    checkpoint: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]],
+    data: str | os.PathLike[str] | None = None,
+    **keys: Any,
+) -> Table:
+    """`python -m msn rank`: a row of measures per checkpoint; no labels needed, none is reliable.
+
+    A run stands for all its checkpoints. Arguments and errors are those of `evaluate`.
+    """
+    return Table(
+        _run("rank", {"checkpoint": _named(checkpoint), **_data(data), **keys}, quiet=True)
+    )
 
 
 def embed(
@@ -314,9 +325,10 @@ def predict(
 
 
 def _run(command: str, keys: Mapping[str, Any], *, quiet: bool = False) -> Any:
+    from msn.commands.command_line import in_hydras_grammar
     from msn.commands.entry import compose, explained
 
-    overrides = [f"{key}={_text(value)}" for key, value in keys.items()]
+    overrides = [f"{key}={in_hydras_grammar(value)}" for key, value in keys.items()]
     with _undisturbed():
         config = compose(command, overrides)
         job = explained(import_module(f"msn.commands.{command}").run)
@@ -366,6 +378,11 @@ def _undisturbed() -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
+def _named(checkpoint: Any) -> Any:
+    several = isinstance(checkpoint, Mapping)
+    return [f"{n}:{path}" for n, path in checkpoint.items()] if several else checkpoint
+
+
 def _data(data: str | os.PathLike[str] | None) -> dict[str, Any]:
     """Keys for a folder, a list file or a name of `configs/data`."""
     if data is None:
@@ -378,24 +395,6 @@ def _data(data: str | os.PathLike[str] | None) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"data={data}: no such file or folder, and no name in configs/data")
     return {"data": "list" if path.is_file() else "folder", "data.root": path}
-
-
-def _text(value: Any) -> str:
-    """A Python value in Hydra's grammar."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_text(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(_quoted(item) for item in value) + "]"
-    text = os.fspath(value) if isinstance(value, os.PathLike) else str(value)
-    return text if _PLAIN.fullmatch(text) or isinstance(value, os.PathLike) else _quoted(text)
-
-
-def _quoted(value: Any) -> str:
-    if not isinstance(value, str | os.PathLike):
-        return _text(value)
-    return "'" + os.fspath(value).replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _lines(path: Path) -> list[dict[str, str]]:

@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 import msn
-from msn.api import _text
+from msn.commands.command_line import in_hydras_grammar
 from msn.commands.entry import config_directory
 from tests.commands.conftest import TINY
 
@@ -159,7 +159,7 @@ def test_mistakes_are_exceptions_in_one_line(call, message, run, tmp_path, monke
     ],
 )
 def test_values_in_the_grammar_of_overrides(value, text):
-    assert _text(value) == text
+    assert in_hydras_grammar(value) == text
 
 
 def test_the_package_is_imported_without_torch():

@@ -8,7 +8,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -25,6 +25,7 @@ _LISTS = ("checkpoint", "runs", "protocol.lists")
 _QUOTED = r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\""
 _PART = re.compile(rf"\s*({_QUOTED}|\[[^\]]*\]|\{{[^}}]*\}})\s*(?=,|$)|[^,]*")
 _SWEEP = re.compile(r"(choice|range|interval|glob|sort|shuffle|tag)\(.*\)", re.DOTALL)
+_PLAIN = re.compile(r"[\w.+/:@-]+")  # text that Hydra reads as it stands
 # What may stand before a path: its name in a table, a model of timm.
 _BEFORE_HOME = re.compile(r"(?:[^/:~]*:)?(?:timm/[^@]*@)?(?=~)")
 
@@ -176,3 +177,23 @@ def without_readers() -> Iterator[None]:
     finally:
         sys.stdout.flush()  # at the end of the process this would fail aloud
         sys.stdout, sys.stderr = out, err
+
+
+def in_hydras_grammar(value: Any) -> str:
+    """A Python value in Hydra's grammar."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, Mapping):
+        return (
+            "{" + ",".join(f"{key}:{in_hydras_grammar(item)}" for key, item in value.items()) + "}"
+        )
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(_quoted(item) for item in value) + "]"
+    text = os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+    return text if _PLAIN.fullmatch(text) or isinstance(value, os.PathLike) else _quoted(text)
+
+
+def _quoted(value: Any) -> str:
+    if not isinstance(value, str | os.PathLike):
+        return in_hydras_grammar(value)
+    return "'" + os.fspath(value).replace("\\", "\\\\").replace("'", "\\'") + "'"

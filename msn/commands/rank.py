@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from msn.evaluation.backbones import open_backbones
 from msn.evaluation.features import FeatureSettings, Runtime
 from msn.evaluation.ranking import Crops, Measures, measure
 from msn.evaluation.sets import printable
+from msn.evaluation.table import in_markdown
 from msn.files import write_bytes
 from msn.images.depth import check_depth, trained_depth
 from msn.schema import make, whole_number
@@ -34,12 +36,17 @@ _TITLES = {
     "dimension": "dimension, less",
 }
 
+_NOTE = (
+    "No measure orders checkpoints of different settings reliably: a few labels and "
+    "eval_lowshot.py do (benchmarks/ranking.md)."
+)
 
-def run(config: DictConfig) -> dict[str, Measures]:
+
+def run(config: DictConfig) -> list[dict[str, Any]]:
     """Measure every checkpoint on the same unlabelled images and print the table.
 
     Returns:
-        The figures by the names of the checkpoints.
+        For each checkpoint `backbone`, its name, and the fields of `Measures`.
 
     Raises:
         UserError: if a setting, path or file is wrong, or there are too few images.
@@ -67,16 +74,18 @@ def run(config: DictConfig) -> dict[str, Measures]:
     workers = resolve_workers(data["num_workers"], in_memory=isinstance(pool.source, ArraySource))
     device = choose_device(settings["device"])
     runtime = Runtime((device,), workers, cache_directory(settings["cache_dir"]))
-    found = {}
+    rows: list[dict[str, Any]] = []
     for backbone in opened:
         with in_one_line(lambda: less_memory("features.batch_size", features.batch_size)):
-            found[backbone.name] = measure(backbone, images, features, runtime)
+            found = measure(backbone, images, features, runtime)
+        rows.append({"backbone": backbone.name, **found._asdict()})
     if settings["json"] is not None:
-        _write(Path(str(settings["json"])), found, settings)
+        _write(Path(str(settings["json"])), rows, settings)
     console = Console()
     console = console if console.is_terminal else Console(width=160)
-    console.print(_table(found, len(images.chosen)))
-    return found
+    title = f"{len(images.chosen)} images without labels; (place) among {len(rows)}"
+    console.print(table_of(rows, title))
+    return rows
 
 
 def expand(checkpoint: str | list[str]) -> list[str]:
@@ -99,39 +108,42 @@ def expand(checkpoint: str | list[str]) -> list[str]:
     return found
 
 
-def _table(found: dict[str, Measures], images: int) -> Table:
+def table_of(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """Figures with the place of each checkpoint by each measure."""
-    places = {
-        key: sorted((value.goodness()[key] for value in found.values()), reverse=True)
-        for key in _TITLES
-    }
-    table = Table(
-        title=f"{images} images without labels; (place) among {len(found)}",
-        title_justify="left",
-        caption="No measure orders checkpoints of different settings reliably: a few labels and "
-        "eval_lowshot.py do (benchmarks/ranking.md).",
-        caption_justify="left",
-    )
+    table = Table(title=title, title_justify="left", caption=_NOTE, caption_justify="left")
     table.add_column("checkpoint", no_wrap=True)
-    for title in _TITLES.values():
-        table.add_column(title, justify="right")
-    for name, value in found.items():
-        cells = []
-        for key, good in value.goodness().items():
-            place = 1 + places[key].index(good) if not math.isnan(good) else len(found)
-            cells.append(f"{getattr(value, key):.2f} ({place})")
-        table.add_row(Text(printable(name)), *cells)
+    for heading in _TITLES.values():
+        table.add_column(heading, justify="right")
+    for name, *cells in _lines(rows):
+        table.add_row(Text(name), *cells)
     return table
 
 
-def _write(path: Path, found: dict[str, Measures], settings: dict[str, Any]) -> None:
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The same in markdown."""
+    lines = [["checkpoint", *_TITLES.values()], ["---"] * (1 + len(_TITLES)), *_lines(rows)]
+    return "\n".join(["| " + " | ".join(map(in_markdown, line)) + " |" for line in lines])
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Name, then each figure with its place."""
+    good = [Measures(*(row[key] for key in _TITLES)).goodness() for row in rows]
+    places = {key: sorted((one[key] for one in good), reverse=True) for key in _TITLES}
+    found = []
+    for row, one in zip(rows, good, strict=True):
+        line = [printable(row["backbone"])]
+        for key, value in one.items():
+            place = 1 + places[key].index(value) if not math.isnan(value) else len(rows)
+            line.append(f"{row[key]:.2f} ({place})")
+        found.append(line)
+    return found
+
+
+def _write(path: Path, rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
     """The figures as JSON; those that are not finite are null."""
-    rows = [
-        {
-            "backbone": name,
-            **{k: v if math.isfinite(v) else None for k, v in value._asdict().items()},
-        }
-        for name, value in found.items()
+    finite = [
+        {k: v if k not in _TITLES or math.isfinite(v) else None for k, v in row.items()}
+        for row in rows
     ]
-    text = json.dumps({"rows": rows, "config": settings}, indent=1, allow_nan=False, default=str)
+    text = json.dumps({"rows": finite, "config": settings}, indent=1, allow_nan=False, default=str)
     write_bytes(path, f"{text}\n".encode())

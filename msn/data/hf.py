@@ -46,6 +46,11 @@ class HFSource(Source):
         """Number of rows."""
         return len(self.images)
 
+    def set_groups(self, names: np.ndarray) -> None:
+        """The name of each row's group, [n]."""
+        found, self.groups = np.unique(names, return_inverse=True)
+        self.group_names = found.tolist()
+
     def name(self, i: int) -> str:
         """Split and number of the row."""
         for split, count in self.splits.items():
@@ -138,7 +143,7 @@ def hf_whole(root: str, *, columns: Columns, use_labels: bool) -> HFSource:
         else np.array([*map(classes.index, part.classes), UNLABELLED])[part.labels]
         for part in parts
     ]
-    return HFSource(
+    whole = HFSource(
         where=root,
         splits={name: len(rows) for name, rows in splits.items()},
         images=images,
@@ -147,6 +152,10 @@ def hf_whole(root: str, *, columns: Columns, use_labels: bool) -> HFSource:
         classes=classes,
         why=parts[0].why,
     )
+    if columns.group is not None:
+        names = [np.array(part.group_names)[part.groups] for part in parts]
+        whole.set_groups(np.concatenate(names))
+    return whole
 
 
 def _open(root: str, *, key: str) -> Mapping[str, Any]:
@@ -213,7 +222,14 @@ def _source(where: str, split: str, rows: Any, columns: Columns, use_labels: boo
     if use_labels:
         found = _read_labels(where, rows, columns.label)
     images, splits = images.with_format(None), {split: len(rows)}
-    return HFSource(where=where, splits=splits, images=images, column=image, **found._asdict())
+    source = HFSource(where=where, splits=splits, images=images, column=image, **found._asdict())
+    if columns.group is not None:
+        _check_there("data.group", columns.group, where, rows.features)
+        values = rows.select_columns([columns.group]).with_format("arrow")[:][columns.group]
+        if values.null_count:
+            raise UserError(f"data.group={columns.group}: a row of {where} has no group")
+        source.set_groups(np.asarray(values).astype(str))
+    return source
 
 
 def _find_image(where: str, features: Mapping[str, Any]) -> str:

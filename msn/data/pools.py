@@ -48,7 +48,7 @@ _READ_BY = {
     "label_column": ("list", "hf"),
     "image_dir": ("list",),
     "suffix": ("list",),
-    "group": ("list", "folder", "imagenet", "shards"),
+    "group": ("list", "folder", "imagenet", "shards", "hf"),
 }
 _LARGEST_DIGIT = 512  # px of 8; all 1,797 are held in memory
 _UNUSED = "data.use_labels=false"
@@ -87,8 +87,8 @@ class PoolSettings:
     label_column: str | None = None
     image_dir: str | None = None  # folder of a list's relative paths; None: that of the list
     suffix: str | None = None  # of a list's images where its names have none
-    # Column of a list, or a regular expression found in every path (its first bracket, else all of
-    # it), that gives the group of an image; a group is never on both sides of a split.
+    # Column of a list or data set, or a regular expression found in every path (its first bracket,
+    # else all of it), that gives the group of an image: never on both sides of a split.
     group: str | None = None
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ The paper's feature is the class token of the target trunk's last block *before*
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import typing
@@ -111,7 +112,11 @@ def digest_of(tensor: Tensor) -> str:
 
 PRECISIONS = ("32", "tf32", "bf16")
 CROPS = ("centre", "whole")
-FEATURES = (NATIVE, "class_token", "class_token_norm", "patch_mean", "patch_mean_norm", POOLED)
+TOKENS = "tokens"  # the class token beside every patch token
+FEATURES = (
+    *(NATIVE, "class_token", "class_token_norm", "patch_mean", "patch_mean_norm", TOKENS),
+    POOLED,
+)
 PATCHES = "patches"  # every patch token after the norm, for protocol=attentive alone
 # Images per part: what an interrupted extraction loses at most, per device.
 _PART = 4096
@@ -158,8 +163,9 @@ class FeatureSettings:
     # `native` (what the family of the backbone takes, see `msn.weights.families`), `class_token`
     # (before the final norm, the paper), `class_token_norm` (after it), `patch_mean` (mean of the
     # patches after it), `patch_mean_norm` (the norm of their mean, as fine-tuned MAE), `last_N`
-    # (class tokens of the last N blocks), `last_N_mean` (these and `patch_mean`) or `pooled` (as
-    # timm or transformers pool for a classifier; not of our own trunk).
+    # (class tokens of the last N blocks), `last_N_mean` (these and `patch_mean`), `tokens` (the
+    # class token beside every patch token) or `pooled` (as timm or transformers pool for a
+    # classifier; not of our own trunk).
     feature: str
     # Side of the centre crop in px; None takes the backbone's own.
     image_size: Annotated[int | None, Range(1, _LARGEST_SIDE)]
@@ -306,7 +312,8 @@ def forward_feature(trunk: Trunk, images: Tensor, feature: str) -> Tensor:
     `patch_mean_norm` is that norm of the mean of patches;
     `last_N` joins the class tokens of the last N blocks, oldest first, each after the final norm,
     which brings blocks of different scale together; `last_N_mean` adds `patch_mean`. `patches` are
-    all patch tokens after the norm, [B, T * D].
+    all patch tokens after the norm, [B, T * D]; `tokens` are these behind `class_token` times
+    sqrt(T), so that it weighs as much as all of them, [B, (1 + T) * D].
     """
     if isinstance(trunk, ForeignBackbone):
         return trunk.feature(images, feature)
@@ -327,8 +334,11 @@ def forward_feature(trunk: Trunk, images: Tensor, feature: str) -> Tensor:
     if feature == "patch_mean_norm":
         return trunk.norm(tokens[:, trunk.num_prefix_tokens :].mean(dim=1))
     normed = trunk.norm(tokens)
-    if feature == PATCHES:
-        return normed[:, trunk.num_prefix_tokens :].flatten(1)
+    if feature in (PATCHES, TOKENS):
+        patches = normed[:, trunk.num_prefix_tokens :]
+        class_token = tokens[:, 0] * math.sqrt(patches.shape[1])
+        flat = patches.flatten(1)
+        return flat if feature == PATCHES else torch.cat([class_token, flat], dim=1)
     return (
         normed[:, 0]
         if feature == "class_token_norm"

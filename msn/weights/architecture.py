@@ -120,7 +120,8 @@ def infer_model(
     _check_family(model, told, family, where)
     notes: tuple[str, ...] = ()
     if "pos_embed" in trunk:
-        _check_grid(trunk["pos_embed"], where)
+        if told.get("img_size") != model["img_size"]:  # a file that says its size has a square grid
+            _check_grid(trunk["pos_embed"], where)
     elif (size := told.get("img_size")) is None:
         model["img_size"] = _ROTARY_SIZE // model["patch_size"] * model["patch_size"]
         notes += (f"image size: {model['img_size']} px assumed; the file cannot tell",)

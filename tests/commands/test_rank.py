@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+import msn
 from msn.commands.rank import expand
 from msn.weights import save_backbone
 from tests.weights.builders import MODEL, make_trunk
@@ -28,6 +29,19 @@ def test_a_table_and_its_figures(command, tmp_path):
     assert "flat" in out
     assert "0.00 (3)" in out
     assert all(math.isfinite(value) for key, value in a.items() if key != "backbone")
+
+
+def test_from_python(tmp_path):
+    for name in ("a", "b"):
+        save_backbone(
+            tmp_path / name / "backbone.safetensors", make_trunk().state_dict(), {"model": MODEL}
+        )
+    places = {"a": tmp_path / "a", "b": tmp_path / "b"}
+    table = msn.rank(places, "digits", images=40, views=2, cache_dir=None)
+    assert [row["backbone"] for row in table] == ["a", "b"]
+    assert table.to_pandas()["rankme"].between(1, 40).all()
+    for text in (str(table), table._repr_html_()):
+        assert f"{table[0]['rankme']:.2f} (1)" in text
 
 
 def test_a_run_directory_stands_for_its_checkpoints(tmp_path):

@@ -213,3 +213,26 @@ def test_a_data_set_becomes_shards_with_the_same_images(tmp_path):
         assert [one.source.read(i) for i in range(len(one))] == [
             other.source.read(i) for i in range(len(other))
         ]
+
+
+def test_a_column_of_groups_keeps_its_images_on_one_side(tmp_path):
+    patients = [f"p{i // 6}" for i in range(30)]
+    data = rows(30, patient=patients, missing=[None, *patients[1:]])
+    data.save_to_disk(str(tmp_path / "rows"))
+    found = pools(tmp_path / "rows", group="patient")
+
+    def seen(part):
+        return {patients[i] for i in part.positions}
+
+    assert seen(found.held_out)
+    assert not seen(found.held_out) & seen(found.train)
+    for group, reason in (("pat", "no such column"), ("missing", "a row .* has no group")):
+        with pytest.raises(UserError, match=f"data.group={group}: .*{reason}|{group}: {reason}"):
+            pools(tmp_path / "rows", group=group)
+    both = datasets.DatasetDict(train=data, test=data.select(range(3)))
+    both.save_to_disk(str(tmp_path / "both"))
+    with pytest.raises(UserError, match="the group p0 is in"):
+        pools(tmp_path / "both", group="patient")
+    settings = {**SETTINGS, "source": "hf", "root": str(tmp_path / "both"), "group": "patient"}
+    whole = whole_source(PoolSettings(**settings))
+    assert [whole.group_names[i] for i in whole.groups] == [*patients, "p0", "p0", "p0"]

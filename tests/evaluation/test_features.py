@@ -77,6 +77,7 @@ def test_every_other_feature_is_what_its_name_says():
         "patch_mean": normed[:, 1:].mean(dim=1),
         "patch_mean_norm": trunk.norm(second[:, 1:].mean(dim=1)),
         "last_1": normed[:, 0],
+        "tokens": torch.cat([4 * second[:, 0], normed[:, 1:].flatten(1)], dim=1),
         "last_2": torch.cat([trunk.norm(first[:, 0]), trunk.norm(second[:, 0])], dim=1),
     }
     for name, rows in expected.items():

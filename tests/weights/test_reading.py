@@ -465,6 +465,13 @@ def test_positions_of_an_oblong_grid_are_refused(tmp_path, rows, columns):
         read_weights(bare(tmp_path / "a.pth", states), num_heads=3)
 
 
+def test_a_file_of_ours_is_never_taken_for_an_oblong_grid(tmp_path):
+    states = {**make_trunk().state_dict(), "pos_embed": positions(2, 32)}
+    told = {**MODEL, "img_size": 8 * MODEL["patch_size"]}
+    save_backbone(tmp_path / "backbone.safetensors", states, {"model": told})
+    assert read_weights(tmp_path / "backbone.safetensors").model == told
+
+
 @pytest.mark.parametrize("side", [1, 2, 3, 4, 7, 8, 14, 24])
 def test_positions_of_a_square_grid_are_read_whether_they_show_it_or_not(tmp_path, side):
     for pos_embed in (positions(side, side), moco_positions(side, 24)):
