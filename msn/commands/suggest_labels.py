@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from omegaconf import DictConfig
 from PIL import Image
 from rich.console import Console
@@ -33,11 +32,11 @@ from msn.evaluation.sets import FeatureSet, LabelSet, Trial, held_out_features
 from msn.files import placed_at, write_bytes
 from msn.images.depth import check_depth, trained_depth
 from msn.images.kinds import BadImageError
-from msn.method.network import ProjectionHead
 from msn.method.vit import VisionTransformer
 from msn.schema import as_argument, make, whole_number
 from msn.weights import ForeignBackbone, Weights, open_backbone_of
 from msn.weights.reading import newest_valid_checkpoint
+from msn.weights.weights import prototype_cosines
 
 NAMES_FILE, TABLE_FILE, SHEET_FILE = "suggested.txt", "suggested.csv", "contact_sheet.png"
 COPIES = "images"
@@ -189,24 +188,10 @@ class _Chooser:
             choice = cover_prototypes(self.cosines[left], self.features[left], budget)
         return choice._replace(positions=left[choice.positions])
 
-    @torch.no_grad()
     def _cosines(self, images: "_Unlabelled") -> Tensor:
         """Cosines of every image's projection and the prototypes, [n, K]."""
         assert self.weights is not None
-        tensors, prototypes = self.weights.head, self.weights.prototypes
-        assert tensors is not None
-        assert prototypes is not None
-        head = ProjectionHead(
-            self._trunk.embed_dim,
-            hidden_dim=tensors["fc1.weight"].shape[0],
-            output_dim=tensors["fc3.weight"].shape[0],
-            use_batch_norm="bn1.weight" in tensors,
-        )
-        head.load_state_dict(tensors)
-        # Running statistics: what the head of an image is must not depend on its neighbours.
-        head.eval()
-        tokens = self._normed_tokens(images)
-        return F.normalize(head(tokens), dim=1) @ F.normalize(prototypes.float(), dim=1).T
+        return prototype_cosines(self.weights, self._normed_tokens(images))
 
     @property
     def _trunk(self) -> VisionTransformer:

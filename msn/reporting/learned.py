@@ -1,6 +1,6 @@
-"""The network and the images of a run, and what the one makes of the others, for the pictures."""
+"""`look`: the network of a run, some of its images and their features, for the report's pictures."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,14 +16,13 @@ from msn.errors import UserError
 from msn.evaluation.features import forward_feature
 from msn.images.kinds import BadImageError
 from msn.method.block import PackedBlock
-from msn.method.network import ProjectionHead
 from msn.method.positions import rotate
 from msn.method.vit import VisionTransformer
 from msn.schema import make
 from msn.weights import Weights, build_trunk, read_weights
-from msn.weights.backbone import trimmed
+from msn.weights.backbone import centre_crop
 from msn.weights.reading import newest_valid_checkpoint
-from msn.weights.weights import IMAGENET_MEAN, IMAGENET_STD, short_side
+from msn.weights.weights import IMAGENET_MEAN, IMAGENET_STD, prototype_cosines
 
 _BATCH = 64
 
@@ -45,7 +44,7 @@ class Learned(NamedTuple):
     """Cosines to the prototypes, [n, K]; None where no checkpoint holds the head."""
 
     def inputs(self, most: int) -> Tensor:
-        """The first images as the network takes them, normalised, [n, 3, S, S]."""
+        """The first images, normalised for the network, [n, 3, S, S]."""
         return _as_input(self.images[:most], self.trunk)
 
     def attention(self, chosen: list[int]) -> Tensor:
@@ -58,7 +57,7 @@ class Learned(NamedTuple):
 def look(
     directory: Path, settings: Mapping[str, Any], *, most: int, device: torch.device
 ) -> Learned:
-    """Open network and images of a run, and project the images.
+    """Open the network and images of a run, and compute the features of the images.
 
     Args:
         directory: of the run.
@@ -72,7 +71,7 @@ def look(
     weights = _newest_weights(directory, settings)
     trunk = build_trunk(weights).float().to(device)
     pool = build_pools(make("data", settings["data"], PoolSettings)).train
-    crop = _crop(trunk.img_size)
+    crop = centre_crop(trunk.img_size)
     chosen = np.linspace(0, len(pool) - 1, min(most, len(pool))).round().astype(np.int64)
     kept, images = [], []
     for i in chosen.tolist():
@@ -97,14 +96,14 @@ def look(
 
 
 def class_attention(trunk: VisionTransformer, pixels: Tensor) -> Tensor:
-    """How the class token of the last block weighs the patches.
+    """Attention of the class token to the patches in the last block.
 
     Args:
         trunk: in eval mode.
         pixels: normalised images, [B, 3, S, S].
 
     Returns:
-        [B, heads, rows, columns]; of each head, sums to 1 less the other tokens' weights.
+        [B, heads, rows, columns]; each head sums to 1 minus the weights of the other tokens.
     """
     block = trunk.blocks[-1]
     assert isinstance(block, PackedBlock)
@@ -126,20 +125,6 @@ def _newest_weights(directory: Path, settings: Mapping[str, Any]) -> Weights:
     return read_weights(newest or directory, num_heads=settings["model"]["num_heads"])
 
 
-def _crop(size: int) -> Callable[[Image.Image], Image.Image]:
-    """Short side, then centre crop: what evaluation does, up to the resampling of tensors."""
-
-    def crop(image: Image.Image) -> Image.Image:
-        image = trimmed(image.convert("RGB"))
-        scale = short_side(size) / min(image.size)
-        width, height = (max(size, round(length * scale)) for length in image.size)
-        left, top = (width - size) // 2, (height - size) // 2
-        resized = image.resize((width, height), Image.Resampling.BILINEAR)
-        return resized.crop((left, top, left + size, top + size))
-
-    return crop
-
-
 def _as_input(images: list[Image.Image], trunk: VisionTransformer) -> Tensor:
     """Images that are cropped already, as evaluation normalises them."""
     rows = [normalize(to_tensor(image), IMAGENET_MEAN, IMAGENET_STD) for image in images]
@@ -157,19 +142,4 @@ def _project(
         tokens.append(trunk.norm(features[-1].to(device)))
     if weights.head is None or weights.prototypes is None:
         return torch.cat(features), None
-    head = _build_head(trunk.embed_dim, weights.head).to(device)
-    projections = F.normalize(head(torch.cat(tokens)), dim=1)
-    prototypes = F.normalize(weights.prototypes.float().to(device), dim=1)
-    return torch.cat(features), (projections @ prototypes.T).cpu()
-
-
-def _build_head(embed_dim: int, state: Mapping[str, Tensor]) -> ProjectionHead:
-    hidden_dim, output_dim = state["fc1.weight"].shape[0], state["fc3.weight"].shape[0]
-    head = ProjectionHead(
-        embed_dim,
-        hidden_dim=hidden_dim,
-        output_dim=output_dim,
-        use_batch_norm="bn1.weight" in state,
-    )
-    head.load_state_dict(state)
-    return head.eval().float()
+    return torch.cat(features), prototype_cosines(weights, torch.cat(tokens)).cpu()

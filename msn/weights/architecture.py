@@ -1,6 +1,6 @@
-"""Find the vision transformer in a file, and tell its architecture.
+"""Find the vision transformer in a file, and infer its architecture.
 
-Shapes tell it, and where they are silent publications do.
+Names and shapes give it; where they do not, published models do.
 """
 
 import math
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from msn.errors import UserError
 from msn.method.vit import LAYER_NORM_EPS, PLAIN, VisionTransformer, exact_ratio
+from msn.weights.released import has_fixed_positions
 from msn.weights.weights import (
     Family,
     check_tensors,
@@ -23,7 +24,7 @@ from msn.weights.weights import (
     summary,
 )
 
-# Of backbones that our trunk does not compute.
+# Ends messages about backbones that our trunk does not compute.
 NOT_OURS = "it can be measured, but not trained from or exported"
 
 MAX_BLOCKS = 1000
@@ -35,7 +36,7 @@ _MARKS = (
 )
 _MAX_NESTED = 4  # dictionaries in one another
 _BARE = "."
-# Heads of the vision transformers that were published in a width, and who says so.
+# Attention heads of published vision transformers by their width, with the source.
 _PUBLISHED_HEADS = {
     192: {3: "DeiT-Ti, arXiv 2012.12877, Table 1"},
     384: {6: "DeiT-S, DINO, MSN: arXiv 2012.12877, Table 1", 12: "MoCo v3's ViT-S, its vits.py"},
@@ -45,14 +46,14 @@ _PUBLISHED_HEADS = {
     1408: {16: "ViT-g, arXiv 2106.04560, Table 2"},
     1664: {16: "ViT-G, arXiv 2106.04560, Table 2"},
 }
-# Of every model that facebookresearch/msn can build, and of DINOv2 and DINOv3 in these widths.
+# Width of a head in all of facebookresearch/msn, and in DINOv2 and DINOv3 of these widths.
 _RELEASED_HEAD = 64
 _DINO_WIDTHS = (192, 384, 768, 1024, 1280, 1536)
 _ROTARY_EPS = 1e-5  # of DINOv3, in timm and transformers
-LAYER_SCALE = 1e-5  # what a trunk from a file would start from; without effect on it
+LAYER_SCALE = 1e-5  # initial value; without effect on a trunk that is loaded from a file
 _SAID = ("rope_base",)
 
-# Names that tell a family of backbones which our trunk does not compute.
+# Parts of names that identify families which our trunk does not compute.
 _FAMILIES = (
     ("detection_tokens", "YOLOS"),
     ("lambda_1", "a vision transformer with layer scale, as BEiT"),
@@ -72,17 +73,17 @@ _FAMILIES = (
     ("fc_norm.", "a vision transformer that averages its patches, as fine-tuned MAE"),
 )
 
-# From these tensors (and how many axes they have) the sizes of a vision transformer are read off;
-# one with rotary positions has no `pos_embed`.
+# Tensors, with their number of axes, that give the sizes of a vision transformer. One with rotary
+# positions has no `pos_embed`.
 _SIZED_BY = {
     "cls_token": 3,
     "pos_embed": 3,
     "patch_embed.proj.weight": 4,
     "blocks.0.mlp.fc2.weight": 2,
 }
-# Any of these says that positions are rotary where there is no `pos_embed`.
+# Without `pos_embed`, any of these means rotary positions.
 _ROTARY = ("blocks.0.gamma_1", "blocks.0.attn.q_bias", "reg_token")
-# Of a file with rotary positions that does not tell its image size.
+# Image size in px that is assumed where a file with rotary positions does not give it.
 _ROTARY_SIZE = 224
 _LONGEST_GRID = 16  # sides of a grid of patches, long to short
 _OURS = ("cls_token", "reg_token", "pos_embed", "patch_embed.proj.", "blocks.", "norm.")
@@ -99,19 +100,19 @@ def infer_model(
 
     Args:
         trunk: state dict in timm's names.
-        told: what the file itself says: any argument, of which `num_heads`, `layer_norm_eps`,
-            `rope_base` and, with rotary positions, `img_size` count against the shapes; `released`:
-            whether facebookresearch/msn wrote it; `family`, where its layout or a file beside it
-            tells.
-        num_heads: the caller's word where the file has none; where it has one, that wins.
-        family: likewise the caller's, see `Family`.
+        told: what the file itself says. Of the arguments, `num_heads`, `layer_norm_eps`,
+            `rope_base` and, with rotary positions, `img_size` are taken from here; shapes give the
+            others. `released`: whether facebookresearch/msn wrote it; `family`, if known.
+        num_heads: used where the file does not say it.
+        family: likewise, see `Family`.
         where: the path, for messages.
 
     Returns:
-        The six numbers, the options that are not a plain ViT's, and what was assumed.
+        The six numbers with all options that a plain ViT does not have, and what was assumed.
 
     Raises:
-        UserError: if this is no vision transformer, or nothing tells its heads or its family.
+        UserError: if this is not a vision transformer, or its heads or its family cannot be
+            inferred.
     """
     _check_known_layout(trunk, where)
     model = _shapes(trunk)
@@ -124,7 +125,7 @@ def infer_model(
             _check_grid(trunk["pos_embed"], where)
     elif (size := told.get("img_size")) is None:
         model["img_size"] = _ROTARY_SIZE // model["patch_size"] * model["patch_size"]
-        notes += (f"image size: {model['img_size']} px assumed; the file cannot tell",)
+        notes += (f"image size: {model['img_size']} px assumed; the file does not say",)
     else:
         model["img_size"] = size
     width = model["embed_dim"]
@@ -149,7 +150,7 @@ def infer_model(
 
 
 def _shapes(trunk: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What names and shapes tell, with one head."""
+    """Arguments that names and shapes give, with one attention head."""
     patch, hidden = trunk["patch_embed.proj.weight"], trunk["blocks.0.mlp.fc2.weight"]
     width, patch_size = patch.shape[0], patch.shape[-1]
     is_rotary = "pos_embed" not in trunk
@@ -183,7 +184,7 @@ def _check_family(
 ) -> None:
     """Refuse a family that the tensors contradict; ask for it where names and shapes fit several.
 
-    Rotary positions have no tensors: without DINOv3's registers nothing tells whose they are.
+    Rotary positions have no tensors: only DINOv3's registers identify them.
     """
     allowed = ", ".join(Family)
     if family is not None and family not in list(Family):
@@ -205,7 +206,7 @@ def _check_family(
 def _published_heads(
     trunk: Mapping[str, Tensor], model: Mapping[str, Any], released: bool, where: str
 ) -> tuple[int, str]:
-    """Heads where neither file nor caller tells them, and whose they are."""
+    """Attention heads of the published model of that width, and its name."""
     width = int(trunk["cls_token"].shape[-1])
     kind = family_of(model)
     if kind is not Family.VIT and width in _DINO_WIDTHS:
@@ -213,7 +214,7 @@ def _published_heads(
     if released and width % _RELEASED_HEAD == 0:
         return width // _RELEASED_HEAD, "64 wide, as all of facebookresearch/msn"
     known = _PUBLISHED_HEADS.get(width, {})
-    if len(known) > 1 and _has_positions_of_moco(trunk["pos_embed"]):
+    if len(known) > 1 and has_fixed_positions(trunk, columns_first=False):  # MoCo v3's
         known = {12: known[12]}
     if len(known) == 1:
         ((heads, source),) = known.items()
@@ -221,33 +222,15 @@ def _published_heads(
     choices = " or ".join(f"{heads} ({source})" for heads, source in known.items())
     why = f"width {width} is published with {choices}" if known else f"width {width} is not usual"
     raise UserError(
-        f"{where}: does not tell its number of attention heads, and {why}: give model.num_heads"
+        f"{where}: does not say its number of attention heads, and {why}: give model.num_heads"
     )
 
 
-def _has_positions_of_moco(pos_embed: Tensor) -> bool:
-    """Whether these are the fixed position embeddings of MoCo v3 (its section 5).
-
-    Sines and cosines of the row, then of the column, and zeros for the class token; MAE's begin
-    with the column.
-    """
-    quarter, side = pos_embed.shape[-1] // 4, math.isqrt(pos_embed.shape[1] - 1)
-    steps = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * steps
-    wave = torch.cat([angles.sin(), angles.cos()], 1)
-    rows, columns = wave.repeat_interleave(side, 0), wave.repeat(side, 1)
-    expected = torch.cat([rows, columns], 1)
-    found = pos_embed[0].double()
-    if found.shape[-1] != expected.shape[-1] or bool(found[0].any()):
-        return False
-    return bool((found[1:] - expected).abs().max() < 1e-2)  # also where half precision rounded them
-
-
 def _check_grid(pos_embed: Tensor, where: str) -> None:
-    """Refuse a grid of patches that is not square, where its embeddings show it.
+    """Refuse a grid of patches that is not square, if its embeddings show it.
 
-    Within a row neighbours are alike; from the end of a row to the start of the next they are not.
-    So the similarity of patch i and i + 1 drops at every multiple of the number of columns.
+    Neighbours within a row are alike; the end of a row and the start of the next are not. So the
+    similarity of patches i and i + 1 drops at every multiple of the number of columns.
     """
     side = math.isqrt(pos_embed.shape[1])
     count = side**2
@@ -256,14 +239,14 @@ def _check_grid(pos_embed: Tensor, where: str) -> None:
     alike = (patches[1:] * patches[:-1]).sum(1)
     alike = F.normalize(alike - alike.mean(), dim=0)
     drops = {side: 0.0}
-    # No known model has longer grids; but embeddings that were enlarged 14 -> 28 repeat by 2.
+    # No known model has longer grids, but embeddings enlarged from 14 to 28 repeat by 2.
     longest = _LONGEST_GRID * count
     shapes = (n for n in range(2, count) if count % n == 0)
     for columns in (n for n in shapes if count <= _LONGEST_GRID * n * n and n * n <= longest):
         ends = (torch.arange(1, count) % columns == 0).double()
         drops[columns] = -float(alike @ F.normalize(ends - ends.mean(), dim=0))
     best = max(drops, key=lambda columns: drops[columns])
-    # Chance reaches 5 / sqrt(count) about once in a million grids.
+    # By chance a drop exceeds 5 / sqrt(count) about once in a million grids.
     if drops[best] > max(0.5, 5 / math.sqrt(count)) and drops[best] > drops[side] + 0.2:
         raise UserError(
             f"{where}: its position embeddings are those of {count // best} x {best} patches; "
@@ -296,14 +279,14 @@ class OtherArchitecture(UserError):
 
 
 def _another(trunk: Mapping[str, Tensor], wrong: list[str], where: str) -> UserError:
-    """What to raise for a state dict of another architecture, or for half of one of ours."""
+    """The error for a state dict of another architecture, or for half of one of ours."""
     what = family(trunk)
     kind = OtherArchitecture if what else UserError
     return kind(f"{where}: another architecture{what}: {summary(wrong)}")
 
 
 def family(names: Iterable[str]) -> str:
-    """What a state dict of another architecture seems to be, for a message; or nothing."""
+    """What a state dict of another architecture seems to be, for a message; may be empty."""
     names = list(names)
     for sign, what in _FAMILIES:
         if any(sign in name for name in names):
@@ -314,7 +297,7 @@ def family(names: Iterable[str]) -> str:
 
 
 def _check_known_layout(trunk: Mapping[str, Tensor], where: str) -> None:
-    """Refuse what is so unlike a vision transformer that its sizes cannot be read off."""
+    """Refuse tensors from which the sizes of a vision transformer cannot be read."""
     wrong = []
     is_rotary = "pos_embed" not in trunk and any(name in trunk for name in _ROTARY)
     for name, dims in _SIZED_BY.items():
@@ -347,15 +330,15 @@ class Candidate(NamedTuple):
     """The tensors of one trunk, and what stands beside them."""
 
     name: str
-    """What `init_key` calls it: dictionaries and prefix, joined by dots."""
+    """Its name for `init_key`: dictionaries and prefix, joined by dots."""
     tensors: dict[str, Tensor]
     """Without the prefix."""
     beside: dict[str, Tensor]
-    """What in the same dictionary does not have the prefix."""
+    """The rest of the same dictionary."""
 
 
 def find_trunk(content: Mapping[Any, Any], key: str | None, where: str) -> Candidate:
-    """The one trunk in nested dictionaries of tensors, or the one that a person chose.
+    """The one trunk in nested dictionaries of tensors, or the one that `key` names.
 
     If there is none, the dictionary with most tensors, unchanged.
 
@@ -402,7 +385,7 @@ def _candidate(path: str, tensors: dict[str, Tensor], prefix: str) -> Candidate:
 
 
 def _dictionaries(content: Mapping[Any, Any]) -> list[tuple[str, dict[str, Tensor]]]:
-    """Every dictionary with tensors, with the names that lead to it, each once."""
+    """Every dictionary with tensors once, with the path of names to it."""
     found, seen, left = [], set(), [("", content, 0)]
     while left:
         path, entries, depth = left.pop()

@@ -1,4 +1,4 @@
-"""`backbone.safetensors`, and the backbone as people use it: an nn.Module with its transform."""
+"""`Backbone`, an nn.Module with its transform; `backbone.safetensors`; the image transform."""
 
 import json
 import os
@@ -36,8 +36,8 @@ class Backbone(VisionTransformer):
         weights: as `read_weights` gives them.
 
     Attributes:
-        transform: from a path, a PIL image, a uint8 tensor [3, H, W] or array [H, W, 3] to what
-            the trunk was made for, [3, S, S]; EXIF rotation is applied, see `image_transform`.
+        transform: from a path, a PIL image, a uint8 tensor [3, H, W] or array [H, W, 3] to the
+            trunk's input [3, S, S]; EXIF rotation is applied, see `image_transform`.
         native: what its family takes as the feature of an image, and who says so.
         meta: what the file says about itself (epoch, data, method, licence, ...).
     """
@@ -49,13 +49,13 @@ class Backbone(VisionTransformer):
         self.transform = transform_of(weights)
 
     def resolve(self, kind: str) -> str:
-        """The kind of feature that `native` stands for; others are what they are."""
+        """The feature of the family for `native`; any other kind is returned unchanged."""
         return self.native.feature if kind == NATIVE else kind
 
     def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
         """Class tokens after the final norm, [B, 3, h, w] -> [B, D], as timm's `num_classes=0`.
 
-        Of a fine-tuned MAE (`meta["pool"]` is "mean") the final norm of the mean of patches.
+        For a fine-tuned MAE (`meta["pool"]` is "mean"): the final norm of the mean of patches.
         """
         if self.meta.get("pool") == "mean":
             tokens = self.forward_features(images, norm=False)
@@ -71,7 +71,7 @@ class Backbone(VisionTransformer):
 
 
 def save_backbone(path: str | Path, trunk: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Write `backbone.safetensors`: a trunk in timm's names that says what it is.
+    """Write `backbone.safetensors`: a trunk in timm's names with a header.
 
     Args:
         path: the file; replaced atomically.
@@ -79,13 +79,13 @@ def save_backbone(path: str | Path, trunk: Mapping[str, Tensor], meta: Mapping[s
         meta: plain data; needs `model` (the six numbers). `mean` and `std` default to ImageNet's.
 
     Raises:
-        UserError: if the file cannot be written; nothing is left then.
+        UserError: if the file cannot be written; nothing is left behind.
     """
     save_tensors(Path(path), trunk, {"msn": json.dumps(complete_meta(meta))})
 
 
 def complete_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The header that travels in every file we write."""
+    """The header of every weight file that we write."""
     model = dict(meta["model"])
     defaults = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
     return {"format": FORMAT, "model": model, **defaults, **meta}
@@ -101,8 +101,7 @@ def transform_of(weights: Weights) -> "Callable[[Picture], Tensor]":
     )
 
 
-# A centre crop never sees what is farther from the centre than half a short side; of longer images
-# the rest is left out before they are resized, with room for the filter.
+# A centre crop keeps a square. Of longer images the far ends are cut off before they are resized.
 _LONGEST = 8  # times the short side
 
 Picture = str | os.PathLike[str] | Image.Image | Tensor | np.ndarray
@@ -123,31 +122,33 @@ def image_transform(
         mean: of each channel.
         std: likewise.
         levels: the values that are black and white in images of more than 8 bits.
-        whole: no crop: the whole image is resized to the square.
+        whole: resize the whole image to the square instead of cropping.
 
     Returns:
         From an image to float32 [3, S, S]. An image is a path, a PIL image of any mode, a tensor
-        uint8 [3, H, W], [1, H, W] or [H, W], or an array uint8 [H, W, 3] or [H, W]; EXIF rotation
-        is applied, where there is any left. It raises a UserError for what is none of these or
-        cannot be read.
+        uint8 [3, H, W], [1, H, W] or [H, W], or an array uint8 [H, W, 3] or [H, W]. EXIF rotation
+        is applied if it has not been. It raises a UserError for anything else, and for an image
+        that cannot be read.
     """
-    crop = [
-        trimmed,
-        transforms.Resize(short_side(image_size)),
-        transforms.CenterCrop(image_size),
-    ]
+    squash = transforms.Resize((image_size, image_size))
     return transforms.Compose(
         [
             Opened(levels),
-            *([transforms.Resize((image_size, image_size))] if whole else crop),
+            squash if whole else centre_crop(image_size),
             transforms.ToTensor(),
             transforms.Normalize(mean, std),
         ]
     )
 
 
+def centre_crop(image_size: int) -> Callable[[Image.Image], Image.Image]:
+    """Resize the short side as `short_side` says, then crop a square of `image_size` px."""
+    resize = transforms.Resize(short_side(image_size))
+    return transforms.Compose([trimmed, resize, transforms.CenterCrop(image_size)])
+
+
 def trimmed(image: Image.Image) -> Image.Image:
-    """The middle of a very long image, eight times as long as wide; all others as they are.
+    """The middle of an image that is more than eight times as long as wide; others unchanged.
 
     Resized whole, an image of 60,000 x 1 px would take gigabytes, of which a crop keeps a square.
     """
@@ -160,7 +161,7 @@ def trimmed(image: Image.Image) -> Image.Image:
 
 
 class Opened:
-    """From what people have to an upright RGB image; a class, so that it travels to workers."""
+    """From any kind of `Picture` to an upright RGB image; a class, so that workers can unpickle it."""
 
     def __init__(self, levels: Levels) -> None:
         self.levels = levels

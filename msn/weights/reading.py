@@ -1,4 +1,4 @@
-"""One reader for every kind of weight file and directory."""
+"""`read_weights`, the one reader for every kind of weight file and directory; checkpoint names."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ from msn.weights.released import (
     POOLED,
     arguments_of_mae,
     decoder_of_mae,
-    has_positions_of_mae,
+    has_fixed_positions,
     pooled_norm,
     split_encoder,
 )
@@ -58,23 +58,23 @@ from msn.weights.weights import (
 
 log = logging.getLogger(__name__)
 
-OWN_LINK = "README.md#licence"  # in cards that earlier versions wrote, which says nothing more
+OWN_LINK = "README.md#licence"  # in cards of earlier versions; it adds nothing
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-# Times do not survive a copy, names do.
+# Sorted by name, for times do not survive a copy.
 _CHECKPOINT = re.compile(r"epoch-(\d+)-step-(\d+)\.ckpt")
 _INDEX = ".index.json"
 _MAX_JSON = 1 << 26
 _OUR_CLASS_TOKEN = "network.target.trunk.cls_token"
-# Before the names of a MAE of ours, in a checkpoint and in its bare state dict.
+# Prefixes of the names of our MAE, in a checkpoint and in its bare state dict.
 _MAE_PREFIXES = ("network.", "")
-# Of what files beside the weights tell, what is about the architecture.
+# What files beside the weights may say about the architecture.
 _NUMBERS = ("num_heads", "layer_norm_eps", "img_size", "rope_base", "family")
 
 # Classifiers, and what MAE's and the reference's files hold beside the encoder.
 _NOT_TRUNK = ("head.", "head_dist.", "fc.", "pred.", "decoder_", "mask_token")
-# Files of tensors alone: neither a header nor a directory says more of the network.
+# Sources that are tensors alone, without a header or a directory that says more.
 _BARE = ("state dict", "huggingface")
-# Of our header, what is about the weights and not about the file.
+# Keys of our header that are about the file, not about the weights.
 _FILE_KEYS = ("format", "model", "head", "norm")
 
 
@@ -100,7 +100,7 @@ def read_weights(
     key: str | None = None,
     family: str | None = None,
 ) -> Weights:
-    """Read the weights of anything that we know, without running code from it.
+    """Read the weights of any supported file or directory, without running code from it.
 
     Args:
         path: a checkpoint of ours; a `backbone.safetensors`; a run directory (its backbone, or else
@@ -109,9 +109,9 @@ def read_weights(
             directory; a Hugging Face directory of ViTMSN, ViTMAE, ViT, DINOv2 or DINOv3; a
             `.pth.tar` in the layout of facebookresearch/msn; or one of these directories on the
             Hugging Face Hub, `hf://USER/NAME[@REVISION]`.
-        num_heads: attention heads where the file cannot tell, else of no effect; default: those
-            of the published models of that width, where all have the same.
-        key: which of several trunks in a file, by the names that the refusal lists (`model_ema`).
+        num_heads: attention heads, used only where the file does not say; None takes those of the
+            published models of that width, if all have the same.
+        key: which of several trunks in a file, e.g. `model_ema`; without it the error lists them.
         family: `vit`, `dinov2` or `dinov3` where names and shapes fit several, see `Family`.
 
     Raises:
@@ -149,8 +149,8 @@ def read_weights(
 
 
 def _native(parts: _Parts, model: Mapping[str, Any]) -> Native:
-    """What the family of the weights takes as a feature; the paper's where no family is told."""
-    told = parts.meta.get("native")  # of what was adapted from another family
+    """The native feature of the weights' family; the paper's where no family is known."""
+    told = parts.meta.get("native")  # of a backbone that was adapted from another family
     if isinstance(told, list) and len(told) == 2 and all(isinstance(part, str) for part in told):
         return Native(*told)
     ours = parts.source in (BACKBONE_FILE, "msn checkpoint", "mae checkpoint", "released")
@@ -179,7 +179,7 @@ def _read_directory(path: Path, key: str | None) -> _Parts:
 
 
 def _read_model_directory(path: Path, key: str | None) -> _Parts:
-    """A directory in the manner of the Hugging Face Hub: config.json beside a weight file."""
+    """A directory as on the Hugging Face Hub: config.json beside a weight file."""
     config, file = read_json(path / "config.json"), model_file(path)
     where = str(path / "config.json")
     preprocessing = path / "preprocessor_config.json"
@@ -195,7 +195,7 @@ def _read_model_directory(path: Path, key: str | None) -> _Parts:
     if told.get("licence") == "other" and "licence" in card:
         del told["licence"]  # the card says its name
     if "licence" in told:
-        card.pop("licence_link", None)  # which is another licence's
+        card.pop("licence_link", None)  # it belongs to another licence
     parts = _read_file(file, {**card, **told}, key)
     _check_depth(config, parts.trunk, where)
     _restore_norm(parts.trunk, config.get("msn"), path / "config.json")
@@ -218,10 +218,10 @@ def _read_model_directory(path: Path, key: str | None) -> _Parts:
 
 
 def told_by_card(path: Path) -> dict[str, str]:
-    """The licence in the head of a model card, if there is one, and where its text is.
+    """The licence in the front matter of a model card, if there is one, and a link to its text.
 
-    A link that is relative to the card is made absolute where the directory is one of the Hub's
-    cache, whose names say where it comes from.
+    A relative link is made absolute if the directory is in the Hub's cache, whose names give the
+    repository.
     """
     if not path.is_file():
         return {}
@@ -244,7 +244,7 @@ def told_by_card(path: Path) -> dict[str, str]:
 
 
 def _check_depth(config: Mapping[str, Any], trunk: Mapping[str, Tensor], where: str) -> None:
-    """Refuse weights that have more or fewer blocks than their configuration says."""
+    """Refuse weights whose number of blocks is not that of their configuration."""
     arguments = config.get("model_args")
     timms = arguments.get("depth") if isinstance(arguments, dict) else None
     said = config.get("num_hidden_layers", timms)
@@ -254,7 +254,11 @@ def _check_depth(config: Mapping[str, Any], trunk: Mapping[str, Tensor], where: 
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a file, or a UserError."""
+    """Read a JSON object from a file.
+
+    Raises:
+        UserError: it cannot be read, is larger than 64 MB or is not an object.
+    """
     try:
         if path.stat().st_size > _MAX_JSON:
             raise UserError(f"{path}: larger than {_MAX_JSON >> 20} MB; a configuration is not")
@@ -304,7 +308,7 @@ def _open_sharded(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         content, _ = open_weights(path.with_name(file))
         tensors |= content if isinstance(content, dict) else {}
     if missing := [name for name in places if name not in tensors]:
-        raise UserError(f"{path}: {summary(missing)} is in none of its files")
+        raise UserError(f"{path}: none of its files holds {summary(missing)}")
     return tensors, {}
 
 
@@ -322,7 +326,7 @@ def _read_file(path: Path, told: Mapping[str, Any], key: str | None) -> _Parts:
     beside = {name: told[name] for name in told if name not in _NUMBERS}
     own = {name: value for name, value in header.items() if name not in _FILE_KEYS}
     if "licence" in own:
-        beside.pop("licence_link", None)  # which is another licence's
+        beside.pop("licence_link", None)  # it belongs to another licence
     if header and header.get("init") is None:
         own = {"licence": SCRATCH_LICENCE, **own}
     return parts._replace(
@@ -332,7 +336,7 @@ def _read_file(path: Path, told: Mapping[str, Any], key: str | None) -> _Parts:
 
 
 def _header(entry: Any, metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
-    """What a file of ours says about itself; empty for others' files."""
+    """The header of a file that we wrote; empty for other files."""
     try:
         header = json.loads(metadata.get("msn", "{}")) if entry is None else entry
     except (ValueError, RecursionError) as error:
@@ -363,7 +367,7 @@ def _original_norm(norm: Any, path: Path) -> dict[str, Tensor]:
 def _restore_norm(trunk: dict[str, Tensor], own: Any, path: Path) -> None:
     """Put the final norm back that an export with a folded head replaced by the identity.
 
-    A norm that is none any more was trained further: it stays.
+    A norm that is no longer the identity was trained further and stays.
     """
     identity = {"norm.weight": 1, "norm.bias": 0}
     if not isinstance(own, dict) or "norm" not in own:
@@ -375,7 +379,7 @@ def _restore_norm(trunk: dict[str, Tensor], own: Any, path: Path) -> None:
 def _interpret(
     content: dict[str, Any], header: Mapping[str, Any], where: str, key: str | None
 ) -> _Parts:
-    """Tell layouts apart by their names; a key chooses among all trunks of any layout."""
+    """Recognise the layout by its names; `key` chooses among all trunks of any layout."""
     states = content.get("state_dict")
     if key is None and isinstance(content.get("target_encoder"), dict):
         return _official(content, where)
@@ -406,7 +410,7 @@ def _interpret(
         decoder = decoder_of_mae(whole)
     meta: dict[str, Any] = {}
     native = DINO if {"student", "teacher"} <= content.keys() else PAPER
-    if decoder is not None or (not header and has_positions_of_mae(trunk)):
+    if decoder is not None or (not header and has_fixed_positions(trunk, columns_first=True)):
         meta = {"kind": "mae", **arguments_of_mae(content)}
         native = PAPER if header else MAE
     if (pooled := pooled_norm(trunk)) is not None:
@@ -431,11 +435,12 @@ def _official(content: Mapping[str, Any], where: str) -> _Parts:
     if not trunk:
         raise UserError(f"{where}: target_encoder holds no tensors")
     epoch = content.get("epoch") if isinstance(content.get("epoch"), int) else None
+    prototypes = content.get("prototypes")
     return _Parts(
         source="released",
         trunk=trunk,
         head=head,
-        prototypes=_tensor_or_none(content.get("prototypes")),
+        prototypes=prototypes if isinstance(prototypes, Tensor) else None,
         anchor_trunk=anchor_trunk,
         anchor_head=anchor_head,
         meta={"licence": PUBLISHED_LICENCE} | ({} if epoch is None else {"epoch": epoch}),
@@ -472,10 +477,6 @@ def _tensors_alone(content: Mapping[Any, Any], where: str) -> dict[str, Tensor]:
     return states
 
 
-def _tensor_or_none(value: Any) -> Tensor | None:
-    return value if isinstance(value, Tensor) else None
-
-
 def _widen(tensors: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
     return None if tensors is None else widen(tensors)
 
@@ -495,7 +496,7 @@ def newest_checkpoint(directory: Path) -> Path | None:
 
 
 def newest_valid_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint file that is whole; damaged ones are named in the log and passed over.
+    """The newest checkpoint file that is whole; the log names damaged ones, which are skipped.
 
     Reads each file that it considers once.
     """
@@ -508,7 +509,7 @@ def newest_valid_checkpoint(directory: Path) -> Path | None:
 
 
 def epoch_and_step(path: Path) -> tuple[int, int]:
-    """Finished epochs and optimiser steps of a checkpoint, by its name."""
+    """Finished epochs and optimiser steps in a checkpoint's name."""
     match = _CHECKPOINT.fullmatch(path.name)
     assert match is not None
     return int(match[1]), int(match[2])

@@ -1,4 +1,4 @@
-"""The layouts of facebookresearch/msn and facebookresearch/mae."""
+"""Read the layouts of facebookresearch/msn and facebookresearch/mae, and know their positions."""
 
 import math
 from argparse import Namespace
@@ -11,9 +11,9 @@ from msn.method.positions import sincos_positions
 from msn.weights.weights import strip_prefix
 
 HEAD_PREFIX = "fc."  # of MSN's projection head
-# Of MAE's classifiers: the norm of the mean of patches, which stands in for the final norm.
+# In MAE's classifiers: the norm of the mean of patches, which replaces the final norm.
 _POOLED_NORM = "fc_norm."
-# MAE's settings that travel in its training checkpoints, in our names.
+# Settings in MAE's training checkpoints, in our names.
 _MAE_ARGUMENTS = ("mask_ratio", "norm_pix_loss")
 
 POOLED = (
@@ -26,8 +26,8 @@ def split_encoder(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, tuple[str, ...]]:
     """Trunk, head (None if there is none) and ignored names of an encoder of facebookresearch/msn.
 
-    Trunk and head (`fc.*`) stand together under DDP's prefix `module.`; the reference's optional
-    prediction head (`pred.*`) has no place in our network.
+    Trunk and head (`fc.*`) are both under DDP's prefix `module.`. The reference's optional
+    prediction head (`pred.*`) is ignored.
     """
     names = {
         name.removeprefix("module."): tensor
@@ -45,7 +45,7 @@ def split_encoder(
 
 
 def decoder_of_mae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """The decoder beside a trunk in MAE's names, in those of `msn.method.mae.Decoder`, if any."""
+    """MAE's decoder under the names of `msn.method.mae.Decoder`; None if there is none."""
     decoder = strip_prefix(tensors, "decoder_")
     if decoder and "mask_token" in tensors:
         decoder["mask_token"] = tensors["mask_token"]
@@ -53,17 +53,19 @@ def decoder_of_mae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
 
 
 def arguments_of_mae(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What a training checkpoint of MAE says of its mask and loss; nothing in published files."""
+    """Mask and loss settings in a training checkpoint of MAE; published files have none."""
     said = content.get("args")
     found = vars(said) if isinstance(said, Namespace) else {}
     method = {name: found[name] for name in _MAE_ARGUMENTS if name in found}
     return {"method": method} if method else {}
 
 
-def has_positions_of_mae(trunk: Mapping[str, Tensor]) -> bool:
-    """Whether the position embeddings are MAE's fixed ones: what tells its files without decoder.
+def has_fixed_positions(trunk: Mapping[str, Tensor], *, columns_first: bool) -> bool:
+    """Whether position embeddings are fixed sines and cosines, with zeros for the class token.
 
-    Zeros for the class token, then sines and cosines that begin with the column (appendix A).
+    Args:
+        trunk: state dict in timm's names.
+        columns_first: as in MAE (its appendix A); else rows first, as in MoCo v3 (section 5).
     """
     found = trunk.get("pos_embed")
     if found is None or found.ndim != 3 or found.shape[1] < 2 or found.shape[2] % 4:
@@ -72,11 +74,13 @@ def has_positions_of_mae(trunk: Mapping[str, Tensor]) -> bool:
     if found.shape[1] != 1 + side**2 or not found.is_floating_point() or bool(found[0, 0].any()):
         return False
     expected = sincos_positions(side, found.shape[2])
+    if not columns_first:
+        expected = expected.roll(found.shape[2] // 2, dims=1)
     return bool((found[0, 1:].double() - expected).abs().max() < 1e-2)  # half precision rounds
 
 
 def pooled_norm(trunk: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """The same trunk with `fc_norm` as its final norm, where it has no other; else None."""
+    """The trunk with `fc_norm` as its final norm; None where it has no `fc_norm` or another norm."""
     norm = strip_prefix(trunk, _POOLED_NORM)
     if not norm or any(name.startswith("norm.") for name in trunk):
         return None

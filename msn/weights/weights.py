@@ -1,4 +1,4 @@
-"""What a weight file of any origin holds, under timm's names."""
+"""`Weights`, what a file of any origin holds under timm's names, and checks of its tensors."""
 
 import hashlib
 import logging
@@ -8,16 +8,18 @@ from enum import StrEnum
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from msn.errors import UserError
+from msn.method.network import ProjectionHead
 from msn.method.positions import resize_position_embeddings
 from msn.method.vit import VisionTransformer
 from msn.weights.families import PAPER, Native
 
 log = logging.getLogger(__name__)
 
-# Of the header that travels with weights we write.
+# Version of the header in the weights that we write.
 FORMAT = 1
 BACKBONE_FILE = "backbone.safetensors"
 
@@ -29,22 +31,22 @@ PUBLISHED_LICENCE = "CC BY-NC 4.0"
 SCRATCH_LICENCE = "not stated (trained from scratch: its owner decides)"
 UNKNOWN_LICENCE = "unknown (that of the weights' source)"
 
-# What is said of a file whose activation nothing tells: it has no tensors.
-EXACT_GELU = "activation: exact GELU assumed, as the file cannot tell (not quick- or tanh-GELU)"
+# A note for files that do not give their activation, which has no tensors.
+EXACT_GELU = "activation: exact GELU assumed, as the file does not say (not quick- or tanh-GELU)"
 
-# Names in a low-shot table that stand for no backbone of a person.
+# Names of baselines in a low-shot table.
 RANDOM, PIXELS, MAJORITY = BASELINES = ("random", "pixels", "majority")
 
 WHOLE_BELOW = 64  # px
 MAX_DIFFERENCES = 10
-# Bytes of its names and numbers: no header of ours comes near.
+# Characters and entries of a header; ours are far smaller.
 _MAX_PLAIN = 100_000
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Family(StrEnum):
-    """Whose trunk it is: who else computes it, under which names."""
+    """Family of a trunk: which libraries compute it, under which names."""
 
     VIT = "vit"
     """Plain: ViT, DeiT, DINO, iBOT, MoCo v3, MSN, MAE."""
@@ -67,7 +69,7 @@ def resized_positions(
     """A trunk's state dict for another native image size, by its family's own rule.
 
     Returns:
-        The state dict, and the rule in words; both as they were where no positions are learned.
+        The state dict and the rule in words. Without learned positions nothing changes.
     """
     if "pos_embed" not in trunk:
         return dict(trunk), "rotary positions need no resizing"
@@ -101,24 +103,24 @@ class Weights:
     decoder: dict[str, Tensor] | None = None
     """State dict of MAE's `Decoder`; not compared with one, see `msn.weights.mae`."""
     meta: dict[str, Any] = field(default_factory=dict)
-    """epoch, data, method, licence, init, mean, std as far as the file says; `kind` where it is
-    "mae"; `pool` where it is "mean": features are the final norm of the mean of patches."""
+    """epoch, data, method, licence, init, mean, std as far as the file says; `kind` if it is "mae";
+    `pool` if it is "mean": then features are the final norm of the mean of patches."""
     ignored: tuple[str, ...] = ()
-    """Names in the file that have no place in the network."""
+    """Names in the file that the network does not have."""
     notes: tuple[str, ...] = ()
-    """What was assumed or taken off in reading, to be said to the person."""
+    """What was assumed or removed in reading, for a warning."""
     native: Native = PAPER
     """What the family of the weights takes as the feature of an image."""
 
 
 def say_notes(said: Weights | Sequence[str], where: str) -> None:
-    """Warn of what was assumed: another number of heads gives other features, not an error."""
+    """Warn about what was assumed: a wrong number of heads gives wrong features, not an error."""
     for note in said.notes if isinstance(said, Weights) else said:
         log.warning("%s: %s", where, note)
 
 
 def check_heads(weights: Weights, num_heads: int | None, where: str) -> None:
-    """Raise a UserError if a file says another number of heads than a person did."""
+    """Raise a UserError if `num_heads` is not the number of heads that the file says."""
     heads = weights.model["num_heads"]
     if num_heads not in (None, heads):
         raise UserError(
@@ -131,7 +133,7 @@ def check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
     """Refuse tensors that a network cannot use, by name.
 
     Raises:
-        UserError: if one is not dense, not of a float type of 16 to 64 bits (counters apart), or
+        UserError: if one is not dense, not of a float type of 16 to 64 bits (except counters), or
             holds numbers that are not finite in float32.
     """
     wrong = []
@@ -150,7 +152,7 @@ def check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
 
 
 def check_plain(value: Any, where: str) -> None:
-    """Refuse what a header of ours never holds: other than plain data, or without end.
+    """Refuse a header that holds anything but plain data, or too much of it.
 
     Raises:
         UserError: naming the file.
@@ -172,7 +174,7 @@ def check_plain(value: Any, where: str) -> None:
 
 
 def trunk_digest(trunk: Mapping[str, Tensor]) -> str:
-    """Digest of a state dict with its names: other weights, another digest."""
+    """SHA-256 of a state dict with its names, shapes and types, in hexadecimal."""
     digest = hashlib.sha256()
     for name, tensor in sorted(trunk.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
@@ -189,7 +191,7 @@ def check_number(value: Any, where: str) -> float:
 
 
 def check_channels(value: Any, where: str, *, positive: bool = False) -> None:
-    """Raise a UserError unless a value is three numbers, as mean and std of colours are."""
+    """Raise a UserError unless a value is three numbers, as the mean and std of channels are."""
     numbers = isinstance(value, list | tuple) and all(
         isinstance(part, int | float) and abs(part) < 1e6 and (part > 0 or not positive)
         for part in value
@@ -219,10 +221,10 @@ def summary(phrases: list[str]) -> str:
 
 
 def short_side(image_size: int) -> int:
-    """Length in px of the short side from which the centre crop is taken: 256 for 224.
+    """Length in px of the short side before the centre crop: 256 for 224.
 
-    Below 64 px images are taken whole, as is usual with digits and CIFAR: to enlarge what has
-    that size already and cut its border off would only lose a part of it.
+    Below 64 px the crop is the whole image, as is usual for digits and CIFAR, which have that size
+    already.
     """
     return image_size if image_size < WHOLE_BELOW else round(image_size * 256 / 224)
 
@@ -236,6 +238,32 @@ def build_trunk(weights: Weights) -> VisionTransformer:
     trunk.to(weights.trunk["cls_token"].dtype)
     trunk.load_state_dict(weights.trunk, strict=True)
     return trunk.eval()
+
+
+@torch.no_grad()
+def prototype_cosines(weights: Weights, tokens: Tensor) -> Tensor:
+    """Cosines between projected class tokens and the prototypes of some weights.
+
+    Args:
+        weights: with `head` and `prototypes`.
+        tokens: class tokens after the final norm, [n, D].
+
+    Returns:
+        [n, K], on the device of the tokens.
+    """
+    state, prototypes = weights.head, weights.prototypes
+    assert state is not None
+    assert prototypes is not None
+    head = ProjectionHead(
+        state["fc1.weight"].shape[1],
+        hidden_dim=state["fc1.weight"].shape[0],
+        output_dim=state["fc3.weight"].shape[0],
+        use_batch_norm="bn1.weight" in state,
+    )
+    head.load_state_dict(state)
+    # In eval mode an image's projection does not depend on the others of its batch.
+    projections = F.normalize(head.eval().float().to(tokens.device)(tokens), dim=1)
+    return projections @ F.normalize(prototypes.float().to(tokens.device), dim=1).T
 
 
 def strip_prefix(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
