@@ -1,4 +1,4 @@
-"""`python -m msn export checkpoint=PATH format=... out=DIR`: a backbone for another library."""
+"""`python -m msn export checkpoint=PATH format=... out=DIR`: write a backbone for a library."""
 
 import hashlib
 import json
@@ -10,23 +10,21 @@ from omegaconf import DictConfig
 from msn.commands.entry import to_plain
 from msn.errors import UserError
 from msn.weights.classifier import read_classifier
-from msn.weights.export import FORMATS, export
+from msn.weights.export import check_format, export
 from msn.weights.hub import check_push, push
 from msn.weights.reading import newest_valid_checkpoint, read_weights
 from msn.weights.weights import check_heads, say_notes
 
 
 def run(config: DictConfig) -> None:
-    """Export, print what was proven, and say where it is.
+    """Export, and print what was compared and where the export is.
 
     Raises:
         UserError: see `msn.weights.export.export`.
     """
     settings = to_plain(config)
     checkpoint, out = Path(str(settings["checkpoint"])), Path(str(settings["out"]))
-    if settings["format"] not in FORMATS:
-        allowed = ", ".join(FORMATS)
-        raise UserError(f"format must be one of {allowed}, got {settings['format']!r}")
+    check_format(settings["format"], has_head=settings["head"] is not None)
     _check_switch("overwrite", settings["overwrite"])
     _check_switch("private", settings["private"])
     repository = None if settings["push"] is None else check_push(settings["push"])
@@ -37,7 +35,7 @@ def run(config: DictConfig) -> None:
         family=settings["init_family"],
     )
     if settings["format"] == "huggingface" and weights.meta.get("kind") == "mae":
-        # A run's backbone is the encoder alone; its newest checkpoint has the decoder.
+        # The backbone of a run is the encoder alone; its newest checkpoint has the decoder.
         newest = newest_valid_checkpoint(checkpoint / "checkpoints")
         weights = weights if newest is None else read_weights(newest)
     check_heads(weights, settings["model"]["num_heads"], str(checkpoint))
@@ -71,9 +69,9 @@ def _check_switch(key: str, value: Any) -> None:
 
 
 def _source(checkpoint: Path, format: str) -> Path:
-    """What to read: the released layout has room for anchor, head and prototypes.
+    """What to read: for the released layout the newest checkpoint of a run.
 
-    A run directory's backbone lacks these; its newest checkpoint has them.
+    It has anchor, head and prototypes, which the run's backbone file lacks.
     """
     if format != "official":
         return checkpoint

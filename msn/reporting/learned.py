@@ -1,4 +1,4 @@
-"""`look`: the network of a run, some of its images and their features, for the report's pictures."""
+"""The network of a run, some of its images and their features, for the report's pictures."""
 
 from collections.abc import Mapping
 from pathlib import Path

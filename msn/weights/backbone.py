@@ -161,7 +161,7 @@ def trimmed(image: Image.Image) -> Image.Image:
 
 
 class Opened:
-    """From any kind of `Picture` to an upright RGB image; a class, so that workers can unpickle it."""
+    """From any kind of `Picture` to an upright RGB image; a class, so that it can be pickled."""
 
     def __init__(self, levels: Levels) -> None:
         self.levels = levels

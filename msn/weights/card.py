@@ -11,7 +11,7 @@ from msn.weights.dino import DINOV3_LICENCE
 from msn.weights.hub import model_index
 from msn.weights.weights import BASELINES, MAJORITY, PIXELS, PUBLISHED_LICENCE, RANDOM
 
-# Names of licences on the Hub that weights have; all others are "other" with name and link there.
+# Licences that the Hub has names for; any other is `other` there, with name and link.
 _HUB_LICENCES = (
     *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "openrail", "cc0-1.0", "unlicense"),
     *("cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0"),
@@ -116,10 +116,7 @@ def _front_matter(
 
 
 def _licence_lines(licence: str, link: str | None) -> list[str]:
-    """The Hub's entries for a licence; one that it has no name for is explained further down.
-
-    A link that is relative to the source's card would lead nowhere here.
-    """
+    """The Hub's entries for a licence; a relative link, which leads nowhere here, is left out."""
     slug = "-".join(re.findall(r"[a-z0-9.]+", licence.partition("(")[0].lower()))
     if slug in _HUB_LICENCES:
         return [f"license: {slug}"]
@@ -146,7 +143,7 @@ def _facts(header: Mapping[str, Any]) -> str:
 
 
 def _start(header: Mapping[str, Any]) -> Any:
-    """A run from scratch says that it started from none; a file of others says nothing."""
+    """`init` is None in a run from scratch, and missing in files of others."""
     scratch = header.get("init", "") is None
     return "random weights" if scratch else header.get("init")
 
@@ -163,7 +160,7 @@ def _licence(header: Mapping[str, Any]) -> str:
 
 
 def _where(header: Mapping[str, Any]) -> str:
-    """Where the licence's text is, if the source says it."""
+    """Where the licence's text is, if the source says so."""
     link = header.get("licence_link")
     if link is None:
         return ""
@@ -181,21 +178,21 @@ def _use(format: str, head: Classifier | None) -> str:
 
 
 def _left_to_you(format: str, header: Mapping[str, Any]) -> str:
-    """What a library's own preprocessing does not do and training and evaluation did."""
+    """What training and evaluation did and the library's own preprocessing does not do."""
     depth = recorded_depth(header)
     if format in ("torch", "official"):
         return ""
     library = {"timm": "timm's transform", "huggingface": "The image processor"}
     parts = [
-        f"{library.get(format, 'The network')} does not turn images by their EXIF orientation, as "
-        "training and evaluation did: `PIL.ImageOps.exif_transpose(image)` does, before anything "
-        'else. Convert to RGB then (`.convert("RGB")`).'
+        f"{library.get(format, 'The network')} does not apply EXIF orientation; training and "
+        "evaluation did. Call `PIL.ImageOps.exif_transpose(image)` first, then convert to RGB "
+        '(`.convert("RGB")`).'
     ]
     if depth is not None:
         low, high = levels_of(depth)
         parts.append(
-            "Images of more than 8 bits were trained on as 8 bits, with "
-            f"{low} as black and {high} as white: scale them so first."
+            "Images of more than 8 bits were reduced to 8 bits for training, with "
+            f"{low} as black and {high} as white: scale yours in the same way first."
         )
     return "\n\n".join(["## Left to you", *parts])
 
@@ -217,11 +214,11 @@ _FLOORS = {RANDOM: "a random network", PIXELS: "raw pixels", MAJORITY: "the majo
 
 
 def floors_note(rows: Sequence[Mapping[str, Any]], floors: Sequence[str] = BASELINES) -> list[str]:
-    """Which baselines a backbone does not beat, a line per backbone; none where it beats them all.
+    """One line for each backbone that does not beat every baseline.
 
     Args:
         rows: of lowshot.json; `above` says how far a row is above each baseline. Rows of older
-            files have none and say nothing.
+            files do not have it and are passed over.
         floors: the baselines that count.
     """
     found = []
@@ -268,7 +265,7 @@ def _percent(row: Mapping[str, Any]) -> str:
     mean, std = row.get("top1_mean"), row.get("top1_std")
     if mean is None:
         return "not stated"
-    if std is None or row.get("splits") == 1:  # of one split no spread can be told
+    if std is None or row.get("splits") == 1:  # one split has no spread
         return f"{100 * mean:.1f}"
     return f"{100 * mean:.1f} \u00b1 {100 * std:.1f}"
 
@@ -278,10 +275,10 @@ def _head_note(head: Classifier | None) -> str:
         return ""
     return (
         "## The classifier\n\nIt was fitted on row-centred, L2-normalised class tokens before the "
-        "final norm. A LayerNorm without affine is that up to a factor an image, so here the final "
-        "norm's weight is 1 and its bias 0: predictions are those of the low-shot evaluation, "
-        "while tokens after the norm are not those of the backbone's own norm (`msn` restores it "
-        "on reading)."
+        "final norm. A LayerNorm without affine does the same up to a factor per image. So the "
+        "final norm here has weight 1 and bias 0: predictions are those of the low-shot "
+        "evaluation, but tokens after the norm are not those of the backbone's own norm (`msn` "
+        "restores it on reading)."
     )
 
 

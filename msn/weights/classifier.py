@@ -1,11 +1,11 @@
-"""A classifier fitted on frozen features, and when a final LayerNorm and a linear layer equal it.
+"""Read a classifier that was fitted on frozen features, and fold it into LayerNorm and Linear.
 
 Legend: C classes, D embedding width; x a class token before the final norm, c = x - mean(x).
 
 Low-shot heads see u = c / |c| (paper A.2). LayerNorm without affine gives
-z = c / sqrt(|c|^2 / D + eps), which is sqrt(D) u up to a positive factor an image that eps alone
-makes differ from 1. So weight / sqrt(D) on z gives the head's logits times that factor: without an
-intercept every argmax is the same for any eps and any trained affine of the norm.
+z = c / sqrt(|c|^2 / D + eps). This is sqrt(D) u times a positive factor per image, which would be 1
+if eps were 0. So weight / sqrt(D) on z gives the head's logits times that factor: without an
+intercept, every argmax is the same for any eps and any trained affine of the norm.
 """
 
 import json
@@ -25,7 +25,7 @@ from msn.weights.weights import check_tensors
 
 @dataclass(frozen=True)
 class Classifier:
-    """A linear head kept by the low-shot evaluation."""
+    """A linear head that the low-shot evaluation has saved."""
 
     weight: Tensor
     """[C, D]."""
@@ -41,7 +41,7 @@ class Classifier:
     normalised: bool
     """Each feature row is divided by its L2 norm, after centring."""
     weights: str | None = None
-    """`trunk_digest` of the backbone whose features these were, where the file says it."""
+    """`trunk_digest` of the backbone that made the features, if the file says it."""
 
 
 class FoldedHead(NamedTuple):
@@ -65,7 +65,7 @@ def read_classifier(path: str | Path, embed_dim: int) -> Classifier:
         embed_dim: D of the backbone it must fit.
 
     Raises:
-        UserError: if this is no such head or it belongs to a backbone of another width.
+        UserError: if this is not such a head, or it belongs to a backbone of another width.
     """
     tensors, metadata = open_weights(Path(path))
     try:
@@ -79,7 +79,7 @@ def read_classifier(path: str | Path, embed_dim: int) -> Classifier:
         ) from error
     if header.get("crop", "centre") != "centre":
         raise UserError(
-            f"head {path}: was fitted on whole images (features.crop={header['crop']}), and the "
+            f"head {path}: was fitted on whole images (features.crop={header['crop']}), but the "
             "preprocessing of an export crops them"
         )
     check_tensors(tensors, f"head {path}")
@@ -93,10 +93,11 @@ def read_classifier(path: str | Path, embed_dim: int) -> Classifier:
 
 
 def fold(head: Classifier, norm_weight: Tensor, norm_bias: Tensor) -> FoldedHead:
-    """Express a head by a final LayerNorm and a linear layer on its class token.
+    """Express a head as a final LayerNorm and a linear layer on the class token.
 
-    Exact cases: a head without intercept on row-centred, normalised class tokens before the norm
-    (the affine becomes the identity, see above); any head on unnormalised class tokens after it.
+    Two cases are exact: a head without intercept on row-centred, normalised class tokens before the
+    norm (the affine becomes the identity, see above), and a head on unnormalised class tokens after
+    it.
 
     Args:
         head: the fitted head.
@@ -104,7 +105,7 @@ def fold(head: Classifier, norm_weight: Tensor, norm_bias: Tensor) -> FoldedHead
         norm_bias: of the backbone's final norm, [D].
 
     Raises:
-        UserError: saying why, where no such pair gives the head's predictions.
+        UserError: if no such pair gives the head's predictions; says why.
     """
     classes, width = head.weight.shape
     bias = torch.zeros(classes) if head.bias is None else head.bias
@@ -118,7 +119,7 @@ def fold(head: Classifier, norm_weight: Tensor, norm_bias: Tensor) -> FoldedHead
 
 
 def predict(head: Classifier, tokens: Tensor, norm: torch.nn.Module) -> Tensor:
-    """The head's logits as the low-shot evaluation takes them.
+    """The head's logits as in the low-shot evaluation.
 
     Args:
         head: the fitted head; one that `fold` accepts.
@@ -138,7 +139,7 @@ def predict(head: Classifier, tokens: Tensor, norm: torch.nn.Module) -> Tensor:
 
 
 def layer_norm_factor(head: Classifier, tokens: Tensor, eps: float) -> Tensor:
-    """By what eps shrinks a folded head's logits of each image, [B, D] -> [B, 1], in (0, 1]."""
+    """Factor in (0, 1] by which eps shrinks a folded head's logits, [B, D] -> [B, 1]."""
     if not head.normalised:
         return torch.ones_like(tokens[:, :1])
     variance = tokens.var(dim=1, unbiased=False, keepdim=True)
@@ -147,20 +148,20 @@ def layer_norm_factor(head: Classifier, tokens: Tensor, eps: float) -> Tensor:
 
 def _why_not(head: Classifier) -> str | None:
     if head.feature in ("patch_mean", "patch_mean_norm"):
-        return "it was fitted on the mean of the patches, the linear layer sees the class token"
+        return "it was fitted on the mean of the patches, but the linear layer sees the class token"
     if head.feature == "class_token_norm":
         return (
-            "it was fitted on normalised features after the final norm, whose length differs from "
-            "image to image, and nothing divides by it"
+            "it was fitted on normalised features after the final norm, whose length differs per "
+            "image, and nothing divides by it"
         )
     if head.feature.startswith("last_"):
-        return "it was fitted on class tokens of several blocks, the linear layer sees the last"
+        return "it was fitted on class tokens of several blocks, but the linear layer sees the last"
     if head.feature != "class_token":
         return f"feature is {head.feature!r}, known are class_token, class_token_norm, patch_mean"
     if not (head.centred and head.normalised):
         return (
             "it was fitted on class tokens before the final norm that are not both row-centred and "
-            "normalised, and the norm does both"
+            "normalised, but the norm does both"
         )
     if head.bias is not None:
         return "it has an intercept, and eps of the final norm would shrink the logits around it"

@@ -1,6 +1,6 @@
-"""DINOv2, DINOv3 and EUPE: layouts of facebookresearch and Hugging Face, in timm's names.
+"""Translate DINOv2, DINOv3 and EUPE from facebookresearch's and Hugging Face's names to timm's.
 
-The trunk has timm's names of the family: `vit_..._dinov2`, `vit_..._dinov3`.
+The trunk has the names of timm's `vit_..._dinov2` and `vit_..._dinov3`.
 """
 
 import re
@@ -38,7 +38,7 @@ _FB_V3 = {
     r"\.mlp\.w2\.": ".mlp.fc1_x.",
     r"\.mlp\.w3\.": ".mlp.fc2.",
 }
-# What is no part of the trunk: used in pretraining alone, or computed anew.
+# Not part of the trunk: used only in pretraining, or computed.
 _ASIDE = re.compile(
     r"^(embeddings\.)?mask_token$|^rope_embed\.|\.bias_mask$|^(projectors|local_cls_norm|classifier|head|dino_head|"
     r"ibot_head)\b"
@@ -72,14 +72,14 @@ class Translated(NamedTuple):
 
 
 def translate(tensors: Mapping[str, Tensor], where: str) -> Translated | None:
-    """Read a state dict in a layout of the publishers or of Hugging Face; None for any other.
+    """Translate a state dict in a layout of the publishers or of Hugging Face; None for any other.
 
     Args:
         tensors: without wrappers and prefixes.
         where: the path, for messages.
 
     Raises:
-        UserError: if keys have a bias, which rotary positions would turn with them.
+        UserError: if keys have a bias, which rotary positions would rotate.
     """
     names = list(tensors)
     if "embeddings.patch_embeddings.weight" in tensors:
@@ -152,7 +152,7 @@ def _renamed(
 
 
 def _without_class_position(trunk: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Beside registers the class token's position, a constant, is added to it, as in timm."""
+    """With registers, add the constant position of the class token to the token, as timm does."""
     places = trunk.get("pos_embed")
     if "reg_token" in trunk and places is not None and places.ndim == 3 and "cls_token" in trunk:
         trunk["cls_token"] = trunk["cls_token"] + places[:, :1]
@@ -176,7 +176,7 @@ def _check_periods(periods: Tensor | None, where: str) -> None:
 
 
 def told_by_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What a `config.json` of Hugging Face tells beyond shapes.
+    """What a `config.json` of Hugging Face says beyond shapes.
 
     Raises:
         UserError: if the model computes something that our trunk does not.
@@ -268,10 +268,10 @@ _QKV = ("query", "key", "value")
 
 
 def model_config(model: Mapping[str, Any], classes: Sequence[str] | None) -> dict[str, Any]:
-    """`config.json` of the family's model of transformers, with classes of its classifier.
+    """`config.json` of the family's model of transformers, with the classes of its classifier.
 
     Raises:
-        UserError: if it has none for these options.
+        UserError: if transformers has no model with these options.
     """
     model = {**PLAIN, **model}
     rotary, registers = family_of(model) is Family.DINOV3, model["registers"]
@@ -289,11 +289,11 @@ def model_config(model: Mapping[str, Any], classes: Sequence[str] | None) -> dic
     }
     if model["layer_scale"] is None:
         raise UserError(
-            "format=huggingface: model.layer_scale=null has no model there beside ViT's"
+            "format=huggingface: only transformers' ViT can have model.layer_scale=null"
         )
     if rotary:
         if classes is not None:
-            raise UserError("head: transformers has no classifier of DINOv3")
+            raise UserError("head: transformers has no classifier for DINOv3")
         config |= {
             "architectures": ["DINOv3ViTModel"],
             "model_type": "dinov3_vit",
@@ -309,7 +309,7 @@ def model_config(model: Mapping[str, Any], classes: Sequence[str] | None) -> dic
             config["hidden_act"] = "silu"
         return config
     if registers == 0 and not model["class_position"]:
-        raise UserError("format=huggingface: model.class_position=false needs registers there")
+        raise UserError("format=huggingface: model.class_position=false needs model.registers")
     name = "Dinov2WithRegisters" if registers else "Dinov2"
     config |= {
         "architectures": [f"{name}Model" if classes is None else f"{name}ForImageClassification"],
@@ -338,5 +338,5 @@ def _whole_ratio(model: Mapping[str, Any], gated: bool) -> int:
         if theirs == hidden:
             return ratio
     raise UserError(
-        f"format=huggingface: DINOv2's configuration cannot say mlp_ratio={model['mlp_ratio']}"
+        f"format=huggingface: DINOv2's configuration cannot express mlp_ratio={model['mlp_ratio']}"
     )

@@ -1,4 +1,4 @@
-"""Write weights for another library, load them there, compare, and only then put them in place."""
+"""Export weights to another library: write, load there, compare, and only then move into place."""
 
 import dataclasses
 import importlib.util
@@ -50,22 +50,22 @@ from msn.weights.weights import (
 )
 
 PARITY_FILE = "parity.json"
-_MOST_PATCHES = 128  # per side: attention over more takes many minutes to compare
+_MOST_PATCHES = 128  # per side; comparing attention over more takes many minutes
 
 
 class Export(NamedTuple):
-    """What is to be written."""
+    """What an export writes."""
 
     weights: Weights
     """float32, at the size to be exported."""
     header: dict[str, Any]
-    """What the weights are; travels in every file that has room for it."""
+    """What the weights are; kept in every file that has room for it."""
     head: Classifier | None
     """For huggingface alone."""
     model_type: str
     """Of transformers, for huggingface alone."""
     mae: Mapping[str, Any] | None
-    """Settings of `MAE` where the decoder goes with it, for huggingface's vit_mae alone."""
+    """Settings of `MAE` if the decoder is exported too, for huggingface's vit_mae alone."""
 
 
 class Format(NamedTuple):
@@ -78,7 +78,7 @@ class Format(NamedTuple):
     needs: tuple[str, ...] = ()
     """Packages that the core does not depend on."""
     extra: str = ""
-    """The extra that has them."""
+    """The extra that installs them."""
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -104,7 +104,7 @@ def _write_huggingface(export: Export, directory: Path) -> None:
     extra = {}
     if head is not None:
         folded = fold(head, trunk["norm.weight"], trunk["norm.bias"])
-        # The norm that reading back restores; Python's floats hold float32 exactly.
+        # `read_weights` restores this norm; Python's floats hold float32 exactly.
         header["norm"] = {kind: trunk[f"norm.{kind}"].tolist() for kind in ("weight", "bias")}
         trunk |= {"norm.weight": folded.norm_weight, "norm.bias": folded.norm_bias}
         weight = folded.weight
@@ -123,7 +123,7 @@ def _write_huggingface(export: Export, directory: Path) -> None:
         tensors = {f"{prefix}.{name}": tensor for name, tensor in tensors.items()} | extra
     if export.mae is not None:
         tensors |= huggingface.decoder_to_huggingface(export.weights.decoder or {})
-    # The header of the weights says it too, but transformers drops that when it saves the model.
+    # The weights' header has it too, but transformers drops that when it saves the model.
     config["msn"] = {
         key: header[key] for key in ("licence", "licence_link", "norm") if key in header
     }
@@ -148,15 +148,15 @@ def _write_official(export: Export, directory: Path) -> None:
 
 
 def official_layout(weights: Weights) -> dict[str, Any]:
-    """What to `torch.save` so that the reference's loaders find their keys.
+    """The dictionary that the reference's loaders read, to be saved by `torch.save`.
 
-    `encoder` is there where the weights have an anchor; `epoch` where they say one.
+    It has `encoder` if the weights have an anchor, and `epoch` if they say one.
 
     Raises:
-        UserError: if the trunk is not the reference's plain one, which the layout cannot say.
+        UserError: if the trunk is not a plain ViT; the layout cannot express others.
     """
     if strange := [f"{key}={weights.model[key]}" for key in weights.model if key in PLAIN]:
-        raise UserError(f"format=official: cannot say {', '.join(strange)}; format=torch can")
+        raise UserError(f"format=official: cannot express {', '.join(strange)}; format=torch can")
     layout: dict[str, Any] = {}
     if weights.anchor_trunk is not None:
         layout["encoder"] = _joined(weights.anchor_trunk, weights.anchor_head)
@@ -211,30 +211,30 @@ def export(
     lowshot: list[dict[str, Any]] | None,
     model_type: str | None = None,
 ) -> dict[str, Any]:
-    """Write a directory for another library and prove that it computes the same there.
+    """Write a directory for another library and check that it computes the same there.
 
     Args:
-        weights: what to export; narrowed to float32.
+        weights: what to export; converted to float32.
         format: one of `FORMATS`.
         out: the directory to make.
-        image_size: native size of the export in pixels, a multiple of the patch size; None keeps
-            that of the weights. Position embeddings are resized as the paper does.
+        image_size: native size of the export in px, a multiple of the patch size; None keeps that
+            of the weights. Position embeddings are resized as in the paper.
         head: a classifier to put on top; for huggingface alone.
-        overwrite: replace `out` where it exists.
-        lowshot: rows of a lowshot.json for the model card, None if there are none; figures of
-            other weights than those written, or of another size, are left out.
-        model_type: for huggingface alone: vit_msn, vit, or vit_mae, which takes MAE's decoder along
-            (`ViTMAEForPreTraining`). None is vit_msn; of MAE's weights vit_mae where they have a
-            decoder and there is no head, else vit.
+        overwrite: replace `out` if it exists.
+        lowshot: rows of a lowshot.json for the model card, or None; figures of other weights or of
+            another size are left out.
+        model_type: for huggingface alone: vit_msn, vit, or vit_mae, which includes MAE's decoder
+            (`ViTMAEForPreTraining`). None is vit_msn; for MAE's weights vit_mae with a decoder and
+            without head, else vit.
 
     Returns:
         The content of `parity.json`.
 
     Raises:
         UserError: on a wrong argument, a failed comparison, or a place that cannot be written;
-            nothing is left then, and what stood at `out` still stands.
+            `out` is left as it was.
     """
-    kind = _format(format, head)
+    kind = check_format(format, has_head=head is not None)
     _check_pool(weights, format)
     _check_same_backbone(weights, head)
     _check_free(out := out.resolve(), overwrite)
@@ -261,10 +261,15 @@ def export(
     return report
 
 
-def _format(name: str, head: Classifier | None) -> Format:
+def check_format(name: str, *, has_head: bool) -> Format:
+    """The format of that name.
+
+    Raises:
+        UserError: it does not exist, has no room for a head, or needs a package that is missing.
+    """
     if name not in FORMATS:
         raise UserError(f"format must be one of {', '.join(FORMATS)}, got {name!r}")
-    if head is not None and name != "huggingface":
+    if has_head and name != "huggingface":
         raise UserError(f"head needs format=huggingface, got format={name}")
     kind = FORMATS[name]
     missing = [package for package in kind.needs if importlib.util.find_spec(package) is None]
@@ -277,10 +282,10 @@ def _format(name: str, head: Classifier | None) -> Format:
 
 
 def _settings_of_mae(resized: Weights, weights: Weights, header: dict[str, Any]) -> dict[str, Any]:
-    """What `MAE` is built with; the header says it too."""
+    """Settings of `MAE`, which are added to the header."""
     if resized.model["img_size"] != weights.model["img_size"]:
         raise UserError(
-            f"image_size={resized.model['img_size']}: the decoder is of "
+            f"image_size={resized.model['img_size']}: the decoder is for "
             f"{weights.model['img_size']} px; model_type=vit writes the encoder alone at any size"
         )
     method, notes = mae_method(weights, {}, "checkpoint")
@@ -293,8 +298,8 @@ def _settings_of_mae(resized: Weights, weights: Weights, header: dict[str, Any])
 def _check_pool(weights: Weights, format: str) -> None:
     if weights.meta.get("pool") == "mean" and format != "torch":
         raise UserError(
-            f"format={format}: cannot say that the feature is the mean of patches through fc_norm, "
-            "as of this fine-tuned MAE; format=torch can"
+            f"format={format}: cannot express the feature of this fine-tuned MAE, the mean of "
+            "patches through fc_norm; format=torch can"
         )
 
 
@@ -305,9 +310,9 @@ def _check_same_backbone(weights: Weights, head: Classifier | None) -> None:
 
 
 def _without_paths(header: dict[str, Any]) -> dict[str, Any]:
-    """What the weights say about themselves, less where things lay on the machine that made them.
+    """The header without paths of the machine that made it, for exports are passed on.
 
-    Exports are handed on; of `init` the name is left, of the data what kind it was.
+    The name of `init` and the kind of data stay.
     """
     said: dict[str, Any] = {}
     if isinstance(header.get("data"), dict):
@@ -320,7 +325,7 @@ def _without_paths(header: dict[str, Any]) -> dict[str, Any]:
 
 
 def _about(weights: Weights, rows: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-    """Of a table the figures of exactly these weights, with the baselines beside them."""
+    """The rows of exactly these weights, and of the baselines."""
     digest = _digest(weights)
     size = weights.model["img_size"]
     own = [
@@ -346,7 +351,7 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
 
 def _is_export(directory: Path) -> bool:
-    """Whether we have made a directory and no folder was added to it since."""
+    """Whether we made a directory and nobody has added a folder to it."""
     try:
         report = json.loads((directory / PARITY_FILE).read_text())
     except (OSError, ValueError):
@@ -372,13 +377,13 @@ def _at_size(weights: Weights, image_size: int | None) -> Weights:
     if image_size > _MOST_PATCHES * patch:
         raise UserError(
             f"image_size={image_size}: must be at most {_MOST_PATCHES * patch}, that is "
-            f"{_MOST_PATCHES} patches a side"
+            f"{_MOST_PATCHES} patches per side"
         )
     needed = bytes_of_scores((image_size // patch) ** 2 + 1, int(model["num_heads"]))
     limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > limit:
         raise UserError(
-            f"image_size={image_size}: to compare the export would take {needed / 2**30:,.0f} GiB "
+            f"image_size={image_size}: comparing the export would take {needed / 2**30:,.0f} GiB "
             f"and there are {limit / 2**30:,.0f}; lower it"
         )
     trunk, _ = resized_positions(trunk, model, image_size)
@@ -392,7 +397,7 @@ def _at_size(weights: Weights, image_size: int | None) -> Weights:
 def _check_round_trip(
     directory: Path, trunk: VisionTransformer, weights: Weights, mae: Mapping[str, Any] | None
 ) -> bool:
-    """True; an export that we do not read back bit by bit is an error of ours or of the disk."""
+    """True; raises if the export does not read back bit by bit (our fault or the disk's)."""
     again = read_weights(directory, num_heads=trunk.num_heads)
     pairs = [(again.trunk, trunk.state_dict())]
     if mae is not None:

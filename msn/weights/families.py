@@ -1,4 +1,4 @@
-"""What each family of backbones takes as the feature of an image, and who says so."""
+"""The native feature of each family of backbones, with the source that says so."""
 
 import re
 from typing import NamedTuple
@@ -8,13 +8,13 @@ POOLED = "pooled"
 
 
 class Native(NamedTuple):
-    """The feature that a family itself uses."""
+    """The feature of an image that a family itself uses."""
 
     feature: str
-    """`class_token` (before the final norm), `class_token_norm`, `patch_mean` (after it), `pooled`
-    (as the library pools for a classifier)."""
+    """`class_token` (before the final norm), `class_token_norm`, `patch_mean` (both after it), or
+    `pooled` (as the library pools for a classifier)."""
     source: str
-    """Who says so."""
+    """The paper or program that says so."""
 
 
 PAPER = Native("class_token", "MSN, arXiv 2204.07141, A.2: before the final norm")
@@ -47,8 +47,7 @@ _HUGGING_FACE = {
     **dict.fromkeys(("aimv2", "aimv2_vision_model", "pixio", "swin", "swinv2"), _LIBRARY),
     **dict.fromkeys(("convnext", "convnextv2", "dinov3_convnext", "resnet", "hiera"), _LIBRARY),
 }
-# Names of timm -> feature, where timm's own pooling is not what the family takes, or is the same
-# under a name of its own; else its `num_classes=0` output.
+# Patterns of timm's names -> feature. All other models take timm's `num_classes=0` output.
 _TIMM = (
     (r"dinov3|eupe|lingbot", DINOV3),
     (r"^vit_.*dinov2|franca", DINOV2),

@@ -1,4 +1,4 @@
-"""Hugging Face's names, configurations and preprocessing files for `ViTMSNModel`, both ways.
+"""Read and write Hugging Face's names, config.json and preprocessing of ViTMSN, ViTMAE and ViT.
 
 The names are those of transformers 4, which transformers 5 reads and writes too.
 """
@@ -33,7 +33,7 @@ MODEL_TYPES = {
     "vit": "huggingface vit",
 }
 _CLASSES = {"vit_msn": "ViTMSN", "vit_mae": "ViTMAE", "vit": "ViT"}
-# Where the files that were published with the paper are on the Hub.
+# Where the paper's published files are on the Hub.
 _PUBLISHED = "facebook/vit-msn-"
 
 # (ours, theirs); `{}` is the number of the block.
@@ -67,7 +67,7 @@ _OURS_TO_THEIRS, _THEIRS_TO_OURS = dict(_NAMES), {theirs: ours for ours, theirs 
 
 
 def is_huggingface(names: Mapping[str, Any]) -> bool:
-    """Whether a state dict speaks Hugging Face's names."""
+    """Whether a state dict has Hugging Face's names."""
     key = "embeddings.patch_embeddings.projection.weight"
     return key in names or f"vit.{key}" in names
 
@@ -79,7 +79,7 @@ def from_huggingface(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
         tensors: state dict of a ViTMSN, ViTMAE or ViT model, with or without the `vit.` prefix.
 
     Returns:
-        The trunk's state dict, and the names that are no part of it (classifier, decoder, ...).
+        The trunk's state dict, and the names that are not part of it (classifier, decoder, ...).
     """
     bare = {_older(name.removeprefix("vit.")): tensor for name, tensor in tensors.items()}
     trunk, ignored = {}, []
@@ -90,7 +90,7 @@ def from_huggingface(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
         elif stem == _QUERY or stem in _KEY_VALUE:
             parts = [name.replace(f".{stem.rpartition('.')[2]}.", f".{part}.") for part in _QKV]
             found = [bare[part] for part in parts if part in bare]
-            # Parts that do not belong together stay under their names, to be named as unknown.
+            # Parts that do not belong together keep their names, to be reported as unknown.
             if len(found) == 3 and all(part.shape == tensor.shape != () for part in found):
                 if stem == _QUERY:
                     trunk[f"blocks.{number}.attn.qkv{suffix}"] = torch.cat(found)
@@ -104,7 +104,7 @@ def from_huggingface(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
 
 
 def _older(name: str) -> str:
-    """The name that transformers 4 gives to what transformers 5 calls so in memory."""
+    """From a name of transformers 5 in memory to that of transformers 4."""
     for new, old in _NEWER.items():
         name = re.sub(rf"^layers\.(\d+)\.{new}\.", rf"encoder.layer.\1.{old}.", name)
     return name
@@ -114,7 +114,7 @@ def decoder_from_huggingface(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
     """The decoder of a `ViTMAEForPreTraining` in the names of `msn.method.mae.Decoder`."""
     layers, rest = {}, {}
     for name, tensor in strip_prefix(tensors, "decoder.").items():
-        # As transformers 5 writes blocks, as 4 does, and as 5 has them in memory.
+        # Names of blocks: as transformers 5 writes them, as 4 does, and as 5 has them in memory.
         name = name.replace("decoder_encoder.layer.", "encoder.layer.")
         name = _older(name.replace("decoder_layers.", "layers."))
         if name.startswith(("layers.", "encoder.layer.")):
@@ -152,10 +152,10 @@ def to_huggingface(trunk: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def choose_model_type(weights: Weights, format: str, wanted: str | None, *, has_head: bool) -> str:
-    """The model of transformers that an export becomes, see `msn.weights.export.export`.
+    """The `model_type` of an export, see `msn.weights.export.export`.
 
     Raises:
-        UserError: if the wanted one does not exist or fit.
+        UserError: if the wanted one does not exist or does not fit.
     """
     if wanted is not None and format != "huggingface":
         raise UserError(f"model_type needs format=huggingface, got format={format}")
@@ -167,8 +167,8 @@ def choose_model_type(weights: Weights, format: str, wanted: str | None, *, has_
         raise UserError(f"model_type must be one of {allowed}, or null, got {wanted!r}")
     if wanted == "vit_mae" and weights.decoder is None:
         raise UserError(
-            "model_type=vit_mae: the weights hold no decoder of MAE; model_type=vit writes the "
-            "encoder alone"
+            "model_type=vit_mae: the weights hold no decoder; model_type=vit writes the encoder "
+            "alone"
         )
     if wanted == "vit_mae" and has_head:
         raise UserError("model_type=vit_mae has no classifier: leave head out, or model_type=vit")
@@ -232,7 +232,7 @@ def model_config(
 def mae_preprocessor_config(
     image_size: int, *, mean: Sequence[float], std: Sequence[float]
 ) -> dict[str, Any]:
-    """What `ViTImageProcessor`, which ViTMAE's scripts use, needs; it squashes to a square."""
+    """For `ViTImageProcessor`, which ViTMAE's scripts use; it squashes images to a square."""
     config = preprocessor_config(image_size, mean=mean, std=std)
     for key in ("crop_pct", "do_center_crop", "crop_size"):
         del config[key]
@@ -245,9 +245,9 @@ def preprocessor_config(
 ) -> dict[str, Any]:
     """`preprocessor_config.json`: shortest edge as `short_side` says, then a centre crop.
 
-    Training scripts crop to `size`, so this must be the model's own. PoolFormerImageProcessor then
-    resizes to size / crop_pct, at every size; ConvNextImageProcessor squashes from 384 px on,
-    ViTImageProcessor always, and BitImageProcessor takes the size before the crop.
+    Training scripts crop to `size`, so this must be the model's own size. PoolFormerImageProcessor
+    resizes to size / crop_pct at every size. ConvNextImageProcessor squashes from 384 px on,
+    ViTImageProcessor always, and BitImageProcessor's `size` is the one before the crop.
     """
     return {
         "image_processor_type": "PoolFormerImageProcessor",
@@ -267,14 +267,14 @@ def preprocessor_config(
 
 
 def _crop_pct(image_size: int) -> float:
-    """What `int(image_size / crop_pct)` makes `short_side(image_size)` of, never one short."""
+    """A fraction for which `int(image_size / fraction)` is exactly `short_side(image_size)`."""
     fraction = image_size / short_side(image_size)
     exact = int(image_size / fraction) == short_side(image_size)
     return fraction if exact else math.nextafter(fraction, 0)
 
 
 def told_by_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What a `config.json` tells beyond shapes: heads, eps and, by its origin, the licence.
+    """What a `config.json` says beyond shapes: heads, eps and, by its origin, the licence.
 
     Raises:
         UserError: if the model computes something that our trunk does not.
@@ -296,7 +296,7 @@ def told_by_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise OtherArchitecture(
             f"{where}: image_size {str(size)[:80]}: only square images are read"
         )
-    # transformers leaves numbers out that have their default.
+    # transformers leaves out numbers that have their default.
     eps = LAYER_NORM_EPS if kind == "vit_msn" else 1e-12
     told = {
         "family": "vit",
@@ -310,7 +310,7 @@ def told_by_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _told_by_us(config: Mapping[str, Any]) -> dict[str, str]:
-    """The licence that an export of ours says, and where its text is."""
+    """The licence that our export states, and a link to its text."""
     own = config.get("msn")
     if not isinstance(own, dict) or not isinstance(own.get("licence"), str):
         return {}
@@ -318,9 +318,9 @@ def _told_by_us(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _told_of_mae(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a configuration of ViTMAE tells of decoder and loss, as `msn.method.mae.MAE` takes it.
+    """Decoder and loss of a ViTMAE configuration, as arguments of `msn.method.mae.MAE`.
 
-    The decoder's MLP is told by shapes, which have to be those of our `Decoder`.
+    The shapes give the decoder's MLP; they must be those of our `Decoder`.
     """
     decoder = {
         "embed_dim": config.get("decoder_hidden_size", 512),
@@ -336,10 +336,10 @@ def _told_of_mae(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def told_by_preprocessor(content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """mean and std that do to pixels in [0, 1] what a `preprocessor_config.json` says, if it does.
+    """mean and std for pixels in [0, 1] by a `preprocessor_config.json`; empty if it has none.
 
     Raises:
-        UserError: if they are no numbers.
+        UserError: if they are not numbers.
     """
     scale = 255.0
     if content.get("do_rescale", True):

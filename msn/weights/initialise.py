@@ -1,4 +1,4 @@
-"""Start pretraining from weights that exist: `train.py init=PATH`."""
+"""Load existing weights into a fresh network: `train.py init=PATH`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +21,9 @@ from msn.weights.weights import (
 
 
 def initialise(network: Network, weights: Weights) -> list[tuple[str, str]]:
-    """Load what fits of a file into a fresh network; see `initialise_msn` and `initialise_mae`.
+    """Load the parts of a file that fit into a fresh network.
+
+    See `initialise_msn` and `initialise_mae`.
 
     Args:
         network: freshly built; changed in place.
@@ -40,7 +42,7 @@ def initialise(network: Network, weights: Weights) -> list[tuple[str, str]]:
 
 
 def initialise_mae(network: MAE, weights: Weights) -> list[tuple[str, str]]:
-    """Load the trunk with the file's positions, which stay as they are, and a decoder that fits.
+    """Load the trunk with the file's positions, which are not trained, and a decoder that fits.
 
     Arguments, result and errors are those of `initialise`.
     """
@@ -54,7 +56,7 @@ def initialise_mae(network: MAE, weights: Weights) -> list[tuple[str, str]]:
     ]
     unused = {"head": weights.head, "prototypes": weights.prototypes}
     rows += [(part, "ignored") for part, found in unused.items() if found is not None]
-    # The decoder has its row; readers of trunks count it among what they leave out.
+    # The decoder has a row of its own, but readers of trunks count it as ignored.
     own = ("decoder", "mask_token")
     others = tuple(name for name in weights.ignored if not name.startswith(own))
     rows += [(name, "ignored") for name in _grouped(others)]
@@ -62,11 +64,11 @@ def initialise_mae(network: MAE, weights: Weights) -> list[tuple[str, str]]:
 
 
 def initialise_msn(network: MSN, weights: Weights) -> list[tuple[str, str]]:
-    """Load trunk, and head and prototypes where they are there and fit, into a fresh network.
+    """Load the trunk, and head and prototypes if they exist and fit, into a fresh network.
 
-    The anchor gets the file's own anchor where it has one, else the target's weights as the target
-    does. A part that is not there or does not fit keeps its fresh initialisation; head and target
-    head stay equal then. Arguments, result and errors are those of `initialise`.
+    The anchor gets the file's anchor if there is one, else the target's weights. A part that is
+    missing or does not fit keeps its fresh initialisation; both heads are equal then. Arguments,
+    result and errors are those of `initialise`.
     """
     note = _check_fits(network.target.trunk, weights)
     anchor_trunk, anchor_head = weights.anchor_trunk, weights.anchor_head
@@ -75,7 +77,7 @@ def initialise_msn(network: MSN, weights: Weights) -> list[tuple[str, str]]:
     _load_trunk(network.anchor.trunk, anchor_trunk or weights.trunk, weights.model)
     rows = [("target trunk", note), ("anchor trunk", note + own)]
     rows += _noted(network.target.trunk, weights)
-    if weights.decoder is not None:  # of masked autoencoders, whose positions are fixed
+    if weights.decoder is not None:  # a masked autoencoder, whose positions are fixed
         places = network.anchor.trunk.pos_embed
         trained = places is not None and places.requires_grad
         rows.append(("positions", "the file's" + (", and trained from here on" * trained)))
@@ -98,7 +100,7 @@ def load_trunk(trunk: VisionTransformer, weights: Weights) -> None:
 
 
 def _noted(trunk: VisionTransformer, weights: Weights) -> list[tuple[str, str]]:
-    """What is told of a trunk that was loaded: numbers without tensors that differ, and notes."""
+    """Rows about a loaded trunk: settings without tensors that differ, and notes."""
     names = {"layer_norm_eps": "LayerNorm's eps", "rope_base": "model.rope_base"}
     rows = []
     for name, title in names.items():
@@ -115,7 +117,7 @@ def _noted(trunk: VisionTransformer, weights: Weights) -> list[tuple[str, str]]:
 
 
 def _check_fits(trunk: VisionTransformer, weights: Weights) -> str:
-    """What happens to the trunk."""
+    """Refuse a trunk that does not fit; else say what happens to it."""
     expected = dict(trunk.state_dict())
     found = _with_biases(trunk, weights.trunk)
     positions = [state.get("pos_embed") for state in (found, expected)]
@@ -139,9 +141,9 @@ def _check_fits(trunk: VisionTransformer, weights: Weights) -> str:
 
 
 def _with_biases(trunk: VisionTransformer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with zeros for biases of rotary blocks that the network has and the file not.
+    """A state dict with zeros for biases of rotary blocks that only the network has.
 
-    The published biases of DINOv3 are 0, so that timm's default models leave them out.
+    The published biases of DINOv3 are 0, so timm's default models leave them out.
     """
     missing = {
         name: torch.zeros_like(tensor)

@@ -1,4 +1,4 @@
-"""Any backbone for use: our own trunk where it can be the file, else the library that it is of."""
+"""`load_backbone`: open any backbone, in our own trunk if it fits, else in its own library."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -33,13 +33,14 @@ def load_backbone(
 
     Args:
         path: see `open_backbone_of`.
-        num_heads: attention heads where the file cannot tell; what is assumed is told in a warning.
+        num_heads: attention heads, used where the file does not say; a warning tells what is
+            assumed.
         key: which of several trunks in the file, see `read_weights`.
-        family: whose trunk it is where names and shapes fit several, see `read_weights`.
+        family: where names and shapes fit several families, see `read_weights`.
 
     Returns:
-        Our trunk where it can be the file; else the network of timm or transformers, whose features
-        are its family's (`msn.weights.families`).
+        Our trunk if the file fits it, else the network of timm or transformers, whose features are
+        its family's (`msn.weights.families`).
 
     Raises:
         UserError: see `open_backbone_of`; or the file says another number of heads.
@@ -65,15 +66,15 @@ def open_backbone_of(
     family: str | None = None,
     image_size: int | None = None,
 ) -> Weights | ForeignBackbone:
-    """The weights of our trunk where it can be the file, else the library's backbone.
+    """The weights for our trunk if the file fits it, else the library's backbone.
 
     Args:
         path: all that `read_weights` takes; a timm directory of any model; a Hugging Face directory
             that `AutoModel` and `AutoImageProcessor` open; or `timm/MODEL@FILE`, a model of timm by
             name with a local file.
-        num_heads: where the file cannot tell, see `read_weights`.
+        num_heads: used where the file does not say, see `read_weights`.
         key: which of several trunks in the file, see `read_weights`.
-        family: whose trunk it is where names and shapes fit several, see `read_weights`.
+        family: where names and shapes fit several families, see `read_weights`.
         image_size: side in px for the library's backbone; None takes its own.
 
     Raises:
@@ -97,7 +98,7 @@ def open_backbone_of(
             return open_timm(model, tensors, {}, image_size=image_size, where=text)
         if not (Path(file) / "config.json").is_file():
             raise UserError(
-                f"{error}; a bare file does not tell its model: checkpoint={_TIMM}MODEL@FILE names "
+                f"{error}; a bare file does not say its model: checkpoint={_TIMM}MODEL@FILE names "
                 "one of timm's"
             ) from error
         return _of_directory(Path(file), key, image_size)
@@ -106,7 +107,7 @@ def open_backbone_of(
 def _named_weights(
     name: str, file: str, where: str, key: str | None, family: str | None
 ) -> Weights:
-    """The weights of a file that are those of a plain vision transformer of timm."""
+    """Read the weights of a plain vision transformer of timm from a file."""
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('.')[0][:12]}*")[:5]
         hint = f"; similar are {', '.join(near)}" if near else ""
@@ -118,22 +119,22 @@ def _named_weights(
     family = timm_family(model) or family
     try:
         weights = read_weights(file, num_heads=told["num_heads"], key=key, family=family)
-    except UserError:  # perhaps only because the named model's heads do not divide the file's width
+    except UserError:  # perhaps because the named model's heads do not divide the file's width
         weights = read_weights(file, num_heads=1, key=key, family=family)
         check_same_model(weights, model, f"checkpoint={where}")
         raise
     check_same_model(weights, model, f"checkpoint={where}")
-    weights.model.update(told)  # its eps, if that is not ours
+    weights.model.update(told)  # its eps, if it differs from ours
     config = timm.models.get_pretrained_cfg(name)
     meta = {} if config is None else {"mean": config.mean, "std": config.std}
-    notes = tuple(note for note in weights.notes if note != EXACT_GELU)  # which it has
+    notes = tuple(note for note in weights.notes if note != EXACT_GELU)  # the model is known
     native = native_of_timm(name)
     native = TIMM if native.feature == POOLED else native
     return replace(weights, notes=notes, meta={**meta, **weights.meta}, native=native)
 
 
 def _tensors(file: Path, key: str | None) -> dict[str, Tensor]:
-    """The tensors of the one trunk in a file, or of the one that a person chose."""
+    """The tensors of the one trunk in a file, or of the one that `key` names."""
     content, _ = open_content(file)
     if not isinstance(content, dict):
         raise UserError(f"{file}: must hold a dictionary of tensors")
@@ -141,7 +142,7 @@ def _tensors(file: Path, key: str | None) -> dict[str, Tensor]:
 
 
 def _whole(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file that a library wrote for one model."""
+    """All tensors of a file that holds one model."""
     content, _ = open_content(file)
     if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
         raise UserError(f"{file}: must hold the tensors of one model")

@@ -1,4 +1,4 @@
-"""Masked autoencoders from files of any origin: trunk and decoder."""
+"""`load_mae`: open a masked autoencoder, trunk and decoder, from files of any origin."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +23,7 @@ class LoadedMAE(MAE):
     """An `msn.MAE` from a file.
 
     Args:
-        weights: as `read_weights` gives them; without a decoder that starts anew.
+        weights: as `read_weights` gives them; a missing decoder is initialised.
         method: `decoder`, `mask_ratio` and `norm_pix_loss`, see `MAE`.
 
     Attributes:
@@ -56,17 +56,17 @@ def load_mae(
 
     Args:
         path: a run with `method=mae` or its checkpoint; a Hugging Face ViTMAE directory; a file in
-            the layout of facebookresearch/mae, with decoder or without. Any other file that
-            `read_weights` takes gives its trunk. Without a decoder one starts anew, as torch's seed
-            says, and a warning tells it.
-        num_heads: attention heads of the trunk where the file cannot tell.
+            the layout of facebookresearch/mae, with decoder or without; the trunk of any other file
+            that `read_weights` takes. A missing decoder is initialised from torch's generator, and
+            a warning says so.
+        num_heads: attention heads of the trunk, used where the file does not say.
         key: which of several trunks in the file, see `read_weights`.
-        decoder: `embed_dim`, `depth`, `num_heads` of the decoder as far as the file does not tell
-            them; by default the paper's 512, 8, 16.
+        decoder: `embed_dim`, `depth`, `num_heads` of the decoder, used where the file does not say;
+            by default the paper's 512, 8, 16.
         mask_ratio: of `forward`, in (0, 1); None takes the file's, else the paper's 0.75.
-        norm_pix_loss: whether predictions are of normalised patches; None takes what the file says,
-            else False, as the published files with decoder are; with a new decoder it is True, the
-            paper's recipe. A warning tells what was assumed.
+        norm_pix_loss: whether predictions are of normalised patches. None takes what the file says;
+            else False, as in the published files with decoder, or True, the paper's recipe, with a
+            new decoder. A warning tells what was assumed.
 
     Returns:
         An `msn.MAE`, float32 (float64 where the file is), with `meta` and `transform`. Its
@@ -74,10 +74,10 @@ def load_mae(
         [B, N].
 
     Raises:
-        UserError: see `read_weights`; or the file's decoder is not whole, or contradicts what was
-            given; or the file was fine-tuned to classify, so that its final norm is gone.
+        UserError: see `read_weights`; or the file's decoder is incomplete or contradicts an
+            argument; or the file was fine-tuned to classify, which removes the final norm.
     """
-    # A run's backbone is a trunk alone; its newest checkpoint has the decoder.
+    # The backbone of a run is a trunk alone; its newest checkpoint has the decoder.
     source = newest_valid_checkpoint(Path(path) / "checkpoints") or path
     weights = read_weights(source, num_heads=num_heads, key=key)
     check_heads(weights, num_heads, str(path))
@@ -94,22 +94,22 @@ def load_mae(
 def mae_method(
     weights: Weights, given: Mapping[str, int], where: str
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Settings of an `MAE` for some weights: what they say, and else the paper's.
+    """Settings of an `MAE` for some weights: what they say, else the paper's.
 
     Args:
         weights: of any source.
-        given: numbers of the decoder, where the weights do not tell them.
+        given: numbers of the decoder, used where the weights do not say them.
         where: the path, for messages.
 
     Returns:
         `decoder`, `mask_ratio`, `norm_pix_loss`, and what was assumed.
 
     Raises:
-        UserError: if these are no weights of a masked autoencoder.
+        UserError: if these are not weights of a masked autoencoder.
     """
     if weights.meta.get("pool") == "mean":
         raise UserError(
-            f"{where}: was fine-tuned to classify: it has fc_norm in place of norm, which a masked "
+            f"{where}: was fine-tuned to classify: it has fc_norm, not the norm that a masked "
             "autoencoder needs; msn.load_backbone reads it"
         )
     said = weights.meta.get("method")
@@ -117,7 +117,7 @@ def mae_method(
     if weights.decoder is None:
         told = said.get("decoder")
         numbers = {**DECODER, **(told if isinstance(told, dict) else {}), **given}
-        notes: tuple[str, ...] = (f"holds no decoder: one starts anew ({_in_words(numbers)})",)
+        notes: tuple[str, ...] = (f"holds no decoder: one is initialised ({_in_words(numbers)})",)
     else:
         numbers, notes = _decoder_numbers(weights, said.get("decoder"), given, where)
     ratio, normalised = said.get("mask_ratio", MASK_RATIO), said.get("norm_pix_loss")
@@ -138,7 +138,7 @@ def mae_method(
 def _decoder_numbers(
     weights: Weights, said: Any, given: Mapping[str, int], where: str
 ) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Width and depth by the shapes, heads by the file, the caller or the paper."""
+    """Width and depth from the shapes; heads from the file, the caller or the paper."""
     tensors = weights.decoder or {}
     if "embed.weight" not in tensors or tensors["embed.weight"].ndim != 2:
         raise UserError(f"{where}: its decoder is not whole: decoder_embed.weight is missing")
@@ -152,7 +152,7 @@ def _decoder_numbers(
         notes = (f"attention heads of the decoder: {heads} assumed (MAE, arXiv 2111.06377)",)
     if heads is None:
         raise UserError(
-            f"{where}: does not tell its decoder's number of attention heads, and width "
+            f"{where}: does not say its decoder's number of attention heads, and width "
             f"{numbers['embed_dim']} is not the paper's: give decoder={{'num_heads': N}}"
         )
     numbers["num_heads"] = heads

@@ -80,7 +80,7 @@ def has_fixed_positions(trunk: Mapping[str, Tensor], *, columns_first: bool) -> 
 
 
 def pooled_norm(trunk: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """The trunk with `fc_norm` as its final norm; None where it has no `fc_norm` or another norm."""
+    """The trunk with `fc_norm` as its final norm; None without `fc_norm` or with a norm already."""
     norm = strip_prefix(trunk, _POOLED_NORM)
     if not norm or any(name.startswith("norm.") for name in trunk):
         return None

@@ -1,4 +1,4 @@
-"""timm's directories (`local-dir:` and Hub layout), both ways; its weight names are ours."""
+"""Read and write timm's directories (`local-dir:` and Hub layout), and build timm's twin models."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -28,9 +28,9 @@ from msn.weights.weights import (
 
 TimmModel = TimmVisionTransformer | Eva
 
-# Of model arguments those that tensors do not tell, and what we call them.
+# timm's model arguments that tensors do not give, and our names for them.
 _ARGUMENTS = {"num_heads": "num_heads", "rope_temperature": "rope_base"}
-# Model arguments that shapes tell, or that evaluation does not see.
+# Model arguments that shapes give, or that have no effect on evaluation.
 _READ_ARGUMENTS = {
     *("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "in_chans"),
     *("num_classes", "global_pool", "class_token", "qkv_bias", "init_values", "reg_tokens"),
@@ -59,11 +59,13 @@ def config(
     With the tag `mae` it names timm's own model of the size, `vit_base_patch16_224.mae` and others.
 
     Raises:
-        UserError: if the norms have another eps than timm's: its configurations cannot say so.
+        UserError: if the eps of the norms is not timm's, which its configurations cannot express.
     """
     eps = model.get("layer_norm_eps", LAYER_NORM_EPS)
     if eps != (dino.V3_EPS if family_of(model) is Family.DINOV3 else LAYER_NORM_EPS):
-        raise UserError(f"format=timm: cannot say layer_norm_eps={eps:g}; format=huggingface can")
+        raise UserError(
+            f"format=timm: cannot express layer_norm_eps={eps:g}; format=huggingface can"
+        )
     size = int(model["img_size"])
     name, arguments = architecture(model)
     return {
@@ -93,9 +95,9 @@ def config(
 
 
 def architecture(model: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The model of timm for a `VisionTransformer`'s arguments, and what to change of it.
+    """The name of timm's model for a `VisionTransformer`'s arguments, and the arguments to change.
 
-    Any model of the family would do: the arguments override all sizes. Eps is not among them.
+    Any model of the family would do: the arguments override all sizes. eps is not among them.
     """
     sizes = {name: model[name] for name in SIZES}
     model = {**PLAIN, **model}
@@ -132,7 +134,7 @@ def _sizes(model: Mapping[str, Any]) -> tuple[int | float, ...]:
 
 
 def told_by_config(content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What a timm `config.json` tells beyond shapes: heads, eps, normalisation and licence.
+    """What a timm `config.json` says beyond shapes: heads, eps, normalisation and licence.
 
     Raises:
         UserError: if the architecture is not one of timm's plain vision transformers.
@@ -166,24 +168,22 @@ def told_by_config(content: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def timm_family(model: TimmModel) -> str | None:
-    """The family that a model of timm tells beyond its tensors."""
+    """The family of a model of timm, if its tensors do not give it."""
     return Family.DINOV3.value if isinstance(model, Eva) else None
 
 
 def named_model(name: Any, where: str) -> TimmModel:
-    """A vision transformer of timm that our trunk computes, by its name, on the meta device.
+    """Build the named vision transformer of timm, which our trunk can compute, on the meta device.
 
     Raises:
-        UserError: if there is none, or it computes something that our trunk does not.
+        UserError: if timm has none of that name, or our trunk cannot compute it.
     """
     if not isinstance(name, str) or not timm.is_model(name):
-        raise UserError(
-            f"{where}: timm {timm.__version__} knows no architecture {str(name)[:80]!r}"
-        )
+        raise UserError(f"{where}: timm {timm.__version__} has no architecture {str(name)[:80]!r}")
     try:
         with torch.device("meta"):
             model = timm.create_model(name, pretrained=False)
-    except Exception as error:  # timm's models raise what they like where they have no storage
+    except Exception as error:  # timm's models raise anything where they have no storage
         raise UserError(f"{where}: timm cannot build architecture {name!r}") from error
     if (
         not isinstance(model, TimmVisionTransformer | Eva)
@@ -208,13 +208,13 @@ def named_model(name: Any, where: str) -> TimmModel:
 
 
 def _is_dinov3(model: Eva) -> bool:
-    """Whether positions are those that `msn.method.positions.Rope` computes."""
+    """Whether the model has the positions that `msn.method.positions.Rope` computes."""
     rope = model.rope
     return type(rope) is RotaryEmbeddingDinoV3 and bool(rope.rotate_half) and rope.grid_offset == 0
 
 
 def told_by_model(model: TimmModel) -> dict[str, Any]:
-    """What a model of timm tells beyond shapes: heads, and eps and base where they are not ours."""
+    """What a model of timm says beyond shapes: heads, and eps and base if they differ from ours."""
     # To the type checker a number of heads may be a module, as any attribute may.
     heads = int(model.blocks[0].get_submodule("attn").num_heads)  # type: ignore[arg-type]
     eps = getattr(model.blocks[0].get_submodule("norm1"), "eps", LAYER_NORM_EPS)
@@ -226,7 +226,7 @@ def told_by_model(model: TimmModel) -> dict[str, Any]:
 
 
 def check_same_model(weights: Weights, model: TimmModel, where: str) -> None:
-    """Refuse weights that are not of the named model; the image size may be another one.
+    """Refuse weights that are not those of the named model; the image size may differ.
 
     Raises:
         UserError: naming at most ten differing keys and shapes.
@@ -248,13 +248,13 @@ def check_same_model(weights: Weights, model: TimmModel, where: str) -> None:
 def timm_twin(
     trunk: Mapping[str, Tensor], model: Mapping[str, Any], *, num_classes: int = 0, **changes: Any
 ) -> TimmModel:
-    """The family's model of timm with our weights, in eval mode.
+    """timm's model of the same family with our weights, in eval mode.
 
     Args:
         trunk: state dict in timm's names.
-        model: its arguments.
+        model: arguments of our `VisionTransformer`.
         num_classes: of a head, which keeps timm's initialisation; 0 for none.
-        changes: further arguments of timm's.
+        changes: further arguments of timm's model.
     """
     name, arguments = architecture(model)
     norm = partial(nn.LayerNorm, eps=model.get("layer_norm_eps", LAYER_NORM_EPS))

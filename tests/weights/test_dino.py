@@ -242,7 +242,7 @@ def test_transformers_has_no_classifier_of_dinov3(tmp_path):
     trunk = twins("vit_small_patch16_dinov3")[1]
     weights = Weights(trunk.state_dict(), trunk.model_config, "test", meta={"licence": "mit"})
     settings = {"image_size": None, "overwrite": False, "lowshot": None}
-    with pytest.raises(UserError, match="no classifier of DINOv3"):
+    with pytest.raises(UserError, match="no classifier for DINOv3"):
         export(weights, format="huggingface", out=tmp_path / "out", head=a_head(64), **settings)
 
 
@@ -262,7 +262,7 @@ def test_the_layout_of_the_reference_cannot_say_options(tmp_path):
     trunk = twins("vit_small_patch14_dinov2")[1]
     weights = Weights(trunk.state_dict(), trunk.model_config, "test")
     settings = {"image_size": None, "head": None, "overwrite": False, "lowshot": None}
-    with pytest.raises(UserError, match="cannot say layer_scale"):
+    with pytest.raises(UserError, match="cannot express layer_scale"):
         export(weights, format="official", out=tmp_path / "out", **settings)
 
 

@@ -406,7 +406,7 @@ def test_another_eps_travels_or_is_refused(tmp_path, weights, format):
         export(found, **arguments, overwrite=False, lowshot=None)
         assert read_weights(tmp_path / "out").model["layer_norm_eps"] == 1e-3
         return
-    with pytest.raises(UserError, match=r"cannot say layer_norm_eps=0\.001"):
+    with pytest.raises(UserError, match=r"cannot express layer_norm_eps=0\.001"):
         export(found, **arguments, overwrite=False, lowshot=None)
     assert not (tmp_path / "out").exists()
 

@@ -130,7 +130,9 @@ def test_without_a_decoder_one_starts_anew_and_it_is_said(tmp_path, source, capl
         expected = mae.trunk.cls_token
     torch.manual_seed(3)
     found = msn.load_mae(path, **given)
-    assert "holds no decoder: one starts anew (embed_dim 16, depth 2, num_heads 4)" in caplog.text
+    assert (
+        "holds no decoder: one is initialised (embed_dim 16, depth 2, num_heads 4)" in caplog.text
+    )
     assert torch.equal(found.trunk.cls_token, expected)
     assert (found.num_kept, found.norm_pix_loss) == (kept, targets)
     assert not found.decoder.pred.bias.any()
@@ -331,7 +333,7 @@ def test_encoder_exports_are_what_their_libraries_call_them(tmp_path):
     [
         ("timm", {"model_type": "vit"}, "model_type needs format=huggingface"),
         ("huggingface", {"model_type": "bert"}, "must be one of vit_msn, vit_mae, vit"),
-        ("huggingface", {"image_size": 64}, "the decoder is of 32 px; model_type=vit"),
+        ("huggingface", {"image_size": 64}, "the decoder is for 32 px; model_type=vit"),
     ],
 )
 def test_exports_that_cannot_be_are_refused(tmp_path, format, settings, message):
@@ -344,10 +346,10 @@ def test_exports_that_cannot_be_are_refused(tmp_path, format, settings, message)
 def test_a_decoder_is_needed_for_what_has_one_and_a_pooled_feature_cannot_be_said(tmp_path):
     pytest.importorskip("transformers")
     torch.save(make_mae(embed_dim=192).trunk.state_dict(), tmp_path / "a.pth")
-    with pytest.raises(UserError, match="hold no decoder of MAE; model_type=vit"):
+    with pytest.raises(UserError, match="hold no decoder; model_type=vit"):
         write(tmp_path / "a.pth", tmp_path / "out", model_type="vit_mae")
     torch.save({"model": finetuned(make_mae(embed_dim=192))}, tmp_path / "b.pth")
-    with pytest.raises(UserError, match="format=timm: cannot say .* format=torch can"):
+    with pytest.raises(UserError, match="format=timm: cannot express .* format=torch can"):
         write(tmp_path / "b.pth", tmp_path / "out", "timm")
     write(tmp_path / "b.pth", tmp_path / "out", "torch")
     expected = load_backbone(tmp_path / "b.pth")(images(32))
