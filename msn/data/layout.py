@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,6 +21,7 @@ HELD_OUT = ("val", "valid", "validation", "test")  # beside `train`; the first t
 UNLABELLED = -1  # the class number of an image without a label
 _HALVES = (("labelled", "unlabelled"), ("labeled", "unlabeled"))
 _OR_LIST = "or give a CSV with the columns path and label (data=list data.root=FILE)"
+_MOST_FRACTIONS = 50  # distinct fractional numbers that may be classes
 _DEEPEST = 8  # nested folders; links may make a circle
 
 
@@ -225,3 +227,29 @@ def _half_labelled(
         *(where, len(inside), half, len(classes), len(paths) - len(inside), other),
     )
     return FolderLabels(labels, classes, "")
+
+
+def refuse_odd_numbers(labels: Sequence[str], where: str) -> None:
+    """Where all labels are numbers: measurements are not classes, and a class has one name.
+
+    Raises:
+        UserError: they are many fractions, one is there in two ways of writing, or one is nan.
+    """
+    what = ""
+    try:
+        numbers = [float(label.replace("_", "-")) for label in labels]
+    except ValueError:
+        return
+    names = dict(zip(numbers, labels, strict=True))
+    twice = sorted(set(labels) - set(names.values()))
+    if len(labels) > _MOST_FRACTIONS and not all(map(float.is_integer, numbers)):
+        what = f"continuous numbers ({len(labels)} different ones, such as {labels[0]}), no classes"
+    elif twice:
+        what = f"{twice[0]} and {names[float(twice[0])]}, which are one number"
+    elif any(map(math.isnan, numbers)):
+        what = "numbers and nan; the cell of an image without a label must be empty"
+    if what:
+        raise UserError(
+            f"{where}: the labels are {what}: data.label_column=NAME chooses another column, "
+            "data.use_labels=false none"
+        )

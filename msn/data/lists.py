@@ -16,7 +16,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 
 from msn.data.index import RealPaths
-from msn.data.layout import UNLABELLED
+from msn.data.layout import UNLABELLED, refuse_odd_numbers
 from msn.data.tables import KEEP_FROM, StringTable, Table, keep_table, kept_table, stamp
 from msn.errors import UserError
 from msn.images.kinds import SUFFIXES, UNREAD_SUFFIXES
@@ -24,16 +24,18 @@ from msn.progress import Progress
 
 log = logging.getLogger(__name__)
 
-# Names of columns in lower case; the first that exists is taken.
+# Names of columns in lower case, with _ for spaces; the first that exists is taken.
 _PATH = (
     *("path", "filepath", "filename", "file", "image", "img", "file_path", "file_name"),
-    *("image_path", "image_name", "image_id", "img_path"),
+    *("image_path", "image_name", "image_id", "img_path", "image_file", "image_filename"),
+    *("img_name", "image_index"),
 )
-_LABEL = ("label", "class", "labels", "class_name", "category", "target")
+_LABEL = (
+    *("label", "class", "labels", "class_name", "category", "target", "class_label", "label_name"),
+    *("category_name", "species", "class_id", "label_id"),
+)
 _SHOWN = 8  # columns that a message names
-_SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}
 _SHOW_EVERY = 10_000  # rows
-_MOST_FRACTIONS = 50  # distinct fractional numbers that may be classes
 
 
 class Columns(NamedTuple):
@@ -212,7 +214,7 @@ class _Rows:
 
     def _with_classes(self, paths: StringTable, labels: np.ndarray) -> ListIndex:
         """Number the classes by their sorted names."""
-        self._refuse_continuous()
+        refuse_odd_numbers(list(self._numbers), self._where)
         if len(self._numbers) < 2:
             return ListIndex(paths, None, [], self._why())
         classes = sorted(self._numbers)
@@ -220,15 +222,6 @@ class _Rows:
         number[[self._numbers[name] for name in classes]] = np.arange(len(classes))
         # -1 of a row without a label takes the last entry.
         return ListIndex(paths, np.append(number, UNLABELLED)[labels], classes, "")
-
-    def _refuse_continuous(self) -> None:
-        """Many fractional numbers are measurements, not classes."""
-        if len(self._numbers) > _MOST_FRACTIONS and _has_fractions(self._numbers):
-            raise UserError(
-                f"{self._where}: the labels are continuous numbers ({len(self._numbers)} "
-                f"different ones, such as {next(iter(self._numbers))}), no classes: "
-                "data.label_column=NAME chooses another column, data.use_labels=false none"
-            )
 
     def _why(self) -> str:
         if not self._use_labels:
@@ -239,14 +232,6 @@ class _Rows:
             "no row has a label: it stands in the column that the header calls label or class, in "
             "a list without a header in the second"
         )
-
-
-def _has_fractions(labels: Iterable[str]) -> bool:
-    """Whether all are numbers, and some of them not whole."""
-    try:
-        return not all(float(label).is_integer() for label in labels)
-    except (ValueError, OverflowError):
-        return False
 
 
 class ListedImage(NamedTuple):
@@ -353,22 +338,33 @@ def _find_layout(file: str, where: str, columns: Columns) -> _Layout | None:
             return None
         if {columns.image, columns.label, columns.group} & set(cells):
             return _from_header(separator, cells, where, columns)
-        if not _is_image(cells[0]) and any(cell.lower() in _PATH for cell in cells):
+        if not _is_image(cells[0]) and any(_plain_name(cell) in _PATH for cell in cells):
             return _from_header(separator, cells, where, columns)
     if columns.image or columns.label:
         _refuse_column(columns, max(firsts.values(), key=len), where)
     folder = os.path.dirname(os.path.abspath(file))
     there = [s for s, cells in firsts.items() if os.path.isfile(os.path.join(folder, cells[0]))]
-    named = [s for s, cells in firsts.items() if _is_image(cells[0])]
-    if there or named:
-        return _Layout((there or named)[0], 0, 1, [])
     cells = max(firsts.values(), key=len)
+    least = len(cells) if ending in (".csv", ".tsv") else 1  # there, no whole row is a path
+    named = [s for s, row in firsts.items() if _is_image(row[0]) and len(row) >= least]
+    if there or named:
+        separator = (there or named)[0]
+        if len(firsts[separator]) > 2:
+            raise UserError(
+                f"{where}: without a header, a list has a path and a label per row; "
+                f"{_seen(firsts[separator])}; a first line such as path,label names them"
+            )
+        return _Layout(separator, 0, 1, [])
     at = next((f" (column {i} may be)" for i, cell in enumerate(cells, 1) if _is_image(cell)), "")
     raise UserError(
         f"{where}: the first row is no image{at} and no header that names the column of paths; "
-        f"columns seen: {', '.join(map(repr, cells[:_SHOWN]))}; separators tried: "
-        f"{', '.join(_SEPARATORS.values())}; the header must name one of {', '.join(_PATH)}"
+        f"{_seen(cells)}; separators tried: comma, semicolon, tab; the header must name one of "
+        f"{', '.join(_PATH)}, or data.image_column=NAME says which"
     )
+
+
+def _seen(cells: list[str]) -> str:
+    return f"columns seen: {', '.join(map(repr, cells[:_SHOWN]))}"
 
 
 def _first_row(file: str, separator: str, where: str) -> list[str]:
@@ -381,16 +377,21 @@ def _is_image(cell: str) -> bool:
 
 
 def _from_header(separator: str, cells: list[str], where: str, columns: Columns) -> _Layout:
-    names = [cell.lower() for cell in cells]
+    names = [_plain_name(cell) for cell in cells]
     path = _column(cells, columns.image, [names.index(name) for name in _PATH if name in names])
     label = _column(cells, columns.label, [names.index(name) for name in _LABEL if name in names])
     if path < 0 or (columns.label is not None and label < 0):
         _refuse_column(columns, cells, where)
     group = _column(cells, columns.group, [])
     others = [name for i, name in enumerate(cells) if i not in (path, label, group)]
-    if label < 0 and others:
-        log.info("%s: no column is called label or class; not read: %s", where, others)
+    if others:
+        found = "no column is called label or class" if label < 0 else f"labels: {cells[label]!r}"
+        log.info("%s: paths: %r; %s; not read: %s", where, cells[path], found, others)
     return _Layout(separator, path, label, cells, group)
+
+
+def _plain_name(cell: str) -> str:
+    return cell.lower().replace(" ", "_").replace("-", "_")
 
 
 def _column(cells: list[str], wanted: str | None, found: list[int]) -> int:
@@ -405,6 +406,5 @@ def _refuse_column(columns: Columns, cells: list[str], where: str) -> NoReturn:
     missing = [f"data.{k}={name}" for k, name in named.items() if name and name not in cells]
     key = missing[0] if missing else "data.image_column=NAME is needed"
     raise UserError(
-        f"{key}: the header of {where} has no such column of images or labels; columns seen: "
-        f"{', '.join(map(repr, cells[:_SHOWN]))}"
+        f"{key}: the header of {where} has no such column of images or labels; {_seen(cells)}"
     )

@@ -23,7 +23,7 @@ from msn.images.kinds import SUFFIXES
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 7  # raised also when the rules of folders, lists or shards change
+_FORMAT = 8  # raised also when the rules of folders, lists or shards change
 _SETTLED_NS = 2_000_000_000  # a file that changed so recently may change again unseen
 KEEP_FROM = 10_000  # images; with fewer the cache is not worth it
 _WATCHED, _STAMPS = "watched", "stamps"

@@ -174,3 +174,66 @@ def test_continuous_numbers_are_no_classes(tmp_path):
         index([i + 0.5 for i in range(60)])
     assert len(index(range(60)).classes) == 60
     assert len(index([0, 1 / 3, 2 / 3, 1] * 20).classes) == 4
+
+
+def row(separator, *, path="p{}.jpg", label="{}"):
+    """Four rows with the labels a and b."""
+    return "\n".join(f"{path.format(i)}{separator}{label.format('ab'[i % 2])}" for i in range(4))
+
+
+NO_HEADER = "no header that names the column of paths; columns seen: "
+# Layouts, as tables and people write them: name of the file, content, and the classes or what is
+# said instead. The shown table is that of docs/data.md.
+LAYOUTS = {
+    "commas": ("a.csv", row(","), ["a", "b"]),
+    "semicolons": ("a.csv", row(";"), ["a", "b"]),
+    "tabs": ("a.txt", row("\t"), ["a", "b"]),
+    "TSV": ("a.tsv", "filename\tclass\n" + row("\t"), ["a", "b"]),
+    "quoted": ("a.csv", "path,label\n" + row(",", label='"x, ""{}"""'), ['x, "a"', 'x, "b"']),
+    "spaced names": ("a.csv", "Image Index , Class-Name\n" + row(" , "), ["a", "b"]),
+    "spaces in paths": ("a.txt", "my p 1.jpg\nmy, p 2.jpg", []),
+    "byte order mark": ("a.csv", b"\xef\xbb\xbfpath,label\n" + row(",").encode(), ["a", "b"]),
+    "CRLF": ("a.csv", ("path,label\n" + row(",")).replace("\n", "\r\n"), ["a", "b"]),
+    "absolute": ("a.csv", row(",", path="/there/p{}.jpg"), ["a", "b"]),
+    "Latin-1": ("a.csv", row(",", label="\xe9{}").encode("latin-1"), ["\udce9a", "\udce9b"]),
+    "floats": ("a.csv", "path,label\n1.jpg,1.0\n2.jpg,0.0\n3.jpg,", ["0.0", "1.0"]),
+    "repeated": ("a.csv", row(",") + "\n" + row(","), ["a", "b"]),
+    "index of pandas": ("a.csv", ",path,label\n0,1.jpg,a\n1,2.jpg,b", ["a", "b"]),
+    "several labels": ("a.csv", "path,class,label\n1.jpg,0,a\n2.jpg,1,b", ["a", "b"]),
+    "one-hot, header": ("a.csv", "image,MEL,NV\n1.jpg,1,0\n2.jpg,0,1", []),
+    "one-hot": ("a.csv", "1.jpg,1,0\n2.jpg,0,1", "columns seen: '1.jpg', '1', '0'; a first line"),
+    "two ways": ("a.csv", "1.jpg,1\n2.jpg,1.0\n3.jpg,2", "1 and 1.0, which are one number"),
+    "nan": ("a.csv", "1.jpg,1\n2.jpg,2\n3.jpg,nan", "numbers and nan; the cell of an image"),
+    "label first": (
+        "a.csv",
+        "a,1.jpg\nb,2.jpg",
+        r"\(column 2 may be\) and " + NO_HEADER + "'a', '1.j",
+    ),
+    "spaces": ("a.csv", "path label\n" + row(" "), NO_HEADER + "'path label'; separators tried"),
+    "pipes": ("a.csv", "path|label\n" + row("|"), NO_HEADER + r"'path\|label'"),
+    "other names": ("a.csv", "id,y\n1,a", NO_HEADER + "'id', 'y'.*data.image_column=NAME says"),
+    "JSON lines": ("a.jsonl", '{"path": "1.jpg", "label": "a"}', NO_HEADER + ".*path"),
+    "UTF-16": ("a.csv", row(",").encode("utf-16"), "line 1 is not text in UTF-8"),
+    "header alone": ("a.csv", "path,label\n", "lists no image"),
+    "empty": ("a.csv", "", "lists no image"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_each_layout_is_read_or_refused_in_one_line(tmp_path, name):
+    file, content, expected = LAYOUTS[name]
+    (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    if isinstance(expected, list):
+        index = read(tmp_path / file)
+        assert index.classes == expected
+        assert all(path.endswith(".jpg") for path in index.paths)
+        return
+    with pytest.raises(UserError, match=expected) as caught:
+        read(tmp_path / file)
+    assert "\n" not in str(caught.value)
+
+
+def test_columns_that_are_not_read_are_named(tmp_path, caplog):
+    caplog.set_level("INFO", "msn")
+    read(write(tmp_path / "a.csv", "path,label,class\n1.jpg,a,0\n2.jpg,b,1\n"))
+    assert "paths: 'path'; labels: 'label'; not read: ['class']" in caplog.text

@@ -107,7 +107,6 @@ HEADERS = {
     "filepath,width\na.jpg,64\nb.jpg,48\n": [],
     "IMAGE\na.jpg\nb.jpg\n": [],
     "a.jpg,image\nb.jpg,label\n": ["image", "label"],
-    "a.jpg,cat,7\nb.jpg,dog,8\n": ["cat", "dog"],
     "image_id,label\na.jpg,cat\nb.jpg,dog\n": ["cat", "dog"],
     "path;label\na.jpg;cat\nb.jpg;dog\n": ["cat", "dog"],
     "a.jpg;cat\nb.jpg;dog\n": ["cat", "dog"],
