@@ -1,4 +1,4 @@
-"""Crash-safe writes, checksums in checkpoints, and what can be read of damaged tables."""
+"""Crash-safe writes, checksums in checkpoints, and reading of damaged CSV tables."""
 
 import contextlib
 import csv
@@ -31,16 +31,16 @@ _END, _END_SIZE, _LENGTH = b"PK\5\6", 22, struct.Struct("<H")
 
 
 def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
-    """Write a file so that after a crash the old or the new one stands there, whole.
+    """Write a file so that after a crash either the old or the new one is there, complete.
 
-    The file has the permissions that the umask leaves.
+    The file gets the permissions that the umask leaves.
 
     Args:
         path: the file; directories above it are made.
         write: writes the content to the binary file that it is given.
 
     Raises:
-        OSError: the system's error, about `path`; the old file is untouched then.
+        OSError: the system's error, about `path`; the old file is untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
@@ -52,21 +52,31 @@ def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
         temporary.replace(path)
         sync_directory(path.parent)
     except BaseException as error:
-        with contextlib.suppress(OSError):  # which would hide the first one
+        with contextlib.suppress(OSError):  # it would hide the first error
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            error.filename = str(path)  # a full disk is told without, other errors of the temporary
+            error.filename = str(path)  # else it names the temporary file or, on a full disk, none
         raise
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write some bytes by `write_atomically`.
+def write_file(path: Path, write: Callable[[Any], Any]) -> None:
+    """Write a file by `write_atomically`, and report a failure as the user's.
 
     Raises:
-        UserError: if the disk is full or the place cannot be written to; nothing is left then.
+        UserError: if the disk is full or the place cannot be written to; nothing is left behind.
     """
     with writing_to(path):
-        write_atomically(path, lambda file: file.write(data))
+        write_atomically(path, write)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write bytes by `write_file`."""
+    write_file(path, lambda file: file.write(data))
+
+
+def utf8(name: str) -> str:
+    """A file name for formats that hold UTF-8 alone: other bytes are written as \\xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 @contextlib.contextmanager
@@ -83,8 +93,7 @@ def placed_at(out: Path) -> Iterator[Path]:
     """A temporary directory beside `out` that replaces `out` if the block succeeds.
 
     Raises:
-        UserError: if the place cannot be written to; nothing is left then, and what stood at `out`
-            still stands.
+        UserError: if the place cannot be written to; `out` is left as it was.
     """
     with writing_to(out):
         made = [parent for parent in out.parents if not parent.exists()]
@@ -105,7 +114,7 @@ def placed_at(out: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def utf8_path(path: Path) -> Iterator[Path]:
-    """The path, or a link to it while its own name is not UTF-8, which Rust and C++ refuse."""
+    """The path, or a link to it if its name is not UTF-8, which Rust and C++ refuse."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -118,7 +127,7 @@ def utf8_path(path: Path) -> Iterator[Path]:
 
 
 def temporary_beside(path: Path) -> Path:
-    """A new name in the same directory, which `remove_stale` knows."""
+    """A new name in the same directory that `remove_stale` recognises."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
@@ -132,15 +141,14 @@ def sync_directory(path: Path) -> None:
 
 
 def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Write plain data with a checksum in it; `torch.load` reads the file as it is.
+    """Write plain data with a checksum inside; `torch.load` still reads the file.
 
     Args:
         path: the file; directories above it are made.
         checkpoint: tensors, numbers, strings, and lists, tuples and dicts of them.
 
     Raises:
-        OSError: the system's error, or too little space is free; an older file of that
-            name is untouched then.
+        OSError: the system's error, or too little space is free; an older file is untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     needed = tensor_bytes(checkpoint) + SLACK
@@ -154,7 +162,7 @@ def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
         try:
             torch.save(checkpoint, cast("IO[bytes]", hashing))  # torch only writes and flushes
         except RuntimeError as error:
-            # torch raises its own error instead of the system's.
+            # torch raises an error of its own instead of the system's.
             raise hashing.error or error from None
         _seal(file, hashing.digest.hexdigest())
 
@@ -162,9 +170,9 @@ def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint file, None if nothing is.
+    """What is wrong with a checkpoint file; None if nothing is.
 
-    A file without a checksum, written by something else, is trusted if it is a whole archive.
+    A file without our checksum is trusted if it is a complete archive.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -195,22 +203,22 @@ def tensor_bytes(data: Any) -> int:
 
 
 def read_rows(path: Path, *, text: Collection[str] = ()) -> list[dict[str, str]]:
-    """Rows of a CSV file with a header and a column `step`; none where there is no file.
+    """Rows of a CSV file with a header and a column `step`; none if there is no file.
 
     Damaged rows are left out, and the log says how many.
 
     Args:
         path: metrics.csv or verdicts.csv of a run.
-        text: columns of any text; in all others stands a number or nothing.
+        text: columns of any text; all others hold a number or nothing.
 
     Raises:
-        UserError: if it is no CSV file at all.
+        UserError: if it is not a CSV file.
     """
     if not path.is_file():
         return []
     text_of_file = path.read_bytes().decode(errors="replace")
     if "\0" in text_of_file:
-        log.warning("%s: zero bytes, as of a machine that stopped, are left out", path)
+        log.warning("%s: zero bytes, as after a crash of the machine, are left out", path)
         text_of_file = text_of_file.replace("\0", "")
     try:
         rows = list(csv.DictReader(io.StringIO(text_of_file, newline="")))
@@ -235,7 +243,7 @@ def _is_whole(row: dict[Any, Any], text: Collection[str]) -> bool:
 
 
 def remove_stale(directory: Path) -> None:
-    """Remove what writers that were killed left behind in a directory."""
+    """Remove the temporary files of writers that were killed."""
     for path in directory.glob(".*.tmp") if directory.is_dir() else []:
         path.unlink(missing_ok=True)
 
@@ -258,7 +266,7 @@ def _swap(new: Path, out: Path) -> None:
 
 
 class _Hashing:
-    """A file that is only written to, and the digest of what was written."""
+    """A file that is only written to, with the digest of what was written."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.digest = file, hashlib.sha256()
@@ -277,7 +285,7 @@ class _Hashing:
 
 
 def _seal(file: IO[bytes], digest: str) -> None:
-    """Put the digest into the archive's comment, which readers of archives pass over."""
+    """Put the digest into the archive's comment, which readers of archives ignore."""
     comment = SEAL + digest.encode()
     file.seek(-_LENGTH.size, os.SEEK_END)
     assert file.read() == _LENGTH.pack(0), "torch.save wrote an archive with a comment"
@@ -286,7 +294,7 @@ def _seal(file: IO[bytes], digest: str) -> None:
 
 
 def _digest(file: IO[bytes], size: int) -> str:
-    """Of the file as torch wrote it: `size` bytes and an empty comment."""
+    """Digest of the file as torch wrote it: `size` bytes and an empty comment."""
     digest = hashlib.sha256()
     while size > 0:
         block = file.read(min(size, 1 << 22))
@@ -299,7 +307,7 @@ def _digest(file: IO[bytes], size: int) -> str:
 
 
 def _comment(file: IO[bytes], size: int) -> bytes | None:
-    """The comment that ends an archive; None where the file does not end as an archive does."""
+    """The comment at the end of an archive; None if the file does not end as an archive."""
     file.seek(max(0, size - 1024))
     tail = file.read()
     start = tail.rfind(_END)
@@ -313,6 +321,6 @@ def _comment(file: IO[bytes], size: int) -> bytes | None:
 def _damage_without_seal(path: Path) -> str | None:
     try:
         torch.load(path, map_location="meta", weights_only=True)
-    except Exception as error:  # torch names no class for damaged files
+    except Exception as error:  # torch has no class of errors for damaged files
         return str(error).splitlines()[0] if str(error) else type(error).__name__
     return None

@@ -1,6 +1,6 @@
 """`python -m msn embed checkpoint=PATH data.root=DIR out=FILE`: a feature per image, with its name.
 
-Work is kept in pieces beside `out` until it is whole, so that a stopped job goes on where it was.
+Pieces of the work are kept beside `out` until it is complete, so a stopped job can continue.
 """
 
 import csv
@@ -39,7 +39,7 @@ from msn.evaluation.features import (
     own_feature,
     weights_key,
 )
-from msn.files import write_atomically, write_bytes, writing_to
+from msn.files import utf8, write_bytes, write_file, writing_to
 from msn.images.depth import RECORDED, check_depth, trained_depth
 from msn.images.kinds import BadImageError
 from msn.progress import Progress
@@ -49,11 +49,11 @@ from msn.weights.tensors import open_weights, save_tensors
 
 log = logging.getLogger(__name__)
 
-# Images of a piece: what a stopped job loses at most.
+# Images per piece: the most that a stopped job loses.
 PIECE = 1024
-# A safetensors header holds 100 MB; the ids stand in it.
+# A safetensors header, which holds the names, is at most 100 MB.
 MAX_ID_BYTES = 90_000_000
-_MARKS = 4  # quotes, comma and space beside a name there
+_MARKS = 4  # quotes, comma and space per name in the header
 SHOWN = 10
 
 
@@ -99,31 +99,31 @@ def run(config: DictConfig) -> Embedded:
     if out.suffix == ".safetensors" and _header_bytes(source) > MAX_ID_BYTES:
         raise UserError(
             f"data.root={data.root}: too many images for one safetensors file; embed its folders "
-            "apart, or write .parquet"
+            "one by one, or write .parquet"
         )
     pieces = out.parent / f".{out.name}.{_digest(backbone, source, settings['feature'])}.part"
     try:
         with in_one_line(
             lambda: less_memory("batch_size", settings["batch_size"]),
-            lambda: "; the same command goes on",
+            lambda: "; the same command continues",
         ):
             _embed(backbone, _Images(source, backbone), settings, pieces)
         embedded, missing = _join(pieces, source, out, _header(backbone, source, settings))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            f"interrupted: what is done stays in {pieces}; the same command goes on from it"
+            f"interrupted: finished pieces stay in {pieces}; the same command continues from them"
         ) from None
     shutil.rmtree(pieces, ignore_errors=True)
     for name, reason in missing[:SHOWN]:
         print(f"left out, cannot be read: {name} ({reason})")
     if missing:
-        print(f"all that were left out: {_unreadable(out)}")
+        print(f"list of all that were left out: {_unreadable(out)}")
     print(f"{len(embedded.names)} images embedded, {len(missing)} left out: {out}")
     return embedded
 
 
 class _Images(Dataset[tuple[Tensor, str]]):
-    """Transformed images and an empty text; an unreadable one is zeros and why."""
+    """Transformed images with an empty text; for an unreadable one, zeros with the reason."""
 
     def __init__(self, source: Source, backbone: Backbone | ForeignBackbone) -> None:
         self.source, self.transform, self.size = source, backbone.transform, backbone.img_size
@@ -153,7 +153,7 @@ def _check(settings: dict[str, Any], out: Path) -> None:
 def _embed(
     backbone: Backbone | ForeignBackbone, images: _Images, settings: dict[str, Any], pieces: Path
 ) -> None:
-    """Fill the directory of pieces; those that are there and whole are passed over."""
+    """Compute the missing pieces."""
     device = choose_device(settings["device"])
     workers = resolve_workers(settings["data"]["num_workers"], in_memory=False)
     with writing_to(pieces):
@@ -184,7 +184,7 @@ def _embed(
 
 
 def _is_whole(piece: Path, indices: range) -> bool:
-    """Whether a piece is there as it was written; a damaged one is named and computed again."""
+    """Whether a piece is there as it was written; the log names a damaged one."""
     if not piece.exists():
         return False
     try:
@@ -206,7 +206,7 @@ def _digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def _join(
     pieces: Path, source: Source, out: Path, header: dict[str, Any]
 ) -> tuple[Embedded, list[tuple[str, str]]]:
-    """Write `out` from the pieces, and beside it what could not be read.
+    """Write `out` from the pieces, and beside it a list of what could not be read.
 
     Returns:
         What was written, and names and reasons of the images that could not be read.
@@ -227,7 +227,7 @@ def _join(
         write_bytes(_unreadable(out), os.fsencode(table.getvalue()))
     else:
         with writing_to(_unreadable(out)):
-            _unreadable(out).unlink(missing_ok=True)  # of the features that `out` replaces
+            _unreadable(out).unlink(missing_ok=True)  # that of an older `out`
     labels = None if source.labels is None else [_label(source, i) for i in read]
     embedded = Embedded([source.name(i) for i in read], labels, features, header)
     write_embeddings(out, embedded)
@@ -247,10 +247,10 @@ def _header_bytes(source: Source) -> int:
 
 
 def write_embeddings(out: Path, embedded: Embedded) -> None:
-    """Write features with names and labels in the format that the ending of `out` names.
+    """Write features with names and labels in the format of `out`'s suffix.
 
     Raises:
-        UserError: the ending names none, or its library is not installed.
+        UserError: the suffix is not one of `WRITERS`, or its library is not installed.
     """
     if out.suffix not in WRITERS:
         raise UserError(f"{out}: the name must end in one of {', '.join(WRITERS)}")
@@ -269,8 +269,7 @@ def _write_npz(out: Path, data: Embedded) -> None:
     if data.labels is not None:
         columns["label"] = np.array([label or "" for label in data.labels])
     about = np.array(json.dumps(data.about))
-    with writing_to(out):
-        write_atomically(out, lambda file: np.savez(file, about=about, **columns))
+    write_file(out, lambda file: np.savez(file, about=about, **columns))
 
 
 def _write_csv(out: Path, data: Embedded) -> None:
@@ -285,24 +284,20 @@ def _write_csv(out: Path, data: Embedded) -> None:
             writer.writerow([name, *label, *(f"{number:.9g}" for number in feature.tolist())])
         text.detach()
 
-    with writing_to(out):
-        write_atomically(out, write)
+    write_file(out, write)
 
 
 def _write_parquet(out: Path, data: Embedded) -> None:
     pyarrow = _pyarrow(out)
     width = data.features.shape[1]
     flat = pyarrow.array(data.features.numpy().reshape(-1))
-    columns = {"path": pyarrow.array([_utf8(name) for name in data.names])}
+    columns = {"path": pyarrow.array(list(map(utf8, data.names)))}
     if data.labels is not None:
-        labels = [None if label is None else _utf8(label) for label in data.labels]
+        labels = [None if label is None else utf8(label) for label in data.labels]
         columns["label"] = pyarrow.array(labels)
     columns["feature"] = pyarrow.FixedSizeListArray.from_arrays(flat, width)
     table = pyarrow.table(columns).replace_schema_metadata({"msn": json.dumps(data.about)})
-    with writing_to(out):
-        write_atomically(
-            out, lambda file: import_module("pyarrow.parquet").write_table(table, file)
-        )
+    write_file(out, lambda file: import_module("pyarrow.parquet").write_table(table, file))
 
 
 def _pyarrow(out: Path) -> Any:
@@ -314,11 +309,6 @@ def _pyarrow(out: Path) -> Any:
         ) from error
 
 
-def _utf8(name: str) -> str:
-    """Parquet holds UTF-8 alone: other bytes of a name are written as \\xNN."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
 WRITERS: dict[str, Callable[[Path, Embedded], None]] = {
     ".safetensors": _write_safetensors,
     ".parquet": _write_parquet,
@@ -328,7 +318,7 @@ WRITERS: dict[str, Callable[[Path, Embedded], None]] = {
 
 
 def _unreadable(out: Path) -> Path:
-    """features.safetensors -> features.unreadable.csv: path and reason of what is left out."""
+    """features.safetensors -> features.unreadable.csv: paths of unreadable images, with reasons."""
     return out.with_suffix(".unreadable.csv")
 
 
@@ -346,7 +336,7 @@ def _header(
 
 
 def _digest(backbone: Backbone | ForeignBackbone, source: Source, feature: str) -> str:
-    """What must be the same for pieces of an earlier job to be taken over."""
+    """Digest of everything that must be equal to reuse the pieces of an earlier job."""
     made: Any = [backbone.meta.get(name) for name in ("mean", "std")]
     if isinstance(backbone, ForeignBackbone):
         made = backbone.card.preprocessing

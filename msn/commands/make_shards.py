@@ -24,7 +24,7 @@ from msn.data.shards import CLASSES_FILE, class_line
 from msn.data.sources import Source, folder_source, list_source
 from msn.data.tar_members import member_name
 from msn.errors import UserError
-from msn.files import write_atomically, write_bytes, writing_to
+from msn.files import write_bytes, write_file
 from msn.images.kinds import SUFFIXES, BadImageError, open_image
 from msn.progress import Progress
 from msn.schema import as_argument, whole_number
@@ -159,8 +159,7 @@ def _write_shard(
                 _add(tar, source, i, above, taken)
                 progress.advance()
 
-    with writing_to(path):
-        write_atomically(path, write)
+    write_file(path, write)
 
 
 def _add(tar: tarfile.TarFile, source: Source, i: int, above: str, taken: set[str]) -> None:

@@ -1,4 +1,4 @@
-"""Frozen features of labelled images: extracted once, over all devices and processes, and kept.
+"""Extract features of a frozen backbone on all devices and processes, and cache them.
 
 The paper's feature is the class token of the target trunk's last block *before* the final norm
 (A.2), from one centre crop.
@@ -14,7 +14,7 @@ import typing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from msn.data.dataset import REPLACED
 from msn.data.workers import make_loader
 from msn.errors import UserError
+from msn.evaluation.logistic import matmul_precision
 from msn.files import utf8_path
 from msn.method.vit import VisionTransformer
 from msn.progress import Progress
@@ -58,7 +59,7 @@ class FeatureCache:
         self.directory = directory / self.digest[:32]
 
     def load(self, part: int, rows: int) -> Tensor | None:
-        """Read a part of so many rows; None if it is missing, truncated, altered or not ours."""
+        """Read a part of `rows` rows; None if it is missing, truncated, altered or not ours."""
         path = self._path(part)
         if not path.is_file():
             return None
@@ -80,7 +81,7 @@ class FeatureCache:
         return features
 
     def store(self, part: int, features: Tensor) -> None:
-        """Write a part, all or nothing; a cache that cannot be written is a cache not used."""
+        """Write a part completely; a warning says if it cannot be written."""
         metadata = {"key": self.digest, "sha256": digest_of(features)}
         try:
             save_tensors(self._path(part), {"features": features}, metadata)
@@ -92,7 +93,7 @@ class FeatureCache:
 
 
 def weights_key(module: nn.Module) -> str:
-    """Digest of every parameter and buffer with its name: other weights, other features."""
+    """Digest of every parameter and buffer with its name."""
     return trunk_digest(module.state_dict())
 
 
@@ -118,11 +119,11 @@ FEATURES = (
     POOLED,
 )
 PATCHES = "patches"  # every patch token after the norm, for protocol=attentive alone
-# Images per part: what an interrupted extraction loses at most, per device.
+# Images per part: the most that an interrupted extraction loses per device.
 _PART = 4096
-# Per batch: 24 GB in float32, of three channels.
+# Per batch; with three channels in float32, 24 GB.
 _MOST_PIXELS = 2e9
-_LARGEST_SIDE = 8192  # px; Pillow takes crops of more than 13,377 for an attack
+_LARGEST_SIDE = 8192  # px; Pillow refuses crops of more than 13,377 as an attack
 
 
 class LabelledSet(typing.Protocol):
@@ -145,7 +146,7 @@ class LabelledSet(typing.Protocol):
         """Numbers of groups whose images belong together, [n]; None without groups."""
 
     def identity(self, i: int) -> str:
-        """Changes when image i is another image."""
+        """A key that changes with the content of image i."""
 
     def __len__(self) -> int: ...
 
@@ -154,26 +155,26 @@ class LabelledSet(typing.Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSettings:
-    """What features are; the values live in `configs/protocol/base.yaml`.
+    """How features are extracted; the values are in `configs/protocol/base.yaml`.
 
     Raises:
         UserError: a value is outside its range.
     """
 
-    # `native` (what the family of the backbone takes, see `msn.weights.families`), `class_token`
-    # (before the final norm, the paper), `class_token_norm` (after it), `patch_mean` (mean of the
-    # patches after it), `patch_mean_norm` (the norm of their mean, as fine-tuned MAE), `last_N`
+    # `native` (that of the backbone's family, see `msn.weights.families`), `class_token` (before
+    # the final norm, as in the paper), `class_token_norm` (after it), `patch_mean` (mean of the
+    # patches after it), `patch_mean_norm` (the norm of their mean, as in fine-tuned MAE), `last_N`
     # (class tokens of the last N blocks), `last_N_mean` (these and `patch_mean`), `tokens` (the
     # class token beside every patch token) or `pooled` (as timm or transformers pool for a
-    # classifier; not of our own trunk).
+    # classifier; not for our own trunk).
     feature: str
     # Side of the centre crop in px; None takes the backbone's own.
     image_size: Annotated[int | None, Range(1, _LARGEST_SIDE)]
     batch_size: Annotated[int, Range(1)]  # images per device and forward pass
-    # One of PRECISIONS: tf32 rounds factors of float32 products to 10 bits (CUDA alone), bf16 is
+    # One of PRECISIONS: tf32 rounds the factors of float32 products to 10 bits (CUDA only), bf16 is
     # autocast.
     precision: str
-    # `centre`, or `whole`: the image as a whole becomes the square, whatever its proportions.
+    # `centre`, or `whole`: the whole image is squashed into the square.
     crop: str = "centre"
 
     def __post_init__(self) -> None:
@@ -199,34 +200,34 @@ class Extracted(NamedTuple):
     rows: Tensor
     """[n, D], float32 on the CPU."""
     replaced: Tensor
-    """Which images cannot be read, so that others stand in their places, bool [n]."""
+    """Which images cannot be read and are replaced by others, bool [n]."""
 
 
 class Runtime(NamedTuple):
     """Where an evaluation runs; results do not depend on it."""
 
     devices: tuple[torch.device, ...]
-    """What this process computes on, each with a copy of the trunk; the first fits classifiers."""
+    """Devices of this process, each with a copy of the trunk; the first fits classifiers."""
     num_workers: int = 0
-    """Processes that decode, for each device; 0 decodes in this one."""
+    """Processes that decode, per device; 0 decodes in this one."""
     cache_dir: Path | None = None
     """Where features are kept between calls; None keeps none."""
     shared: bool = False
-    """Whether all processes of the default group call together and share the work."""
+    """Whether all processes of the default group make the same calls and share the work."""
 
     @property
     def rank(self) -> int:
-        """Of this process among those that share the work."""
+        """Number of this process among those that share the work."""
         return dist.get_rank() if self.shared else 0
 
     @property
     def world(self) -> int:
-        """Processes that share the work."""
+        """Number of processes that share the work."""
         return dist.get_world_size() if self.shared else 1
 
 
 class NoNetwork(nn.Module):
-    """A trunk that gives back what it gets."""
+    """A trunk that returns its input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -256,14 +257,14 @@ def extract_features(
         trunk: used in eval mode and left as it was.
         images: map-style data set of RGB images.
         transform: from an image to the trunk's input, [3, S, S].
-        settings: the feature, its batches and precision.
+        settings: feature, batch size and precision.
         runtime: devices, workers and cache.
-        preprocessing: plain data that tells this transform from any other, for the cache's key.
-        title: what the progress bar says.
+        preprocessing: plain data that identifies the transform in the cache's key.
+        title: of the progress bar.
 
     Returns:
         Rows [n, D] (D times N for `last_N`). A part with an image that cannot be read is not
-        cached: the image may be there again the next time.
+        cached: the image may be readable the next time.
 
     Raises:
         UserError: the feature is unknown, the trunk's patch does not divide the image, or a
@@ -288,7 +289,7 @@ def extract_features(
 
 
 def check_feature(feature: str, depth: int | None) -> None:
-    """Raise a UserError unless the feature is one of a trunk with that many blocks."""
+    """Raise a UserError unless a trunk with that many blocks has the feature."""
     found = re.fullmatch(r"last_([1-9]\d*)(_mean)?", feature)
     if feature not in (*FEATURES, PATCHES) and found is None:
         raise UserError(
@@ -299,27 +300,25 @@ def check_feature(feature: str, depth: int | None) -> None:
 
 
 def own_feature(meta: Mapping[str, Any], feature: str) -> str:
-    """What stands for a backbone's class token where it was trained to average its patches."""
+    """The feature that replaces the class token of a backbone trained to average its patches."""
     averages = meta.get("pool") == "mean" and feature in ("class_token", "class_token_norm")
     return "patch_mean_norm" if averages else feature
 
 
 @torch.no_grad()
 def forward_feature(trunk: Trunk, images: Tensor, feature: str) -> Tensor:
-    """One kind of feature of a batch, [B, 3, S, S] -> [B, D].
+    """One kind of feature of a batch, [B, 3, S, S] -> [B, D]; the kinds are in `FeatureSettings`.
 
-    `class_token` is taken before the final norm, `class_token_norm` and `patch_mean` after it;
-    `patch_mean_norm` is that norm of the mean of patches;
     `last_N` joins the class tokens of the last N blocks, oldest first, each after the final norm,
-    which brings blocks of different scale together; `last_N_mean` adds `patch_mean`. `patches` are
-    all patch tokens after the norm, [B, T * D]; `tokens` are these behind `class_token` times
-    sqrt(T), so that it weighs as much as all of them, [B, (1 + T) * D].
+    which brings them to one scale. `patches` are all patch tokens after the norm, [B, T * D];
+    `tokens` puts `class_token` times sqrt(T) before them, so that it weighs as much as all of them,
+    [B, (1 + T) * D].
     """
     if isinstance(trunk, ForeignBackbone):
         return trunk.feature(images, feature)
     if feature == POOLED:
         raise UserError(
-            "feature=pooled: is for backbones of timm and transformers; a plain vision transformer "
+            "feature=pooled is for backbones of timm and transformers; a plain vision transformer "
             "has class_token, class_token_norm, patch_mean and last_N"
         )
     if feature.startswith("last_"):
@@ -347,7 +346,7 @@ def forward_feature(trunk: Trunk, images: Tensor, feature: str) -> Tensor:
 
 
 class TransformedImages(Dataset[tuple[Tensor, bool]]):
-    """Images ready for the trunk, each with whether it replaces one that cannot be read."""
+    """Transformed images, each with whether it replaces one that cannot be read."""
 
     def __init__(self, images: LabelledSet, transform: Callable[[Image.Image], Tensor]) -> None:
         self.images, self.transform = images, transform
@@ -361,15 +360,15 @@ class TransformedImages(Dataset[tuple[Tensor, bool]]):
 
 
 def is_replaced(image: Image.Image) -> bool:
-    """Whether an image stands in the place of one that cannot be read."""
+    """Whether an image replaces one that cannot be read."""
     return bool(image.info.get(REPLACED))
 
 
 class _Job:
-    """One extraction: parts are shared out over the devices of all processes.
+    """One extraction, whose parts are distributed over the devices of all processes.
 
-    Batches never cross a part, so what a part holds does not depend on who computes it, nor on
-    what an earlier, interrupted call had already done.
+    Batches never cross a part, so a part does not depend on who computes it, nor on what an
+    earlier, interrupted call has done.
     """
 
     def __init__(
@@ -395,7 +394,7 @@ class _Job:
         lanes = len(self.runtime.devices)
         images = sum(len(self.parts[part]) for part in missing)
         precision, device = self.settings.precision, self.runtime.devices[0]
-        # Elsewhere another precision than float32 is slower; on CUDA it is a choice worth telling.
+        # On a CPU other precisions than float32 are slower; elsewhere the title shows the choice.
         told = self.title if device.type == "cpu" else f"{self.title}, precision={precision}"
         products = float32_products(precision, device)
         with products, Progress(told, images, self.runtime.rank == 0) as progress:
@@ -423,7 +422,7 @@ class _Job:
     def _compute(
         self, parts: Sequence[int], device: torch.device, progress: Progress
     ) -> dict[int, Extracted]:
-        """Features of some parts on one device, each kept as soon as it is whole."""
+        """Features of some parts on one device, each cached as soon as it is complete."""
         if not parts:
             return {}
         trunk = deepcopy(self.trunk).to(device).eval()
@@ -465,7 +464,7 @@ class _Job:
 
 
 class _OnItsWay:
-    """Features of a batch that travel to the host while the next one is computed."""
+    """Features of a batch that are copied to the host while the next batch is computed."""
 
     def __init__(self, features: Tensor, replaced: Tensor) -> None:
         self.replaced, self.copied = replaced, None
@@ -478,30 +477,23 @@ class _OnItsWay:
         self.copied.record(torch.cuda.current_stream(features.device))
 
     def arrived(self) -> Extracted:
-        """Wait until they are there."""
+        """Wait for the copy."""
         if self.copied is not None:
             self.copied.synchronize()
         return Extracted(self.rows, self.replaced)
 
 
-@contextmanager
-def float32_products(precision: str, device: torch.device) -> Iterator[None]:
-    """Within, products in float32 are taken as one of PRECISIONS says, in all threads.
+def float32_products(precision: str, device: torch.device) -> AbstractContextManager[None]:
+    """Within, all threads take float32 products as one of PRECISIONS says.
 
     Raises:
-        UserError: tf32 on another device than CUDA.
+        UserError: tf32 on a device other than CUDA.
     """
     if precision != "tf32":
-        yield
-        return
+        return nullcontext()
     if device.type != "cuda":
         raise UserError(f"features.precision=tf32 is for CUDA, not for {device.type}; 32 or bf16")
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return matmul_precision("high")
 
 
 def _joined(parts: Sequence[Extracted]) -> Extracted:

@@ -8,10 +8,11 @@ L regularisation strengths.
 It is lambda-strongly convex, so a gradient g proves objective - optimum <= ||g||^2 / (2 lambda).
 That bound, relative to the objective, is the convergence test; nothing stops early by default.
 
-Weights lie in the span of the rows, so the work is done in the R coordinates of their principal
-axes. With few labels that is tiny. A guess of the Hessian preconditions L-BFGS: the diagonal there
-(variance of the axis times the class's mean p (1 - p), plus lambda) and, for large problems with
-few rows per class, the share of each class's own rows, p (1 - p) x x^T, exactly.
+Weights lie in the span of the rows, so the solver works in the R coordinates of their principal
+axes; with few labels R is tiny. L-BFGS is preconditioned by an estimate of the Hessian: its
+diagonal in these coordinates (variance of the axis times the class's mean p (1 - p), plus lambda)
+and, for large problems with few rows per class, the exact share of each class's own rows,
+p (1 - p) x x^T.
 """
 
 import logging
@@ -30,11 +31,11 @@ from msn.evaluation.solver import Minimum, minimise
 
 log = logging.getLogger(__name__)
 
-# Below this many multiplications in a product, double precision costs nothing worth saving.
+# Multiplications of a product up to which double precision is used from the start.
 _SMALL = 2**27
-# Logits that problems solved side by side may hold together.
+# Logits of all problems that are solved side by side.
 _SIDE_BY_SIDE = 2**23
-_MEMORY = 10
+_MEMORY = 10  # steps that L-BFGS remembers
 
 
 class LogisticFit(NamedTuple):
@@ -73,16 +74,16 @@ def fit_logistic(
     """Fit a classifier for every label set and every lambda.
 
     Args:
-        rows: features of S label sets of one size, [S, n, D]; centred and normalised by the caller,
-            on a device that has float64.
+        rows: features of S label sets of one size, [S, n, D], centred and normalised, on a device
+            that has float64.
         labels: in [0, C), [S, n].
         num_classes: C >= 2; classes without a row are allowed.
         lambdas: regularisation of the mean loss, each > 0: L for all sets, or of each, [S, L]. The
             paper's `lambd` is lambda * n.
         tolerance: certified (objective - optimum) / objective, > 0.
-        max_evaluations: passes over the rows; a warning says when they did not suffice.
-        dtype: of the work; None takes float64 for small problems, and for large ones float32
-            followed by float64 where rounding stops it first.
+        max_evaluations: passes over the rows; a warning says if they were too few.
+        dtype: of the computation; None takes float64 for small problems, for large ones float32 and
+            then, where rounding stops it early, float64.
 
     Raises:
         UserError: numbers out of range, a single class, or rows that are not finite.
@@ -94,7 +95,7 @@ def fit_logistic(
     together = _SIDE_BY_SIDE // (rows.shape[1] * num_classes * strengths.shape[1])
     fit_some = solver.side_by_side if together >= 1 else solver.in_turn
     chunks = (part.split(max(1, together)) for part in (rows, labels, strengths))
-    with _exact_matmul():
+    with matmul_precision("highest"):  # whatever the trainer chose; TF32 keeps 10 bits
         fits = [fit_some(*some) for some in zip(*chunks, strict=True)]
     fit = LogisticFit(*(torch.cat(parts) for parts in zip(*fits, strict=True)))
     _warn_unless_converged(fit, max_evaluations)
@@ -108,8 +109,8 @@ def principal_coordinates(rows: Tensor) -> tuple[Tensor, Tensor]:
         rows: [S, n, D].
 
     Returns:
-        Coordinates [S, n, R] in the dtype of the rows, R = min(n, D), and the map back [S, R, D],
-        both so that coordinates @ map = rows and weights map like rows.
+        Coordinates [S, n, R] in the dtype of the rows, R = min(n, D), and the map back [S, R, D]:
+        coordinates @ map = rows, and weights map like rows.
     """
     count, width = rows.shape[-2:]
     double = rows.to(torch.float64)
@@ -118,7 +119,7 @@ def principal_coordinates(rows: Tensor) -> tuple[Tensor, Tensor]:
         return rows @ axes.to(rows.dtype), axes.mT.to(rows.dtype)
     squares, left = torch.linalg.eigh(double @ double.mT)
     lengths = squares.clamp_min(0).sqrt().unsqueeze(-2)  # [S, 1, n]
-    # Axes of no length carry no weight: their inverse is zero, not infinite.
+    # Axes of zero length carry no weight: their inverse is set to zero.
     floor = lengths.amax(dim=-1, keepdim=True) * torch.finfo(torch.float64).eps ** 0.5
     inverse = torch.where(lengths > floor, 1 / lengths, 0)
     back = (left * inverse).mT @ double
@@ -126,7 +127,7 @@ def principal_coordinates(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Solver:
-    """Settings of a fit, and the two ways to run it."""
+    """Settings of a fit, and two ways to run it: all problems together, or one by one."""
 
     def __init__(
         self, num_classes: int, tolerance: float, max_evaluations: int, dtype: torch.dtype | None
@@ -200,10 +201,10 @@ class _Solver:
 
 
 @contextmanager
-def _exact_matmul() -> Iterator[None]:
-    """Products in full precision whatever the trainer chose (TF32 keeps 10 bits)."""
+def matmul_precision(level: str) -> Iterator[None]:
+    """Within, float32 products have this level of `torch.set_float32_matmul_precision`."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision(level)
     try:
         yield
     finally:

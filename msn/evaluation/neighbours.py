@@ -96,7 +96,11 @@ def rankme(features: Tensor) -> float:
     """
     if not features.isfinite().all():
         return math.nan
-    values = torch.linalg.svdvals(features.to(torch.float64))
+    return effective_rank(torch.linalg.svdvals(features.to(torch.float64)))
+
+
+def effective_rank(values: Tensor) -> float:
+    """Exp of the entropy of values >= 0 that are scaled to sum 1; 0 if all are zero."""
     total = values.sum()
     if total == 0:
         return 0.0

@@ -1,8 +1,7 @@
-"""The predictions behind a table, kept per test image: what was wrong, and how sure it was."""
+"""Write and read predictions per test image, and the table of confusions."""
 
 import csv
 import io
-import os
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 
 from msn.evaluation.outcomes import confusion
 from msn.evaluation.sets import Result, Row, formula_free
-from msn.files import write_atomically, write_bytes, writing_to
+from msn.files import utf8, write_bytes, write_file
 from msn.weights.weights import BASELINES
 
 PREDICTIONS = "predictions"
@@ -19,7 +18,7 @@ _KEY = ("backbone", "classifier", "labels", "variant")
 
 
 class Prediction(NamedTuple):
-    """What the classifier of a row says of a test image; of several label sets, the first."""
+    """Prediction for a test image by the classifier of a row's first label set."""
 
     backbone: str
     classifier: str
@@ -39,7 +38,7 @@ class Prediction(NamedTuple):
 
 
 def main_result(results: Sequence[Result]) -> Result | None:
-    """The first backbone's row with the most labels, which pictures show."""
+    """The first row with the most labels that is not a baseline's; pictures show it."""
     own = [result for result in results if result.outcome is not None and not is_floor(result.row)]
     return max(own, key=lambda result: int(result.row["labelled_images"]), default=None)
 
@@ -50,7 +49,7 @@ def is_floor(row: Row) -> bool:
 
 
 def predictions(results: Sequence[Result], names: Sequence[str]) -> Iterator[Prediction]:
-    """Predictions of all rows but those of baselines, image by image."""
+    """Predictions of all rows except those of baselines, image by image."""
     for row, _, outcome in results:
         if outcome is None or outcome.score is None or is_floor(row):
             continue
@@ -75,10 +74,10 @@ def predictions(results: Sequence[Result], names: Sequence[str]) -> Iterator[Pre
 
 
 def write_predictions(place: Path, results: Sequence[Result], names: Sequence[str]) -> None:
-    """Write `place`.parquet, or .csv where pyarrow is missing, all or nothing.
+    """Write `place`.parquet, or .csv if pyarrow is missing, all or nothing.
 
     Args:
-        place: without an ending.
+        place: path without suffix.
         results: with outcomes; all have the same classes.
         names: of the test images.
 
@@ -92,7 +91,7 @@ def write_predictions(place: Path, results: Sequence[Result], names: Sequence[st
     if find_spec("pyarrow") is not None:
         table = _arrow_table(found, classes)
         write = import_module("pyarrow.parquet").write_table
-        _write(place.with_suffix(".parquet"), lambda file: write(table, file))
+        write_file(place.with_suffix(".parquet"), lambda file: write(table, file))
         return
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -105,32 +104,22 @@ def write_predictions(place: Path, results: Sequence[Result], names: Sequence[st
     write_bytes(place.with_suffix(".csv"), text.getvalue().encode("utf-8", "surrogateescape"))
 
 
-def _write(path: Path, write: Any) -> None:
-    with writing_to(path):
-        write_atomically(path, write)
-
-
 def _arrow_table(found: Sequence[Prediction], classes: Sequence[str]) -> Any:
     pyarrow = import_module("pyarrow")
     columns: dict[str, Any] = {
-        field: pyarrow.array([_utf8(getattr(one, field)) for one in found])
+        field: pyarrow.array([utf8(getattr(one, field)) for one in found])
         for field in Prediction._fields[:-2]
     }
     columns["score"] = pyarrow.array([one.score for one in found], pyarrow.float32())
     columns["scores"] = pyarrow.array(
         [one.scores for one in found], pyarrow.list_(pyarrow.float32())
     )
-    about = {"classes": "\n".join(map(_utf8, classes))}  # the order of `scores`
+    about = {"classes": "\n".join(map(utf8, classes))}  # the order of `scores`
     return pyarrow.table(columns).replace_schema_metadata(about)
 
 
-def _utf8(text: str) -> str:
-    """Parquet holds UTF-8 alone: other bytes of a name are written as \\xNN."""
-    return os.fsencode(text).decode("utf-8", "backslashreplace")
-
-
 def read_predictions(place: Path) -> list[dict[str, Any]]:
-    """Rows of `place`.parquet or `place`.csv, without `scores`; none where there is no file."""
+    """Rows of `place`.parquet or `place`.csv, without `scores`; none if there is no file."""
     if place.with_suffix(".parquet").is_file() and find_spec("pyarrow") is not None:
         read = import_module("pyarrow.parquet").read_table
         found: list[dict[str, Any]] = read(
@@ -144,7 +133,7 @@ def read_predictions(place: Path) -> list[dict[str, Any]]:
 
 
 def confusion_table(results: Sequence[Result]) -> str:
-    """Cells of the confusion matrices that are not zero, as CSV: a line each."""
+    """The non-zero cells of the confusion matrices as CSV, one per line."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*_KEY, "truth", "prediction", "images"])

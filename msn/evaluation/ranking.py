@@ -1,4 +1,4 @@
-"""How good is a backbone, asked of unlabelled images alone: four measures of its features."""
+"""Measure a backbone without labels: RankMe, LiDAR, alpha-ReQ and intrinsic dimension."""
 
 import math
 from typing import NamedTuple
@@ -19,32 +19,32 @@ from msn.errors import UserError
 from msn.evaluation.augment import seeded
 from msn.evaluation.backbones import Subject
 from msn.evaluation.features import FeatureSettings, Runtime
-from msn.evaluation.neighbours import rankme
+from msn.evaluation.neighbours import effective_rank, rankme
 from msn.images.kinds import BadImageError
 
 _CHOICE, _CROP = 8, 9  # keep these draws apart from others
 _CROP_AREA = (0.3, 1.0)  # of the image, as rand views of the paper
 _LIDAR_DELTA = 1e-4  # section 4 of the paper
-_FIRST_EIGENVALUE = 3  # from here to the last but some: the power law holds for the middle
+_FIRST_EIGENVALUE = 3  # the power law holds between the first and the last of these
 _LAST_EIGENVALUE = 50
-_MST_SIZES = 8  # subsets of as many sizes, from an eighth to all images
+_MST_SIZES = 8  # sizes of subsets, from an eighth of the images to all
 _MST_DRAWS = 3  # subsets of each size
 
 
 class Measures(NamedTuple):
-    """Figures of one backbone's features; nan where they are not finite."""
+    """Measures of one backbone's features; nan where these are not finite."""
 
     rankme: float
     """Effective rank of the features; more is better (see `neighbours.rankme`)."""
     lidar: float
-    """Effective rank of what tells images apart; more is better (see `lidar`)."""
+    """Effective rank of the LDA matrix between images; more is better (see `lidar`)."""
     alpha: float
     """Decay of the eigenvalues; near 1 is best (see `alpha_req`)."""
     dimension: float
     """Intrinsic dimension; less is better (see `mst_dimension`)."""
 
     def goodness(self) -> dict[str, float]:
-        """Every measure so that more is better."""
+        """Every measure, turned so that more is better."""
         return {
             "rankme": self.rankme,
             "lidar": self.lidar,
@@ -54,12 +54,12 @@ class Measures(NamedTuple):
 
 
 class Crops:
-    """Some images without labels, each whole and as `views` random crops, one after another.
+    """Some images without labels: each whole, then as `views` random crops.
 
     Args:
         pool: all images.
-        images: at most so many are taken, by `seed`.
-        views: crops of 30 to 100 % of the area, aspect 3/4 to 4/3; nothing is flipped.
+        images: the most that are taken, chosen by `seed`.
+        views: number of crops of 30 to 100 % of the area, aspect 3/4 to 4/3, not flipped.
         seed: of choice and crops.
     """
 
@@ -118,11 +118,11 @@ def measure(
 
 
 def lidar(views: Tensor) -> float:
-    """Effective rank of the LDA matrix that tells images apart (LiDAR, arXiv 2312.04000, 4).
+    """Effective rank of the LDA matrix between images (LiDAR, arXiv 2312.04000, section 4).
 
-    Each image is a class, its views are the members. With the scatter B of the images' means and
-    W of the views about these, plus 1e-4 on its diagonal, it is exp of the entropy of the
-    eigenvalues of W^-1/2 B W^-1/2.
+    Each image is a class, and its views are the members. B is the scatter of the images' means, W
+    that of the views around them plus 1e-4 on its diagonal. The result is exp of the entropy of
+    the eigenvalues of W^-1/2 B W^-1/2.
 
     Args:
         views: features, [n, q, D], q >= 2.
@@ -138,20 +138,20 @@ def lidar(views: Tensor) -> float:
     scatter += _LIDAR_DELTA * torch.eye(width, dtype=scatter.dtype)
     values, vectors = torch.linalg.eigh(scatter)
     whitened = between @ vectors / values.sqrt()
-    return _effective(torch.linalg.svdvals(whitened / math.sqrt(count - 1)).square())
+    return effective_rank(torch.linalg.svdvals(whitened / math.sqrt(count - 1)).square())
 
 
 def alpha_req(features: Tensor) -> float:
-    """Exponent a of the eigenvalues of the covariance, the i-th as i^-a (alpha-ReQ, NeurIPS 2022).
+    """Exponent a of the covariance's eigenvalues, which decay as i^-a (alpha-ReQ, NeurIPS 2022).
 
-    The slope of a least-squares line through log(eigenvalue) over log(i), for i from 3 to 50 at
-    most; eigenvalues that are rounding are left out. The paper finds about 1 best.
+    It is the slope of a least-squares line through log(eigenvalue) over log(i), for i from 3 to at
+    most 50, without eigenvalues that are rounding noise. The paper finds about 1 best.
 
     Args:
         features: [n, D].
 
     Returns:
-        >= 0; infinity where fewer than three eigenvalues are left: the features have collapsed.
+        >= 0; infinity if fewer than three eigenvalues are left: the features have collapsed.
     """
     centred = features.double() - features.double().mean(dim=0)
     values = torch.linalg.svdvals(centred).square()
@@ -175,7 +175,7 @@ def mst_dimension(features: Tensor, seed: int = 0) -> float:
         seed: of the subsets.
 
     Returns:
-        The dimension; 0 where all points are one, infinity where the slope is 1 or more.
+        The dimension; 0 if all points are equal, infinity if the slope is 1 or more.
     """
     points = features.double().numpy()
     count, generator = len(points), np.random.default_rng(seed)
@@ -190,11 +190,3 @@ def mst_dimension(features: Tensor, seed: int = 0) -> float:
     sizes, sums = np.array([pair for pair in lengths if pair[1] > 0]).T
     slope = linregress(np.log(sizes), np.log(sums)).slope
     return float(1 / (1 - slope)) if slope < 1 else math.inf
-
-
-def _effective(values: Tensor) -> float:
-    """Exp of the entropy of shares."""
-    if values.sum() == 0:
-        return 0.0
-    share = values / values.sum()
-    return float(torch.exp(-torch.special.xlogy(share, share).sum()))

@@ -221,6 +221,6 @@ def test_damaged_rows_are_left_out_on_resume_and_said(tmp_path, caplog):
     resumed.resume_at(5)
     assert [row["step"] for row in read_rows(path)] == ["1", "5"]
     assert "5 damaged rows are left out" in caplog.text
-    assert caplog.text.count("metrics.csv: zero bytes, as of a machine that stopped") == 1
+    assert caplog.text.count("metrics.csv: zero bytes, as after a crash of the machine") == 1
     resumed.log_metrics({"a": 6.0}, step=6)
     assert path.read_bytes().split() == [b"step,a", b"1,1.0", b"5,5.0", b"6,6.0"]

@@ -230,7 +230,7 @@ def test_out_of_memory_says_what_takes_less_and_keeps_the_pieces(folder, monkeyp
             run(folder, batch_size=size)
         said = str(caught.value)
         assert said.startswith(f"out of memory (2.00 GiB more were wanted): {advice}")
-        assert said.endswith("; the same command goes on")
+        assert said.endswith("; the same command continues")
     monkeypatch.undo()
     run(folder)
     assert len(read(folder)[0]) == COUNT
@@ -252,7 +252,7 @@ def test_interrupting_says_where_the_pieces_are_and_ends_with_130(folder, monkey
     assert ended.value.code == 130
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "interrupted" in line]
     (pieces,) = folder.glob(".*.part")
-    assert line.startswith(f"interrupted: what is done stays in {pieces}")
+    assert line.startswith(f"interrupted: finished pieces stay in {pieces}")
     assert len(list(pieces.iterdir())) == 2
 
 
