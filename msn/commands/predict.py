@@ -17,14 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from PIL import Image
 from torch import Tensor
 
 from msn.commands.entry import to_plain
 from msn.commands.eval_lowshot import cache_directory, choose_device, without_views
 from msn.commands.suggest_labels import images_of
 from msn.data.datamodule import resolve_workers
-from msn.data.dataset import REPLACED, Subset
+from msn.data.dataset import Subset
 from msn.data.layout import UNLABELLED
 from msn.data.lists import Columns, index_list
 from msn.data.pools import PoolSettings, whole_source
@@ -36,11 +35,10 @@ from msn.evaluation.backbones import FrozenBackbone, open_backbones
 from msn.evaluation.features import FeatureSettings, Runtime, weights_key
 from msn.evaluation.frozen import Fold, Logistic, best_lambds, folds_of
 from msn.evaluation.outcomes import Outcome, measured, outcome_of
-from msn.evaluation.sets import FeatureSet, Head, formula_free
+from msn.evaluation.sets import FeatureSet, Head, UnlabelledImages, formula_free
 from msn.evaluation.table import save_head
 from msn.files import write_bytes
 from msn.images.depth import check_depth, trained_depth
-from msn.images.kinds import BadImageError
 from msn.schema import as_argument, make
 
 
@@ -243,35 +241,6 @@ class _Found(NamedTuple):
     readable: np.ndarray  # bool [n]
 
 
-class _Images:
-    """A source as feature extraction wants it; an unreadable image is gray."""
-
-    groups = None
-
-    def __init__(self, source: Source) -> None:
-        self.source, self._subset = source, Subset(source)
-        self.labels = torch.zeros(len(source), dtype=torch.long)
-        self.classes: list[str] = []
-
-    @property
-    def names(self) -> list[str]:
-        return [self.source.name(i) for i in range(len(self))]
-
-    def identity(self, i: int) -> str:
-        return self._subset.identity(i)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, i: int) -> Image.Image:
-        try:
-            return self.source.rgb(i)
-        except BadImageError:
-            image = Image.new("RGB", (64, 64), (127, 127, 127))
-            image.info[REPLACED] = True
-            return image
-
-
 def _features(
     source: Source, subject: FrozenBackbone, features: FeatureSettings, settings: dict[str, Any]
 ) -> _Found:
@@ -281,7 +250,7 @@ def _features(
         cache_directory(settings["cache_dir"]),
     )
     with in_one_line(lambda: less_memory("features.batch_size", features.batch_size)):
-        found = subject.features(_Images(source), features, runtime, "features")
+        found = subject.features(UnlabelledImages(Subset(source)), features, runtime, "features")
     return _Found(found.rows, ~found.replaced.numpy())
 
 

@@ -83,7 +83,7 @@ def run(config: DictConfig) -> list[dict[str, Any]]:
         _write(Path(str(settings["json"])), rows, settings)
     console = Console()
     console = console if console.is_terminal else Console(width=160)
-    title = f"{len(images.chosen)} images without labels; (place) among {len(rows)}"
+    title = f"{len(images.pool)} images without labels; (place) among {len(rows)}"
     console.print(table_of(rows, title))
     return rows
 

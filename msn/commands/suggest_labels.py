@@ -17,7 +17,7 @@ from torch import Tensor
 from msn.commands.entry import to_plain
 from msn.commands.eval_lowshot import cache_directory, choose_device, without_views
 from msn.data.datamodule import resolve_workers
-from msn.data.dataset import REPLACED, LabelledImages, Subset
+from msn.data.dataset import LabelledImages, Subset
 from msn.data.hf import SAVED
 from msn.data.pools import PoolSettings, build_pools
 from msn.data.sources import FileSource
@@ -28,10 +28,16 @@ from msn.evaluation.backbones import FrozenBackbone, open_backbones
 from msn.evaluation.features import FeatureSettings, Runtime
 from msn.evaluation.frozen import Logistic, logistic_results
 from msn.evaluation.label_choice import METHODS, Choice, contact_sheet, cover_prototypes, k_medoids
-from msn.evaluation.sets import FeatureSet, LabelSet, Trial, held_out_features
+from msn.evaluation.sets import (
+    FeatureSet,
+    LabelSet,
+    Trial,
+    UnlabelledImages,
+    held_out_features,
+    open_image,
+)
 from msn.files import placed_at, write_bytes
 from msn.images.depth import check_depth, trained_depth
-from msn.images.kinds import BadImageError
 from msn.method.vit import VisionTransformer
 from msn.schema import as_argument, make, whole_number
 from msn.weights import ForeignBackbone, Weights, open_backbone_of
@@ -139,7 +145,7 @@ class _Chooser:
         device = choose_device(config["device"])
         workers = resolve_workers(config["data"]["num_workers"], in_memory=False)
         self.runtime = Runtime((device,), workers, cache_directory(config["cache_dir"]))
-        images = _Unlabelled(pool)
+        images = UnlabelledImages(pool)
         with in_one_line(lambda: less_memory("features.batch_size", self.settings.batch_size)):
             self.features = subject.features(images, self.settings, self.runtime, "pool").rows
         self.cosines = self._cosines(images) if config["choose"] == "prototypes" else None
@@ -149,7 +155,7 @@ class _Chooser:
         left = torch.arange(len(self.pool))
         for _ in range(_TRIES):
             choice = self._among(left, budget)
-            bad = [i for i in choice.positions.tolist() if _open(self.pool, i) is None]
+            bad = [i for i in choice.positions.tolist() if open_image(self.pool, i) is None]
             if not bad:
                 return choice
             left = left[~torch.isin(left, torch.tensor(bad))]
@@ -188,7 +194,7 @@ class _Chooser:
             choice = cover_prototypes(self.cosines[left], self.features[left], budget)
         return choice._replace(positions=left[choice.positions])
 
-    def _cosines(self, images: "_Unlabelled") -> Tensor:
+    def _cosines(self, images: UnlabelledImages) -> Tensor:
         """Cosines of every image's projection and the prototypes, [n, K]."""
         assert self.weights is not None
         return prototype_cosines(self.weights, self._normed_tokens(images))
@@ -198,7 +204,7 @@ class _Chooser:
         assert isinstance(self.subject.trunk, VisionTransformer)  # it has prototypes
         return self.subject.trunk
 
-    def _normed_tokens(self, images: "_Unlabelled") -> Tensor:
+    def _normed_tokens(self, images: UnlabelledImages) -> Tensor:
         """Class tokens after the final norm, without another look at the images if possible."""
         feature = self.subject.kind(self.settings)
         if feature == "class_token":
@@ -214,45 +220,11 @@ class _Chooser:
         return self.subject.features(images, normed, self.runtime, "pool").rows
 
 
-class _Unlabelled:
-    """The pool as feature extraction wants it; an unreadable image is gray and never chosen."""
-
-    def __init__(self, pool: Subset) -> None:
-        self.pool = pool
-        self.labels = torch.zeros(len(pool), dtype=torch.long)
-        self.classes: list[str] = []
-        self.groups = None
-
-    @property
-    def names(self) -> list[str]:
-        return [self.pool.name(i) for i in range(len(self.pool))]
-
-    def identity(self, i: int) -> str:
-        return self.pool.identity(i)
-
-    def __len__(self) -> int:
-        return len(self.pool)
-
-    def __getitem__(self, i: int) -> Image.Image:
-        image = _open(self.pool, i)
-        if image is None:
-            image = Image.new("RGB", (64, 64), (127, 127, 127))
-            image.info[REPLACED] = True
-        return image
-
-
-def _open(pool: Subset, i: int) -> Image.Image | None:
-    try:
-        return pool.source.rgb(int(pool.positions[i]))
-    except BadImageError:
-        return None
-
-
 def _write(out: Path, pool: Subset, choice: Choice) -> None:
     """The table, which `data=list` reads from any directory, the pool's names, and the sheet."""
     positions = choice.positions.tolist()
     shown = positions[:_SHEET_IMAGES]
-    images = [_open(pool, i) for i in shown]
+    images = [open_image(pool, i) for i in shown]
     sheet = contact_sheet(
         [image for image in images if image is not None], [str(i + 1) for i in range(len(shown))]
     )
@@ -279,7 +251,7 @@ def _path(pool: Subset, i: int, number: int, directory: Path) -> str:
     """
     if isinstance(pool.source, FileSource):
         return pool.source.path(int(pool.positions[i]))
-    image = _open(pool, i)
+    image = open_image(pool, i)
     assert image is not None  # `_Chooser.choose` takes readable ones
     copy = Path(COPIES, f"{number:04d}.png")
     (directory / COPIES).mkdir(exist_ok=True)

@@ -13,14 +13,14 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as F
 
-from msn.data.dataset import REPLACED, Subset
+from msn.data.dataset import Subset
 from msn.data.sampler import permutation
 from msn.errors import UserError
 from msn.evaluation.augment import seeded
 from msn.evaluation.backbones import Subject
-from msn.evaluation.features import FeatureSettings, Runtime
+from msn.evaluation.features import FeatureSettings, Runtime, is_replaced
 from msn.evaluation.neighbours import effective_rank, rankme
-from msn.images.kinds import BadImageError
+from msn.evaluation.sets import UnlabelledImages
 
 _CHOICE, _CROP = 8, 9  # keep these draws apart from others
 _CROP_AREA = (0.3, 1.0)  # of the image, as rand views of the paper
@@ -53,7 +53,7 @@ class Measures(NamedTuple):
         }
 
 
-class Crops:
+class Crops(UnlabelledImages):
     """Some images without labels: each whole, then as `views` random crops.
 
     Args:
@@ -64,36 +64,27 @@ class Crops:
     """
 
     def __init__(self, pool: Subset, *, images: int, views: int, seed: int) -> None:
-        self.chosen = np.sort(permutation(len(pool), seed, _CHOICE)[:images]).tolist()
-        self.pool, self.each, self.seed = pool, 1 + views, seed
-        self.labels = torch.zeros(len(self), dtype=torch.long)
-        self.classes: list[str] = []
-        self.groups = None
+        chosen = np.sort(permutation(len(pool), seed, _CHOICE)[:images])
+        super().__init__(Subset(pool.source, pool.positions[chosen]))
+        self.each, self.seed = 1 + views, seed
 
     @property
     def names(self) -> list[str]:
-        """Names of the images, each as often as it is there."""
-        return [self.pool.name(i) for i in self.chosen for _ in range(self.each)]
+        """Names of the images, each repeated for its crops."""
+        return [name for i in range(len(self.pool)) for name in [self.pool.name(i)] * self.each]
 
     def identity(self, i: int) -> str:
-        """Changes when image or crop i is another one."""
-        image = self.pool.identity(self.chosen[i // self.each])
-        return f"{image} crop {i % self.each} of seed {self.seed}"
+        """A key that changes with the content of image or crop i."""
+        return f"{self.pool.identity(i // self.each)} crop {i % self.each} of seed {self.seed}"
 
     def __len__(self) -> int:
         """Number of images, times 1 + `views`."""
-        return len(self.chosen) * self.each
+        return len(self.pool) * self.each
 
     def __getitem__(self, i: int) -> Image.Image:
-        """The whole image where i is a multiple of 1 + `views`, else a crop of it."""
-        number = self.chosen[i // self.each]
-        try:
-            image = self.pool.source.rgb(int(self.pool.positions[number]))
-        except BadImageError:
-            image = Image.new("RGB", (32, 32))
-            image.info[REPLACED] = True
-            return image
-        if i % self.each == 0:
+        """The whole image if i is a multiple of 1 + `views`, else a crop of it."""
+        image = super().__getitem__(i // self.each)
+        if i % self.each == 0 or is_replaced(image):
             return image
         with seeded(self.seed, _CROP, i):
             place = RandomResizedCrop.get_params(image, list(_CROP_AREA), [3 / 4, 4 / 3])
@@ -109,7 +100,7 @@ def measure(
         UserError: fewer than 32 images can be read.
     """
     found = subject.features(images, settings, runtime, "images and crops")
-    rows = found.rows.reshape(len(images.chosen), images.each, -1)
+    rows = found.rows.reshape(len(images.pool), images.each, -1)
     rows = rows[~found.replaced.reshape(len(rows), -1).any(dim=1)]
     if len(rows) < 32:
         raise UserError(f"data: {len(rows)} images can be read, at least 32 are needed")

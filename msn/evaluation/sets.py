@@ -7,10 +7,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from msn.data.dataset import REPLACED, Subset
 from msn.data.subsets import fraction_of_each_class, k_shot
 from msn.errors import UserError
 from msn.evaluation.features import Extracted, LabelledSet
 from msn.evaluation.outcomes import Outcome, measured, outcome_of
+from msn.images.kinds import BadImageError
 
 Row = dict[str, Any]
 # How tables call them.
@@ -196,7 +198,7 @@ class ChosenImages:
         self.names = [names[i] for i in self._positions]
 
     def identity(self, i: int) -> str:
-        """Changes when image i is another image."""
+        """A key that changes with the content of image i."""
         return self._images.identity(self._positions[i])
 
     def __len__(self) -> int:
@@ -206,6 +208,53 @@ class ChosenImages:
     def __getitem__(self, i: int) -> Image.Image:
         """Image i of the chosen ones."""
         return self._images[self._positions[i]]
+
+
+class UnlabelledImages:
+    """All images of a pool, as features are extracted from them; an unreadable one is gray.
+
+    Args:
+        pool: images of a source.
+    """
+
+    groups = None
+
+    def __init__(self, pool: Subset) -> None:
+        self.pool, self.classes = pool, list[str]()
+
+    @property
+    def labels(self) -> Tensor:
+        """Zeros, [n]."""
+        return torch.zeros(len(self), dtype=torch.long)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the images, in order."""
+        return [self.pool.name(i) for i in range(len(self))]
+
+    def identity(self, i: int) -> str:
+        """A key that changes with the content of image i."""
+        return self.pool.identity(i)
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.pool)
+
+    def __getitem__(self, i: int) -> Image.Image:
+        """Image i, or a gray one."""
+        image = open_image(self.pool, i)
+        if image is None:
+            image = Image.new("RGB", (64, 64), (127, 127, 127))
+            image.info[REPLACED] = True
+        return image
+
+
+def open_image(pool: Subset, i: int) -> Image.Image | None:
+    """Image i of a pool, RGB; None if it cannot be read."""
+    try:
+        return pool.source.rgb(int(pool.positions[i]))
+    except BadImageError:
+        return None
 
 
 def labelled_features(images: LabelledSet, found: Extracted) -> FeatureSet:

@@ -260,7 +260,7 @@ def test_a_place_that_cannot_be_written_is_one_line(weights, tmp_path):
     [
         ({"format": "keras"}, "format must be one of timm"),
         ({"image_size": 18}, "multiple of the patch size 4"),
-        ({"image_size": 20000}, "image_size=20000: must be at most 512, that is 128 patches a"),
+        ({"image_size": 20000}, "must be at most 512, that is 128 patches per side"),
     ],
 )
 def test_wrong_arguments_say_what_is_allowed(weights, tmp_path, more, message):
