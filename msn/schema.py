@@ -1,4 +1,4 @@
-"""Settings against signatures: YAML holds the values, keyword-only signatures are the schema.
+"""Check settings against signatures: YAML holds values, keyword-only signatures are the schema.
 
 A signature is that of a function, of a class, or of a frozen dataclass of settings; a class that
 has its keywords in such a dataclass names it as its `Settings`.
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_ty
 
 from msn.errors import UserError
 
-# Larger numbers become infinite in the type that networks compute in.
+# Larger numbers are infinite in float32.
 _LARGEST = 3.4e38
 _LARGEST_WHOLE = 2**63 - 1
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
@@ -77,7 +77,7 @@ def make(
     *,
     complete: bool = False,
 ) -> _Made:
-    """Call a target with those of `settings` that it takes; see `take`.
+    """Call a target with the settings that it takes; see `take`.
 
     Args:
         prefix: where the settings stand, for messages.
@@ -97,7 +97,7 @@ def take(
     *,
     derived: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Those of `settings` that `target` takes by keyword, with their types checked.
+    """The settings that `target` takes by keyword, with their types checked.
 
     Args:
         prefix: where the settings stand, for messages, e.g. "method".
@@ -132,10 +132,10 @@ def refuse_unknown(
     *targets: Callable[..., Any],
     derived: Sequence[str] = (),
 ) -> None:
-    """Every setting must be a keyword of one of the targets, but none of the `derived` ones.
+    """Refuse settings that are not a keyword of any target, or are `derived`.
 
     Raises:
-        UserError: that names the first unknown key and all allowed ones.
+        UserError: names the first unknown key and all allowed ones.
     """
     names = [name for target in targets for name in keywords(target)]
     allowed = [name for name in names if name not in derived]
@@ -155,7 +155,7 @@ def _with_keywords(target: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def whole_number(name: str, value: Any, least: int) -> int:
-    """A setting that must be a whole number of at least so much.
+    """The value of a setting that must be a whole number >= `least`.
 
     Raises:
         UserError: it is not.
@@ -163,6 +163,12 @@ def whole_number(name: str, value: Any, least: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UserError(f"{name} must be a whole number >= {least}, got {value!r}")
     return value
+
+
+def check_switch(name: str, value: Any) -> None:
+    """Raise a UserError unless a setting is true or false."""
+    if not isinstance(value, bool):
+        raise UserError(f"{name} must be true or false, got {value!r}")
 
 
 def flat(prefix: str, settings: Any) -> list[tuple[str, Any]]:
@@ -174,7 +180,7 @@ def flat(prefix: str, settings: Any) -> list[tuple[str, Any]]:
 
 
 def as_argument(key: str, path: str | os.PathLike[str]) -> str:
-    """`key=path` to be pasted into a shell: the commands then read exactly this path."""
+    """`key=path`, quoted for a shell so that the commands read exactly this path."""
     text = os.fspath(path)
     if text.lower() == "null" or re.match(r"['\"\[]", text) or "~" in text or "${" in text:
         text = text.replace("${", r"\${")

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from msn.commands.entry import to_plain
 from msn.errors import UserError
+from msn.schema import check_switch
 from msn.weights.classifier import read_classifier
 from msn.weights.export import check_format, export
 from msn.weights.hub import check_push, push
@@ -25,8 +26,8 @@ def run(config: DictConfig) -> None:
     settings = to_plain(config)
     checkpoint, out = Path(str(settings["checkpoint"])), Path(str(settings["out"]))
     check_format(settings["format"], has_head=settings["head"] is not None)
-    _check_switch("overwrite", settings["overwrite"])
-    _check_switch("private", settings["private"])
+    for name in ("overwrite", "private"):
+        check_switch(name, settings[name])
     repository = None if settings["push"] is None else check_push(settings["push"])
     weights = read_weights(
         _source(checkpoint, settings["format"]),
@@ -61,11 +62,6 @@ def run(config: DictConfig) -> None:
     print(f"exported to: {out}")
     if repository is not None:
         print(f"pushed to: {push(out, repository, private=settings['private'])}")
-
-
-def _check_switch(key: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise UserError(f"{key} must be true or false, got {value!r}")
 
 
 def _source(checkpoint: Path, format: str) -> Path:

@@ -38,7 +38,7 @@ from msn.evaluation.lowshot import Protocol
 from msn.evaluation.table import versions
 from msn.images.depth import RECORDED
 from msn.method.distributed import process_index
-from msn.schema import as_argument
+from msn.schema import as_argument, check_switch
 from msn.training.base import PretrainingModule
 from msn.training.checkpointing import check_same_run, identity_of, step_of
 from msn.training.launch import (
@@ -74,10 +74,9 @@ def run(config: DictConfig) -> Path | None:
     seed_everything(check_seed(settings["seed"]), verbose=False)
     if not is_inherited():
         ignore_left_overs(os.environ)
-    _check_switch("report", settings["report"])
-    _check_switch("keep_better", settings["keep_better"])
-    _check_switch("plan", settings["plan"])
-    _check_switch("resume.force", settings["resume"]["force"])
+    for name in ("report", "keep_better", "plan"):
+        check_switch(name, settings[name])
+    check_switch("resume.force", settings["resume"]["force"])
     if settings["plan"]:
         if settings["method"].get("num_prototypes", 0) is None:
             said += choose_prototypes(config, plan.count_images(config, settings, all_=True))
@@ -337,11 +336,6 @@ def _describe_run(
         print(f"no labels, so no low-shot table in the end: {data.pools.why}")
     if directory.resume_from is not None:
         print(f"resuming from {directory.resume_from}")
-
-
-def _check_switch(key: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise UserError(f"{key} must be true or false, got {value!r}")
 
 
 def _quieten() -> None:

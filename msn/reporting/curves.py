@@ -1,4 +1,4 @@
-"""Curves of all monitors, and accuracy against labels, for one run or several."""
+"""Charts of all monitors, and accuracy over labels, for one run or several."""
 
 import math
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from msn.reporting.record import RunRecord
 
 _DASHES = ("solid", "dash", "dot", "dashdot")
 FEW_POINTS = 20  # per line; so few are marked one by one
-MOST_POINTS = 1500  # per line; more are averaged in bins, so that years of steps stay a few bytes
+MOST_POINTS = 1500  # per line; more are averaged in bins, so that the page stays small
 
 Figure = dict[str, Any]
 
 
 class Chart(NamedTuple):
-    """A plotly figure and what it is called and says to those who cannot see it."""
+    """A plotly figure with title, help and a text for those who cannot see it."""
 
     title: str
     help: str
@@ -41,9 +41,9 @@ PANELS = (
             "train/cross_entropy": "cross-entropy",
             "train/cross_entropy_floor": "its floor",
         },
-        "MSN: cross-entropy cannot fall below its floor, the targets' own entropy. A flat loss "
-        "near the floor is not a failure; floor and loss fall together while targets sharpen. "
-        "Masked autoencoders: the error on masked patches.",
+        "MSN: the cross-entropy cannot fall below its floor, the entropy of the targets. A flat "
+        "loss near the floor is not a failure; both fall together while targets sharpen. Masked "
+        "autoencoders: the error on masked patches.",
     ),
     Panel(
         "Reconstruction",
@@ -51,8 +51,8 @@ PANELS = (
             "reconstruction/error_of_means": "error of the means alone",
             "reconstruction/error_std": "spread over patches",
         },
-        "Masked autoencoders: what predicting each masked patch's mean would give, which the loss "
-        "must fall below, and how far patches differ.",
+        "Masked autoencoders: the error of predicting each masked patch's mean, below which the "
+        "loss must fall, and how far patches differ.",
     ),
     Panel(
         "Prototypes in use",
@@ -63,8 +63,8 @@ PANELS = (
     Panel(
         "Agreement of views",
         {"collapse/agreement_rand": "rand anchors", "collapse/agreement_focal": "focal anchors"},
-        "Anchors whose strongest prototype is that of their target. It should rise; near 100 % "
-        "from the start the views are too alike.",
+        "Share of anchors whose strongest prototype is that of their target. It should rise. If it "
+        "is near 100 % from the start, the views are too alike.",
         ".0%",
     ),
     Panel(
@@ -173,7 +173,7 @@ def _chart(panel: Panel, records: Sequence[RunRecord]) -> Chart | None:
         return None
     in_epochs = all("steps_per_epoch" in record.facts for record in records)
     layout = {
-        # Named where one points, so that legends have the room below.
+        # The axis is named in the hover text, which leaves the room below for legends.
         "xaxis": {"unifiedhovertitle": {"text": f"{'epoch' if in_epochs else 'step'} %{{x}}"}},
         "yaxis": {"tickformat": panel.format, "hoverformat": panel.format},
         "showlegend": len(traces) > 1,
@@ -183,7 +183,7 @@ def _chart(panel: Panel, records: Sequence[RunRecord]) -> Chart | None:
 
 
 def _epochs(record: RunRecord, steps: Sequence[float]) -> list[float]:
-    """Steps as epochs, where the run kept how many steps an epoch has."""
+    """Steps as epochs, if run.json has the steps per epoch."""
     steps_per_epoch = record.facts.get("steps_per_epoch")
     if not steps_per_epoch:
         return list(steps)
@@ -191,7 +191,7 @@ def _epochs(record: RunRecord, steps: Sequence[float]) -> list[float]:
 
 
 def thin(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
-    """At most `MOST_POINTS` points: means of equal runs of neighbours; four digits."""
+    """At most `MOST_POINTS` points, means of equal bins with five digits."""
     size = math.ceil(len(x) / MOST_POINTS)
     bins = [slice(start, start + size) for start in range(0, len(x), size)]
     return [x[b][-1] for b in bins], [_short(sum(y[b]) / len(y[b])) for b in bins]
@@ -206,7 +206,7 @@ BELOW_TITLE = {"orientation": "h", "x": 0, "y": -0.25, "yanchor": "top"}
 
 
 def table_of(record: RunRecord) -> tuple[list[str], list[tuple[str, list[Row | None]]]]:
-    """Column titles and, for each backbone and variant, its rows; None where it has none."""
+    """Column titles and, per backbone and variant, one row per column, None where it has none."""
     rows: Sequence[Row] = [] if record.lowshot is None else record.lowshot["rows"]
     columns = list(dict.fromkeys(_column_title(row) for row in rows))
     backbones = list(dict.fromkeys(_row_title(row) for row in rows))
@@ -221,7 +221,7 @@ def _row_title(row: Row) -> str:
 
 
 def _column_title(row: Row) -> str:
-    """What a column of the table is called: classifier and labels."""
+    """Title of a column: classifier and labels."""
     labels = row["labels"]
     amount = f"{labels} labels"
     if labels.isdigit():
@@ -231,7 +231,7 @@ def _column_title(row: Row) -> str:
 
 
 def accuracy_chart(records: Sequence[RunRecord]) -> Chart | None:
-    """Top-1 over labelled images, one line per backbone; None where no line has two points."""
+    """Top-1 over labelled images, one line per backbone; None if no line has two points."""
     traces: list[dict[str, Any]] = []
     for record in records:
         prefix = f"{record.name}: " if len(records) > 1 else ""

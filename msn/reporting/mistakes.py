@@ -1,4 +1,4 @@
-"""What goes wrong on held-out images: recall of each class, confusions, the worst images."""
+"""Mistakes on held-out images: recall of each class, confusions, the worst images."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -21,14 +21,14 @@ _WORST, _CLASSES, _SIDE = 8, 20, 64
 
 
 def main_row(record: RunRecord) -> Row | None:
-    """The backbone's row with the most labels that knows each class; None in older tables."""
+    """The row with the most labels and a recall per class, baselines aside; None in old tables."""
     rows = [] if record.lowshot is None else record.lowshot["rows"]
     own = [row for row in rows if row.get("recall") and not is_floor(row)]
     return max(own, key=lambda row: int(row["labelled_images"]), default=None)
 
 
 def class_lines(row: Row) -> list[list[str]]:
-    """Name, held-out images, recall and its interval of each class, the worst first."""
+    """Name, number of held-out images, recall and interval of each class, the worst first."""
     known = [(name, one) for name, one in row["recall"].items() if one["images"]]
     known = sorted(known, key=lambda item: item[1]["recall"])
     return [
@@ -38,7 +38,7 @@ def class_lines(row: Row) -> list[list[str]]:
 
 
 def class_caption(record: RunRecord, row: Row) -> str:
-    """What `class_lines` are, and the means over the classes."""
+    """A caption for `class_lines`, with the means over the classes."""
     return (
         f"{record.name}: {row['backbone']}, {column_name(row)}: recall of each class with its 95 % "
         f"interval, %, the lowest first; balanced accuracy "
@@ -52,7 +52,7 @@ def _percent(value: float, interval: Sequence[float]) -> str:
 
 
 def confusion_picture(record: RunRecord) -> Gallery | None:
-    """The picture that the evaluation left; None where it left none."""
+    """The evaluation's confusion matrix; None if there is none."""
     path = record.path / "confusion.png"
     if not path.is_file():
         return None
@@ -67,14 +67,14 @@ def confusion_picture(record: RunRecord) -> Gallery | None:
 
 
 def worst_images(record: RunRecord, row: Row) -> Gallery | None:
-    """Of each class the images that are taken for another one with the most confidence.
+    """The images of each class that are classified wrongly with the most confidence.
 
     Args:
         record: of the run.
         row: whose predictions count.
 
     Raises:
-        UserError: the images are not where they were.
+        UserError: the images are no longer where they were.
     """
     key = {name: str(row.get(name, "")) for name in ("backbone", "classifier", "labels", "variant")}
     wrong: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
@@ -105,8 +105,8 @@ def worst_images(record: RunRecord, row: Row) -> Gallery | None:
             pictures.append(as_picture(strip(cells), caption, f"Images of {caption}"))
     return Gallery(
         "Worst images of each class",
-        f"Images that {column_name(row)} takes for another class with the most confidence, in the "
-        "first label set; classes of the lowest recall first. All predictions: predictions.parquet "
-        "or .csv.",
+        f"Images that {column_name(row)} classifies wrongly with the most confidence, in the first "
+        "label set; classes of the lowest recall first. All predictions: predictions.parquet or "
+        ".csv.",
         pictures,
     )

@@ -1,6 +1,6 @@
-"""Pictures of what a run has learnt, as pieces of a page: views, prototypes, attention, a map.
+"""Pictures for a report: views, images nearest to prototypes, attention, a map of features.
 
-The sheet of views shows what target and anchors see of each image, dropped patches in grey.
+`views_sheet` shows what target and anchors see of each image, with dropped patches in grey.
 """
 
 import base64
@@ -52,8 +52,8 @@ class Gallery(NamedTuple):
 
 
 def galleries(learned: Learned) -> list[Gallery]:
-    """All galleries that can be made of a run."""
-    is_mae = learned.settings["method"].get("kind") == "mae"  # which has no anchors
+    """All galleries that a run allows."""
+    is_mae = learned.settings["method"].get("kind") == "mae"  # it has no anchors
     found = [] if is_mae else [_views(learned)]
     if learned.assignments is not None:
         found.append(_prototypes(learned, learned.assignments))
@@ -137,14 +137,14 @@ def _views(learned: Learned) -> Gallery:
     )
     return Gallery(
         "Views and dropped patches",
-        "One row per image. Anchors must find the target's assignment from what is left to them; "
-        "dropped patches are grey.",
+        "One row per image. Anchors must predict the target's assignment from what they see. "
+        "Dropped patches are grey.",
         [as_picture(sheet, told, f"Contact sheet: {told}.")],
     )
 
 
 def _prototypes(learned: Learned, assignments: Tensor) -> Gallery:
-    """Of each prototype in use, the images nearest to it."""
+    """The images nearest to each prototype in use."""
     strongest = assignments.argmax(dim=1)
     counts = torch.bincount(strongest, minlength=assignments.shape[1])
     used = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
@@ -164,7 +164,7 @@ def _prototypes(learned: Learned, assignments: Tensor) -> Gallery:
         "Images nearest to prototypes",
         f"{len(used):,} of {assignments.shape[1]:,} prototypes are the strongest of at least one "
         f"of {len(strongest):,} training images; the {len(pictures)} most used, each with its "
-        "nearest images. A prototype that means something shows images that belong together.",
+        "nearest images. A meaningful prototype shows images that belong together.",
         pictures,
     )
 
@@ -198,7 +198,7 @@ def _attention(learned: Learned) -> Gallery:
 
 
 def _heated(image: Image.Image, weights: np.ndarray) -> Image.Image:
-    """The image in grey under orange, the more so the larger the weight of a patch."""
+    """The image in grey, with more orange the larger the weight of a patch."""
     grey = np.asarray(image.convert("L").convert("RGB"), np.float64)
     heat = Image.fromarray((weights / max(weights.max(), 1e-12)).astype(np.float32))
     how = Image.Resampling.NEAREST if image.width <= _ATTENTION_SIDE else Image.Resampling.BICUBIC
@@ -207,7 +207,7 @@ def _heated(image: Image.Image, weights: np.ndarray) -> Image.Image:
 
 
 def _groups(learned: Learned) -> list[tuple[str, list[int]]]:
-    """Images by class, else by their strongest prototype; the largest groups, then the rest."""
+    """Images by class, else by strongest prototype: the largest groups, then all others as one."""
     if learned.labels is not None:
         numbers, names = learned.labels, learned.classes
     elif learned.assignments is not None:
@@ -241,13 +241,13 @@ def _class_mix(learned: Learned, chosen: Sequence[int]) -> str:
 
 
 def sized(image: Image.Image, side: int) -> Image.Image:
-    """Enlarged without smoothing, so that pixels and patches stay visible; reduced with it."""
+    """A square of `side` px: enlarged without smoothing, so pixels stay visible, or reduced."""
     how = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
     return image.resize((side, side), how)
 
 
 def strip(cells: Sequence[Image.Image]) -> Image.Image:
-    """Side by side on transparent ground."""
+    """Images side by side on transparent ground."""
     width = sum(cell.width for cell in cells) + _GAP * (len(cells) - 1)
     strip = Image.new("RGBA", (width, max(cell.height for cell in cells)), (0, 0, 0, 0))
     left = 0
@@ -258,14 +258,14 @@ def strip(cells: Sequence[Image.Image]) -> Image.Image:
 
 
 def as_picture(image: Image.Image, caption: str, alt: str) -> Picture:
-    """An image in WebP, for a page."""
+    """An image as WebP, for a page."""
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=85, method=4)
     data = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     return Picture(caption, alt, data, image.width, image.height)
 
 
-# Sides in px on the sheet of large views; small images are enlarged so that they can be seen.
+# Least and greatest side in px of large views on the sheet; small images are enlarged.
 LEAST_SIDE, GREATEST_SIDE = 96, 224
 _SHEET_GAP, _CAPTION = 6, 18
 _PAPER, _INK, _DROPPED = (255, 255, 255), (60, 60, 60), (128, 128, 128)
@@ -292,11 +292,11 @@ def views_sheet(
         patch_size: side of a patch in px of the views.
         originals: the B images before they were cropped, any size.
         masked: caption of rand anchors.
-        transparent: leave the ground between the views out (RGBA), for pages in light and dark.
+        transparent: make the ground between the views transparent (RGBA), for light and dark pages.
 
     Returns:
-        An RGB image, or RGBA if `transparent`; views of `rand_size` px are drawn with a side of 96
-        to 224 px, focal views in the same scale.
+        An RGB image, or RGBA if `transparent`. Views of `rand_size` px are drawn with a side of 96
+        to 224 px, focal views at the same scale.
     """
     size, images = views.target.shape[-1], views.target.shape[0]
     side = min(max(size, LEAST_SIDE), GREATEST_SIDE)
@@ -316,15 +316,17 @@ def views_sheet(
     return tiled(rows, captions, transparent=transparent)
 
 
-def view_pixels(view: Tensor) -> np.ndarray:
-    """A normalised view [3, h, w] as pixels, uint8 [h, w, 3]."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    pixels = (view.detach().float().cpu() * std + mean).clamp(0, 1) * 255
+def view_pixels(
+    view: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> np.ndarray:
+    """A view [3, h, w], normalised by `mean` and `std`, as pixels, uint8 [h, w, 3]."""
+    scale, shift = (torch.tensor(values).view(3, 1, 1) for values in (std, mean))
+    pixels = (view.detach().float().cpu() * scale + shift).clamp(0, 1) * 255
     return pixels.round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
 def cover_dropped(pixels: np.ndarray, kept: Tensor | None, patch_size: int) -> np.ndarray:
-    """Paint grey what is not kept.
+    """Paint dropped patches grey.
 
     Args:
         pixels: uint8 [h, w, 3].

@@ -1,6 +1,5 @@
-"""What a masked autoencoder makes of images: image, masked, reconstructed, mixed."""
+"""Draw what a masked autoencoder predicts: image, masked, reconstructed, mixed."""
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -14,6 +13,7 @@ from msn.reporting.pictures import (
     cover_dropped,
     sized,
     tiled,
+    view_pixels,
 )
 from msn.weights.mae import LoadedMAE
 from msn.weights.weights import IMAGENET_MEAN, IMAGENET_STD
@@ -25,10 +25,10 @@ SHOWN = 8
 def reconstruction_sheet(
     mae: LoadedMAE, images: Tensor, *, seed: int, transparent: bool = False
 ) -> Image.Image:
-    """Draw one row per image: the image, what is left of it, the prediction, both together.
+    """Draw one row per image: the image, its visible patches, the prediction, both together.
 
-    Predictions of normalised patches (`norm_pix_loss`) are put back to pixels by the mean and
-    standard deviation of the true patch, which the network does not know; as the paper's figures.
+    Predictions of normalised patches (`norm_pix_loss`) become pixels by the mean and standard
+    deviation of the true patch, which the network does not know, as in the paper's figures.
 
     Args:
         mae: the network, in eval mode.
@@ -48,24 +48,25 @@ def reconstruction_sheet(
         predicted = predicted * (variance + 1e-6).sqrt() + mean
     mixed = torch.where(found.mask.unsqueeze(-1).bool(), predicted, patches)
     side = min(max(size, LEAST_SIDE), GREATEST_SIDE)
+    mean, std = mae.meta.get("mean", IMAGENET_MEAN), mae.meta.get("std", IMAGENET_STD)
     rows = []
     for image, whole, both, mask in zip(
         images, unpatchify(predicted, patch), unpatchify(mixed, patch), found.mask, strict=True
     ):
         kept = (mask == 0).nonzero()[:, 0]
-        original, whole, both = (_pixels(part, mae) for part in (image, whole, both))
+        original, whole, both = (view_pixels(part, mean, std) for part in (image, whole, both))
         shown = (original, cover_dropped(original, kept, patch), whole, both)
         rows.append([sized(Image.fromarray(pixels), side) for pixels in shown])
     return tiled(rows, ["image", "masked", "reconstructed", "mixed"], transparent=transparent)
 
 
 def reconstruction_caption(mae: LoadedMAE, count: int) -> str:
-    """What the sheet shows, for a page or a terminal."""
+    """A caption of the sheet, for a page or a terminal."""
     side = mae.trunk.img_size // mae.trunk.patch_size
     masked = side**2 - mae.num_kept
     scale = (
-        "; predictions are of normalised patches and put back by each true patch's own mean and "
-        "standard deviation"
+        "; predictions are of normalised patches, scaled back by the mean and standard deviation "
+        "of each true patch"
         if mae.norm_pix_loss
         else ""
     )
@@ -73,7 +74,7 @@ def reconstruction_caption(mae: LoadedMAE, count: int) -> str:
 
 
 def reconstruction_gallery(mae: LoadedMAE, images: Tensor) -> Gallery:
-    """The sheet as a piece of a page.
+    """The sheet as a gallery.
 
     Args:
         mae: the network of a run.
@@ -88,13 +89,3 @@ def reconstruction_gallery(mae: LoadedMAE, images: Tensor) -> Gallery:
         "predicts, and predictions beside visible patches. Visible patches are not trained on.",
         [as_picture(sheet, told, f"Contact sheet: {told}.")],
     )
-
-
-def _pixels(image: Tensor, mae: LoadedMAE) -> np.ndarray:
-    """A normalised image [3, S, S] as pixels, uint8 [S, S, 3]."""
-    mean, std = (
-        torch.tensor(mae.meta.get(name, usual)).view(3, 1, 1)
-        for name, usual in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD))
-    )
-    pixels = (image.float().cpu() * std + mean).clamp(0, 1) * 255
-    return pixels.round().to(torch.uint8).permute(1, 2, 0).numpy()

@@ -1,6 +1,5 @@
-"""What a run directory says of its run: the figures from which a report is made."""
+"""Read a run directory: settings, metrics, verdicts and the low-shot table for a report."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -8,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from msn.errors import UserError
 from msn.files import read_rows
+from msn.weights.reading import read_json
 
 CONFIG_FILE = "config.yaml"
 VERDICT_TEXT = ("verdict", "line")
@@ -20,16 +19,16 @@ class RunRecord:
     """One run, read from its directory."""
 
     name: str
-    """What the report calls it."""
+    """Its name in the report."""
     path: Path
     settings: Mapping[str, Any]
     """The resolved configuration."""
     config_text: str
-    """The same as it stands in config.yaml."""
+    """The text of config.yaml."""
     status: Mapping[str, Any] = field(default_factory=dict)
     """run.json: status, and `facts` on machine, images and versions."""
     metrics: Sequence[Mapping[str, float]] = ()
-    """Rows of metrics.csv; a row has what was logged in its step."""
+    """Rows of metrics.csv; a row holds what was logged in its step."""
     verdicts: Sequence[Mapping[str, str]] = ()
     """Rows of verdicts.csv: step, epoch, verdict, line."""
     lowshot: Mapping[str, Any] | None = None
@@ -37,7 +36,7 @@ class RunRecord:
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """Machine, images and versions, as far as the run kept them."""
+        """Machine, images and versions, as far as run.json has them."""
         return self.status.get("facts", {})
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
@@ -52,15 +51,15 @@ class RunRecord:
 
 
 def read_record(path: Path, settings: Mapping[str, Any], name: str) -> RunRecord:
-    """Read a run directory; what is missing (the run may be unfinished) stays empty.
+    """Read a run directory; files that are missing, as in an unfinished run, leave fields empty.
 
     Args:
         path: the directory.
         settings: its config.yaml, parsed and resolved.
-        name: what the report calls the run.
+        name: of the run in the report.
 
     Raises:
-        UserError: if a file of it is damaged.
+        UserError: if one of its files is damaged.
     """
     return RunRecord(
         name=name,
@@ -88,12 +87,4 @@ def _is_verdict(row: Mapping[str, str]) -> bool:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: must hold a JSON object")
-    return found
+    return read_json(path) if path.is_file() else None

@@ -1,6 +1,7 @@
-"""report.html: what was run, on what, how long, and what came of it; one run or several.
+"""Build report.html, one page about one run or several side by side.
 
-The page is self-contained: it needs no network, and fits light and dark, wide and narrow.
+It says what was run, on what, how long, and with which result. The page needs no network and fits
+light and dark, wide and narrow screens.
 """
 
 import json
@@ -33,7 +34,7 @@ from msn.weights.card import floors_note
 
 log = logging.getLogger(__name__)
 
-# verdict -> how it is coloured; the words stand beside the colour everywhere.
+# verdict -> colour; the words always stand beside it.
 _TONES = {
     "learning": "good",
     "loss at its floor": "good",
@@ -49,8 +50,8 @@ def build_report(records: Sequence[RunRecord], *, images: int, device: torch.dev
 
     Args:
         records: at least one, of different names.
-        images: training images of each run to look at for pictures, 0 for none.
-        device: that computes their features.
+        images: number of training images per run for the pictures, 0 for none.
+        device: computes their features.
 
     Returns:
         HTML that needs no other file and no network.
@@ -71,7 +72,7 @@ def build_report(records: Sequence[RunRecord], *, images: int, device: torch.dev
 
 
 def _pictures(record: RunRecord, images: int, device: torch.device) -> str:
-    """Pictures of a run; where weights or images are gone, a line that says so."""
+    """Pictures of a run, or a line that says why there are none."""
     try:
         learned = look(record.path, record.settings, most=images, device=device)
         shown = galleries(learned)
@@ -90,7 +91,7 @@ def _pictures(record: RunRecord, images: int, device: torch.device) -> str:
 
 
 def _mistakes(record: RunRecord, images: int) -> str:
-    """Recall of each class, confusions, and with pictures the worst images."""
+    """Recall of each class, confusions, and if pictures are wanted the worst images."""
     row = main_row(record)
     if row is None:
         return ""
@@ -107,7 +108,7 @@ def _mistakes(record: RunRecord, images: int) -> str:
 
 
 def _verdicts(record: RunRecord, several: bool) -> str:
-    """The last verdict, and when it was which."""
+    """The last verdict, and the history of verdicts."""
     title = f"<h3>{escape(record.name)}</h3>" if several else ""
     if not record.verdicts:
         return f'{title}<p class="help">No verdict: no epoch was finished.</p>'
@@ -131,13 +132,13 @@ def _verdicts(record: RunRecord, several: bool) -> str:
         f"{escape(last['verdict'])}</b>{escape(last['line'])}</div>"
         f'<div class="timeline" aria-hidden="true">{bar}</div>'
         + table_html(
-            ["epochs", "verdict", "at the end of them"], rows, caption="History of verdicts"
+            ["epochs", "verdict", "after the last of them"], rows, caption="History of verdicts"
         )
     )
 
 
 def _stretches(verdicts: Sequence[Mapping[str, str]]) -> list[tuple[str, int, int, str]]:
-    """Epochs in a row of the same verdict: kind, first, last, the last one's line."""
+    """Stretches of epochs with one verdict: kind, first and last epoch, the last one's line."""
     found: list[tuple[str, int, int, str]] = []
     for row in verdicts:
         kind, epoch = row["verdict"], int(row["epoch"])
@@ -153,12 +154,12 @@ def _tone(kind: str) -> str:
 _OVERVIEW: dict[str, Callable[[RunRecord], Any]] = {
     "state": lambda r: r.status.get("status"),
     "experiment": lambda r: r.settings["run"]["experiment"],
-    "data": lambda r: _data(r),
+    "data": lambda r: " ".join(filter(None, (r.settings["data"][k] for k in ("source", "root")))),
     "training images": lambda r: _count(r.facts.get("training_images")),
     "method": lambda r: _method(r.settings["method"]),
     "model": lambda r: _model(r),
     "batch, epochs": lambda r: _length(r),
-    "time": lambda r: _time(r),
+    "time": lambda r: _time(r.last("speed/hours")),
     "images per second": lambda r: _number(r.last("speed/images_per_s")),
     "machine": lambda r: r.facts.get("device"),
     "processes": lambda r: r.facts.get("processes"),
@@ -176,11 +177,6 @@ def _overview(records: Sequence[RunRecord]) -> str:
         if any(cell is not None for cell in cells):
             rows.append([title, *(escape("" if cell is None else str(cell)) for cell in cells)])
     return table_html(["", *(r.name for r in records)], rows, caption="Run and machine")
-
-
-def _data(record: RunRecord) -> str:
-    data = record.settings["data"]
-    return data["source"] if data["root"] is None else f"{data['source']} {data['root']}"
 
 
 def _method(method: Mapping[str, Any]) -> str:
@@ -212,8 +208,7 @@ def _length(record: RunRecord) -> str:
     return f"{record.settings['data']['global_batch_size']:,}, {done} epochs"
 
 
-def _time(record: RunRecord) -> str | None:
-    hours = record.last("speed/hours")
+def _time(hours: float | None) -> str | None:
     if hours is None:
         return None
     return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
@@ -238,7 +233,7 @@ def _differences(records: Sequence[RunRecord]) -> str:
         for key in keys
         if len({repr(settings.get(key, "not there")) for settings in all_settings}) > 1
         and not key.startswith(("run.", "module."))
-        and "._" not in key  # what Hydra builds, not how it is set
+        and "._" not in key  # Hydra's own, such as _target_
     ]
     if not rows:
         return '<p class="help">All settings are the same.</p>'
@@ -257,8 +252,8 @@ def _lowshot(records: Sequence[RunRecord], accuracy: Chart | None) -> str:
             about = f"{record.name}: " if several else ""
             caption = (
                 f"{about}top-1 on held-out images, mean and standard deviation over label sets; "
-                "below, the 95 % bootstrap interval over the images, and where there is one the "
-                "mean with lambda cross-validated inside each label set (cv)"
+                "below, the 95 % bootstrap interval over the images and, if there is one, the mean "
+                "with lambda cross-validated inside each label set (cv)"
             )
             parts.append(table_html(["backbone", *columns], cells, caption=caption))
             notes = floors_note(record.lowshot["rows"] if record.lowshot else [])
@@ -290,7 +285,9 @@ def _cell(row: Mapping[str, Any] | None) -> str:
 
 def _details(records: Sequence[RunRecord]) -> str:
     parts = [
-        details_html(f"config.yaml of {record.name}", record.config_text) for record in records
+        f"<details><summary>config.yaml of {escape(record.name)}</summary>"
+        f"<pre>{escape(record.config_text)}</pre></details>"
+        for record in records
     ]
     names = sorted({name for r in records for name in r.facts.get("versions", {})})
     if names:
@@ -304,7 +301,7 @@ def _details(records: Sequence[RunRecord]) -> str:
 
 # Strips wider than this (px) scroll on a phone; the others shrink to fit.
 _LONG = 560
-# What stands in a trace of names that are not ours.
+# Keys of a trace that hold names from the user's data.
 _NAMED = ("name", "text")
 
 
@@ -343,7 +340,7 @@ def page(title: str, sections: Iterable[tuple[str, str, str]]) -> str:
 
 
 def charts_html(charts: Sequence[Chart], *, wide: bool = False) -> str:
-    """Charts in a grid; each stands in a box of fixed height, so that nothing moves later."""
+    """Charts in a grid, each in a box of fixed height so that nothing moves while they load."""
     return f'<div class="charts{" wide" if wide else ""}">{"".join(map(_chart, charts))}</div>'
 
 
@@ -356,35 +353,24 @@ def gallery_html(gallery: Gallery) -> str:
     )
 
 
-def table_html(
-    header: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str, row_heads: bool = True
-) -> str:
-    """A table that scrolls sideways inside its box where the page is narrow.
+def table_html(header: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str) -> str:
+    """A table that scrolls sideways in its box on a narrow page.
 
     Args:
         header: column titles, plain text.
-        rows: cells, already HTML.
-        caption: says what the table is.
-        row_heads: whether the first cell of a row is its heading.
+        rows: cells, already HTML; the first one is the row's heading.
+        caption: says what the table shows.
     """
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
-    body = "".join(f"<tr>{_cells(row, row_heads)}</tr>" for row in rows)
+    body = "".join(
+        f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest) + "</tr>"
+        for first, *rest in rows
+    )
     return (
         f'<p class="help">{escape(caption)}</p><div class="table" tabindex="0">'
         f'<table aria-label="{escape(caption)}">'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
-
-
-def details_html(summary: str, text: str) -> str:
-    """Long text that opens on demand."""
-    return f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>"
-
-
-def _cells(row: Sequence[str], row_heads: bool) -> str:
-    first, *rest = row
-    start = f'<th scope="row">{first}</th>' if row_heads else f"<td>{first}</td>"
-    return start + "".join(f"<td>{cell}</td>" for cell in rest)
 
 
 def _picture(picture: Picture) -> str:
@@ -413,7 +399,7 @@ def _chart(chart: Chart) -> str:
 
 
 def _as_text(value: str | list[str]) -> str | list[str]:
-    """Names as they are: plotly reads tags and entities in them."""
+    """Escape names, in which plotly would read tags and entities."""
     if isinstance(value, list):
         return [escape(name, quote=False) for name in value]
     return escape(value, quote=False)
