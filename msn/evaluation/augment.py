@@ -1,4 +1,4 @@
-"""Augmented images for probes and fine-tuning: each view is a function of seed, epoch and image."""
+"""Augmented images for probes and fine-tuning: a view depends on seed, epoch and image alone."""
 
 import logging
 import random
@@ -22,7 +22,7 @@ _ORDER, _VIEW = 6, 7  # keep these draws apart
 
 
 class AugmentedImages(Dataset[tuple[Tensor, int, bool]]):
-    """Views of one epoch with labels; workers and their number change nothing.
+    """Views of one epoch with labels, the same with any number of workers.
 
     Args:
         images: labelled images.
@@ -47,7 +47,7 @@ class AugmentedImages(Dataset[tuple[Tensor, int, bool]]):
         return len(self.images)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int, bool]:
-        """The view and label of image i, and whether another stands in its place."""
+        """The view and label of image i, and whether another image replaces it."""
         with seeded(self.seed, _VIEW, self.epoch, i):
             image = self.images[i]
             view = self.transform(image)
@@ -55,13 +55,13 @@ class AugmentedImages(Dataset[tuple[Tensor, int, bool]]):
 
 
 def epoch_batches(count: int, batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
-    """A seeded order of range(count), cut into whole batches; the rest waits for another epoch."""
+    """A seeded order of range(count) in full batches; the rest is left out of this epoch."""
     order = permutation(count, seed, _ORDER, epoch).tolist()
     return [order[at : at + batch_size] for at in range(0, count - batch_size + 1, batch_size)]
 
 
 def in_pieces(batch: Sequence[int], size: int) -> list[list[int]]:
-    """A batch in pieces that fit on a device."""
+    """A batch in pieces of at most `size`."""
     return [list(batch[at : at + size]) for at in range(0, len(batch), size)]
 
 
@@ -86,10 +86,10 @@ def training_pieces(
         seed: of order and views.
         epoch: likewise.
         runtime: devices, workers, processes.
-        replaced: numbers of images that others replace are added to it.
+        replaced: gets the numbers of the images that others replace.
 
     Returns:
-        For each batch its pieces, which must all be taken before the next batch.
+        For each batch its pieces, which must all be consumed before the next batch.
     """
     views = AugmentedImages(images, transform, seed=seed, epoch=epoch)
     batches = [
@@ -116,7 +116,7 @@ def training_pieces(
 
 
 def warn_of_idle(runtime: Runtime, what: str) -> None:
-    """Say so where training on images leaves all devices but the first idle."""
+    """Warn if training on images leaves all devices but the first idle."""
     if len(runtime.devices) > 1:
         log.warning(
             "%s uses one of %d devices of a process: start it with torchrun --nproc-per-node=%d",
@@ -127,7 +127,7 @@ def warn_of_idle(runtime: Runtime, what: str) -> None:
 
 
 def over_processes(found: set[int], runtime: Runtime) -> set[int]:
-    """What any process has found, where they share the work."""
+    """Union of what all processes that share the work have found."""
     if not runtime.shared:
         return found
     gathered: list[set[int]] = [set() for _ in range(runtime.world)]
@@ -137,35 +137,35 @@ def over_processes(found: set[int], runtime: Runtime) -> set[int]:
 
 @contextmanager
 def seeded(*coordinates: int, device: torch.device | None = None) -> Iterator[None]:
-    """Seed torch, numpy and Python inside the block, and leave them as they were.
+    """Within, draws of torch, numpy and Python are seeded; then their generators are restored.
 
     Args:
         coordinates: what the draws depend on.
-        device: an accelerator whose generator is seeded too; None takes the CPU's alone.
+        device: an accelerator whose generator is seeded too; None seeds only the CPU's.
     """
-    with _seeded_host(*coordinates) as seed:
-        if device is None or device.type == "cpu":
-            yield
-            return
-        module, where = torch.get_device_module(device), () if device.type == "mps" else (device,)
-        before = module.get_rng_state(*where)
-        module.set_rng_state(torch.Generator(device).manual_seed(seed).get_state(), *where)
-        try:
-            yield
-        finally:
-            module.set_rng_state(before, *where)
-
-
-@contextmanager
-def _seeded_host(*coordinates: int) -> Iterator[int]:
     seed = int(counter_hash(*coordinates)[0] % 2**32)
     python, numbers, state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     torch.default_generator.manual_seed(seed)
     try:
-        yield seed
+        with _seeded_device(seed, device):
+            yield
     finally:
         random.setstate(python)
         np.random.set_state(numbers)  # noqa: NPY002
         torch.set_rng_state(state)
+
+
+@contextmanager
+def _seeded_device(seed: int, device: torch.device | None) -> Iterator[None]:
+    if device is None or device.type == "cpu":
+        yield
+        return
+    module, where = torch.get_device_module(device), () if device.type == "mps" else (device,)
+    before = module.get_rng_state(*where)
+    module.set_rng_state(torch.Generator(device).manual_seed(seed).get_state(), *where)
+    try:
+        yield
+    finally:
+        module.set_rng_state(before, *where)

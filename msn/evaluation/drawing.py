@@ -1,4 +1,4 @@
-"""Pictures of an evaluation, and its table for a notebook."""
+"""Pictures of an evaluation (accuracy over labels, confusion matrix), and a notebook's table."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ from rich.table import Table
 from msn.evaluation.outcomes import Outcome, confusion
 from msn.evaluation.sets import CLASSIFIERS, Row, printable
 
-# Told apart by colour-blind readers as well, on light and on dark ground (after Okabe and Ito).
+# Distinct for colour-blind readers too, on light and on dark ground (after Okabe and Ito).
 COLOURS = ("#2f8fd0", "#e0712a", "#12a67c", "#cf7bb0", "#dba117", "#7d8be0", "#8c8c8c")
 _BASELINES = {"random": "#9a9a9a", "pixels": "#b9a98c", "majority": "#c8c8c8"}
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # tell lines apart in print
@@ -25,11 +25,11 @@ class Line(NamedTuple):
     """A line of accuracy over labelled images."""
 
     name: str
-    """Backbone, and the classifier where it is not logistic regression."""
+    """Backbone, and the classifier if it is not logistic regression."""
     colour: str
     baseline: bool
     points: list[Row]
-    """By their number of labelled images."""
+    """Rows, sorted by their number of labelled images."""
 
 
 def accuracy_lines(rows: Sequence[Row]) -> list[Line]:
@@ -57,7 +57,7 @@ def draw_curve(rows: Sequence[Row], file: BinaryIO, suffix: str) -> bool:
         suffix: `png` or `svg`.
 
     Returns:
-        False where no backbone has two points, and nothing was written.
+        False if no backbone has two points; nothing is written then.
     """
     lines = accuracy_lines(rows)
     if not any(len(line.points) > 1 for line in lines):
@@ -73,7 +73,7 @@ def draw_curve(rows: Sequence[Row], file: BinaryIO, suffix: str) -> bool:
                 [point["labelled_images"] for point in line.points],
                 [100 * point["top1_mean"] for point in line.points],
                 yerr=[100 * point["top1_std"] for point in line.points],
-                label=line.name.replace("$", r"\$"),  # matplotlib reads formulas between two
+                label=line.name.replace("$", r"\$"),  # matplotlib reads formulas between two $
                 color=line.colour,
                 marker="." if line.baseline else next(markers),
                 linestyle="--" if line.baseline else "-",
@@ -106,7 +106,7 @@ _MOST_NAMES = 60  # and up to which each class is named
 
 
 def draw_confusion(outcome: Outcome, title: str, file: BinaryIO) -> None:
-    """Draw what images of each class are taken for, as shares of the class, as PNG.
+    """Draw the confusion matrix, as shares of each class, as PNG.
 
     Args:
         outcome: predictions; the mean over label sets is drawn.

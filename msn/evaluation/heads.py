@@ -1,7 +1,7 @@
-"""Heads trained by gradient descent on frozen features, with several settings in one pass.
+"""Heads trained by gradient descent on frozen features, with several settings side by side.
 
-Which setting counts is decided on a fifth of the labelled images, which the heads have not seen;
-the chosen one is then trained on all of them. Test images take no part.
+The setting is chosen on a fifth of the labelled images, which the heads have not seen. The chosen
+head is then trained on all of them. Test images take no part.
 """
 
 import math
@@ -26,20 +26,20 @@ from msn.progress import Progress
 from msn.schema import Range, check_ranges, make
 from msn.weights.weights import MAJORITY, PIXELS, RANDOM
 
-_FOLDS = 5  # one of them chooses
+_FOLDS = 5  # one of them chooses the setting
 _ORDER = 10  # keeps these draws apart from others
 _MAX_NUMBERS = 2**30  # of all patch tokens together: 4 GiB
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How heads are trained; the values live in `configs/protocol/sweep.yaml` and `attentive.yaml`.
+    """How heads are trained; the values are in `configs/protocol/sweep.yaml` and `attentive.yaml`.
 
     Raises:
-        UserError: a value is out of its range.
+        UserError: a value is out of range.
     """
 
-    lrs: Sequence[float]  # peak rates for this batch size, each with heads of its own; cosine to 0
+    lrs: Sequence[float]  # peak learning rates for this batch size; cosine to 0
     epochs: Annotated[int, Range(1)]
     batch_size: Annotated[int, Range(1)]
     weight_decay: Annotated[float, Range(0)]
@@ -52,19 +52,19 @@ class Training:
 
 
 class Choice(NamedTuple):
-    """Settings of one head among those that are tried."""
+    """Settings of one head."""
 
     lr: float
     about: dict[str, Any]
-    """What else it is, for the row."""
+    """Further settings, for the row."""
     first: int = 0
-    """Column of the features from which it reads."""
+    """First column of the features that it reads."""
     last: int | None = None
-    """Column at which it ends; None reads to the end."""
+    """Column before which it stops; None reads to the end."""
 
 
 class _Heads(FeatureProtocol):
-    """All labels, one head of several."""
+    """All labels; the best of several heads."""
 
     classifier: ClassVar[str]
     variant: ClassVar[str | None] = None
@@ -92,7 +92,7 @@ class _Heads(FeatureProtocol):
         return [all_labels(train)]
 
     def results(self, trial: Trial) -> list[Result]:
-        """One row: the head that classifies most of the held-back labelled images rightly."""
+        """One row: of the head that classifies most held-back labelled images correctly."""
         train, choices = trial.train, self.choices(trial)
         fold = folds_of(train.labels, _FOLDS, of=0, groups=train.groups)[0]
         tried = self._train(choices, train, fold.train, trial)
@@ -165,10 +165,10 @@ def _scores(head: nn.Module, choice: Choice, rows: Tensor, device: torch.device)
 
 
 class Sweep(_Heads):
-    """Linear heads in DINOv2's and DINOv3's manner: learning rates x features, one pass.
+    """Linear heads as in DINOv2 and DINOv3: every learning rate with every feature.
 
-    The features are the class tokens of the last n blocks, alone or joined by the mean of the
-    patches (arXiv 2304.07193, B.3); heads of all settings are trained side by side.
+    The features are the class tokens of the last n blocks, alone or with the mean of the patches
+    (arXiv 2304.07193, B.3). All heads are trained side by side.
 
     Args:
         blocks: numbers n to try, the largest as in `features.feature=last_N_mean`.
@@ -222,7 +222,7 @@ class Sweep(_Heads):
 
 
 class Attentive(_Heads):
-    """Attentive probe: one learned query looks at the patch tokens, a linear layer decides.
+    """Attentive probe: one learned query attends to the patch tokens, then a linear layer.
 
     Args:
         num_heads: attention heads of the query; divides the backbone's width.
@@ -245,7 +245,7 @@ class Attentive(_Heads):
         self.num_heads, self._width = num_heads, 0
 
     def check_backbone(self, backbone: FrozenBackbone) -> None:
-        """Refuse a backbone without patch tokens, or of a width that cannot be divided."""
+        """Refuse a backbone without patch tokens, or whose width `num_heads` does not divide."""
         super().check_backbone(backbone)
         assert isinstance(backbone.trunk, VisionTransformer)  # no other gives `patches`
         if backbone.trunk.embed_dim % self.num_heads:
@@ -257,10 +257,10 @@ class Attentive(_Heads):
     def run(
         self, subject: Subject, plan: LabelPlan, test: LabelledSet, runtime: Runtime
     ) -> list[Result]:
-        """As every protocol on features.
+        """As `FeatureProtocol`.
 
         Raises:
-            UserError: the tokens of all images do not fit into memory; or pixels, which have none.
+            UserError: the tokens do not fit into memory; or the subject is raw pixels.
         """
         trunk = getattr(subject, "trunk", None)
         if not isinstance(trunk, VisionTransformer):
@@ -270,8 +270,8 @@ class Attentive(_Heads):
         tokens = (subject.image_size // trunk.patch_size) ** 2
         if (len(plan.images) + len(test)) * tokens * self._width > _MAX_NUMBERS:
             raise UserError(
-                f"protocol=attentive: {tokens} tokens of {len(plan.images) + len(test)} images "
-                "take more than 4 GiB; evaluate on fewer images"
+                f"protocol=attentive: {tokens} tokens per image, of {len(plan.images) + len(test)} "
+                "images, take more than 4 GiB; evaluate on fewer images"
             )
         return super().run(subject, plan, test, runtime)
 

@@ -1,4 +1,4 @@
-"""Which images to label first: the most typical ones, spread over what the backbone tells apart.
+"""Choose the images to label first: the most typical ones of each prototype or cluster.
 
 Legend: n images, D feature width, K prototypes, N images to label.
 """
@@ -15,16 +15,16 @@ from msn.errors import UserError
 
 METHODS = ("prototypes", "medoids")
 
-_ROUNDS = 100  # k-medoids has always come to rest in fewer
+_ROUNDS = 100  # at most; k-medoids has always converged in fewer
 
 
 class Choice(NamedTuple):
-    """Images worth a label, in the order in which they should get one."""
+    """Images to label, in order of priority."""
 
     positions: Tensor
     """[N]."""
     groups: Tensor
-    """The prototype or cluster that each stands for, [N]."""
+    """The prototype or cluster that each represents, [N]."""
     sizes: Tensor
     """Images in that group, [N]."""
 
@@ -32,9 +32,10 @@ class Choice(NamedTuple):
 def cover_prototypes(cosines: Tensor, features: Tensor, budget: int) -> Choice:
     """Choose the most typical images of the used prototypes.
 
-    Every image belongs to its nearest prototype. A budget below the number of used prototypes goes
-    to a subset that represents the others (k-medoids over prototypes, weighted by use); a larger
-    one is shared out by use, and a prototype with several places spreads them over its images.
+    Every image belongs to its nearest prototype. If the budget is below the number of used
+    prototypes, k-medoids over prototypes, weighted by use, selects some of them. Otherwise the
+    budget is distributed by use, and k-medoids spreads several places of a prototype over its
+    images.
 
     Args:
         cosines: of projections and prototypes, [n, K].
@@ -70,7 +71,7 @@ def cover_prototypes(cosines: Tensor, features: Tensor, budget: int) -> Choice:
 
 
 def k_medoids(features: Tensor, budget: int) -> Choice:
-    """Choose the medoids of N clusters of centred, normalised features under cosine.
+    """Choose the medoids of N clusters of centred, normalised features by cosine.
 
     Args:
         features: [n, D].
@@ -88,7 +89,7 @@ def k_medoids(features: Tensor, budget: int) -> Choice:
 
 
 def share_out(use: Tensor, budget: int) -> Tensor:
-    """Places for each prototype: one if it is used, the rest where most images share a place.
+    """Places for each prototype: one if it is used, the rest where most images share one place.
 
     Args:
         use: images of each prototype, [K].
@@ -105,10 +106,10 @@ def share_out(use: Tensor, budget: int) -> Tensor:
 
 
 def _medoids(rows: Tensor, count: int, weights: Tensor) -> Tensor:
-    """Weighted k-medoids of unit rows under cosine: rows [n, D], weights [n] -> positions [count].
+    """Weighted k-medoids of unit rows by cosine: rows [n, D], weights [n] -> positions [count].
 
-    Starts from greedy choices (each the row that helps the badly represented most), so it needs no
-    seed; the medoid of a cluster is the member of largest cosine with the members' sum.
+    It starts from greedy choices, so it needs no seed. The medoid of a cluster is the member with
+    the largest cosine to the members' sum.
     """
     medoids = _greedy(rows, count, weights)
     for _ in range(_ROUNDS):
@@ -119,7 +120,7 @@ def _medoids(rows: Tensor, count: int, weights: Tensor) -> Tensor:
         fit = (rows * sums[cluster]).sum(dim=1)
         best = torch.full((count,), -torch.inf, dtype=fit.dtype)
         best.scatter_reduce_(0, cluster, fit, "amax")
-        # Of equal members the first; the present medoid stays unless another is better.
+        # Among equal members the first; the current medoid stays unless another is better.
         order = torch.nonzero(fit >= best[cluster]).flatten().flip(0)
         after = medoids.clone()
         after[cluster[order]] = order
@@ -132,9 +133,9 @@ def _medoids(rows: Tensor, count: int, weights: Tensor) -> Tensor:
 
 
 def _greedy(rows: Tensor, count: int, weights: Tensor) -> Tensor:
-    """Start with the most central row, go on with the worst represented one (farthest first).
+    """Start with the most central row, then add the worst represented one (farthest first).
 
-    Outliers that this picks are pulled back into their clusters by the rounds that follow.
+    The rounds that follow replace outliers by members of their clusters.
     """
     first = (rows @ (rows * weights.unsqueeze(1)).sum(dim=0)).argmax()
     chosen, nearest = [int(first)], rows @ rows[first]
@@ -147,7 +148,7 @@ def _greedy(rows: Tensor, count: int, weights: Tensor) -> Tensor:
 
 
 def _unit_rows(features: Tensor) -> Tensor:
-    """Centred as a cloud, which removes what all images share, then normalised."""
+    """Features minus their mean, which all images share, then normalised."""
     return F.normalize(features - features.mean(dim=0), dim=1)
 
 
@@ -170,11 +171,11 @@ _INK = (20, 20, 20)
 
 
 def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
-    """Lay images out in rows of ten, each above its caption, whole and in proportion.
+    """Lay out images in rows of ten, uncropped, each above its caption.
 
     Args:
         images: RGB, of any size; small ones are enlarged without smoothing.
-        captions: one a image, a few characters.
+        captions: one per image, a few characters.
     """
     columns = min(_COLUMNS, len(images))
     rows = -(-len(images) // columns)

@@ -1,4 +1,4 @@
-"""What every protocol is, and the one function that runs it: backbones and images to rows."""
+"""The base class of protocols, and `evaluate`: from backbones and images to rows of the table."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -35,12 +35,12 @@ _MOST_SPLITS = 10_000
 
 
 class LabelPlan(NamedTuple):
-    """What a protocol will learn from in one training pool."""
+    """The label sets of a protocol in one training pool."""
 
     sets: list[LabelSet]
-    """Positions are within `images`."""
+    """With positions in `images`."""
     images: LabelledSet
-    """The images that some set uses; no others are looked at."""
+    """The images that any set uses; no others are read."""
 
 
 class Protocol(ABC):
@@ -50,10 +50,9 @@ class Protocol(ABC):
         features: settings, see `FeatureSettings`.
 
     Attributes:
-        baselines: what stands beside the backbones unless the user says otherwise: what costs
-            little and tells much.
-        is_the_papers: whether published figures may stand beside this protocol's.
-        methods: of networks whose published figures were taken in this way.
+        baselines: the default ones: those that cost little and tell much.
+        is_the_papers: whether published figures are comparable with this protocol's.
+        methods: pretraining methods whose published figures were measured in this way.
     """
 
     baselines: ClassVar[tuple[str, ...]] = BASELINES
@@ -95,7 +94,7 @@ class Protocol(ABC):
         return LabelPlan(renumber(sets, positions), ChosenImages(train, positions))
 
     def check(self, labels: Tensor, classes: Sequence[str]) -> None:
-        """Refuse, before any work, labels that the protocol cannot be run on.
+        """Refuse, before any work, labels that the protocol cannot use.
 
         Args:
             labels: class numbers of the training pool, [n].
@@ -117,7 +116,7 @@ class Protocol(ABC):
 
 
 class FeatureProtocol(Protocol):
-    """A protocol that sees frozen features alone."""
+    """A protocol on frozen features alone."""
 
     @abstractmethod
     def results(self, trial: Trial) -> list[Result]:
@@ -141,8 +140,8 @@ def with_unreadable(results: list[Result], *, labelled: int, held_out: int) -> l
 
     Args:
         results: of one backbone.
-        labelled: images to learn from that others of their class replace.
-        held_out: test images, each of which counts as wrong.
+        labelled: number of unreadable training images, which others of their class replace.
+        held_out: number of unreadable test images, which count as wrong.
     """
     for result in results:
         result.row.update(replaced_images=labelled, unreadable_test_images=held_out)
@@ -150,7 +149,7 @@ def with_unreadable(results: list[Result], *, labelled: int, held_out: int) -> l
 
 
 def check_draws(splits: int, seed: int) -> None:
-    """Raise a UserError unless so many seeded draws of labelled images can be made."""
+    """Raise a UserError unless `splits` and `seed` are in range."""
     if not 1 <= splits <= _MOST_SPLITS:
         raise UserError(f"protocol.splits must be in [1, {_MOST_SPLITS}], got {splits}")
     if not 0 <= seed < 2**32:
@@ -158,7 +157,7 @@ def check_draws(splits: int, seed: int) -> None:
 
 
 class _LabelsAlone:
-    """A labelled set of which nothing but the labels is known yet."""
+    """A labelled set of which only the labels are known."""
 
     def __init__(self, labels: Tensor, classes: Sequence[str]) -> None:
         self.labels, self.classes = labels, list(classes)
@@ -183,15 +182,15 @@ def evaluate(
 
     Args:
         protocol: which images are labelled and what is fitted.
-        subjects: what `open_backbones` gives, and baselines.
+        subjects: backbones from `open_backbones`, and baselines.
         train: labelled pool.
-        held_out: images that test; nothing is chosen on them.
-        num_workers: processes that decode, for each device.
+        held_out: test images; nothing is chosen on them.
+        num_workers: processes that decode, per device.
         device: one or several; the first fits classifiers.
         cache_dir: where features are kept between calls; None keeps none.
-        shared: whether every process of the default group makes this call, to share the
-            extraction. All get the same results then; one should write them.
-        majority: whether rows follow that name the largest class of `train` for every image.
+        shared: whether every process of the default group makes this call and shares the
+            extraction. All get the same results; one should write them.
+        majority: whether to add rows that predict the largest class of `train` for every image.
 
     Returns:
         Rows of `lowshot.json`, with fitted heads.
@@ -219,7 +218,7 @@ def evaluate(
 
 
 def _majority(results: Sequence[Result], train: LabelledSet, held_out: LabelledSet) -> list[Result]:
-    """The largest class for every image, a row for each column of the table."""
+    """Rows that predict the largest class for every image, one for each column of the table."""
     largest = int(torch.bincount(train.labels).argmax())
     predicted = torch.full((1, len(held_out)), largest)
     outcome = outcome_of(held_out.labels, predicted, held_out.classes)
@@ -247,8 +246,8 @@ def _majority(results: Sequence[Result], train: LabelledSet, held_out: LabelledS
 def _set_beside_floors(results: Sequence[Result]) -> None:
     """Add to every backbone's row how far it is above each baseline of its column.
 
-    Unbalanced classes are compared by balanced accuracy; what the majority class is good at is
-    top-1, so that counts there.
+    Unbalanced classes are compared by balanced accuracy, but with the majority class by top-1, at
+    which it is good.
     """
     for result in results:
         if result.row["backbone"] in BASELINES or result.outcome is None:
@@ -268,7 +267,7 @@ def _set_beside_floors(results: Sequence[Result]) -> None:
 
 
 def _say_what(results: Sequence[Result], subject: Subject, crop: str) -> None:
-    """Add which weights the figures are of, at which size, and the crop if it is not the usual."""
+    """Add the digest of the weights, the image size, and the crop if it is not the centre crop."""
     for result in results if crop != "centre" else []:
         result.row["crop"] = crop
     if isinstance(subject, FrozenBackbone):
@@ -280,7 +279,7 @@ def _say_what(results: Sequence[Result], subject: Subject, crop: str) -> None:
 def _set_beside_paper(
     results: Sequence[Result], subject: Subject | None, methods: Sequence[str]
 ) -> None:
-    """Add the published figure for an architecture of a paper; None where nothing compares."""
+    """Add the published figure for the architecture; None if there is none."""
     for result in results:
         figure = None
         if isinstance(subject, FrozenBackbone) and not subject.is_baseline:

@@ -1,10 +1,10 @@
-"""What a classifier said of the test images: accuracy, the figures of each class, and floors.
+"""Predictions for the test images: accuracy, figures per class, intervals, and floors.
 
 Legend: m test images, S label sets, C classes, R resamples of the test images.
 
-With unbalanced classes top-1 rewards who always names the largest one. *Balanced accuracy* is the
-mean of the classes' recalls, *macro F1* the mean of their F1. All resamples are drawn from one
-seed, so that two classifiers are compared on the same ones.
+With unbalanced classes, top-1 rewards a classifier that always predicts the largest one. *Balanced
+accuracy* is the mean recall of the classes, *macro F1* their mean F1. All resamples are drawn from
+one seed, so two classifiers are compared on the same ones.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,9 +17,9 @@ _RESAMPLES = 1000
 _CONFIDENCE = 0.95
 # Indices drawn at once while resampling.
 _MAX_DRAWS = 2**24
-# Scores of all classes are kept up to that many of these.
+# Number of classes up to which the scores of all classes are kept.
 MOST_SCORES = 100
-_UNEVEN = 2  # the largest class has more than that many times the images of the smallest
+_UNEVEN = 2  # classes are unbalanced if the largest has more than this times the smallest
 _NO_CLASS = -1
 
 
@@ -29,7 +29,7 @@ class Outcome(NamedTuple):
     truth: Tensor
     """In [0, C), [m]."""
     predicted: Tensor
-    """For every label set, [S, m]; -1 for an image that cannot be read, which counts as wrong."""
+    """Of every label set, [S, m]; -1 for an unreadable image, which counts as wrong."""
     classes: Sequence[str]
     """Names, C of them."""
     score: Tensor | None = None
@@ -39,7 +39,7 @@ class Outcome(NamedTuple):
 
     @property
     def correct(self) -> Tensor:
-        """Whether each image was classified rightly, bool [S, m]."""
+        """Whether each image is classified correctly, bool [S, m]."""
         return self.predicted == self.truth
 
 
@@ -51,13 +51,13 @@ def outcome_of(
     unreadable: Tensor | None = None,
     scores: Tensor | None = None,
 ) -> Outcome:
-    """Collect what was predicted.
+    """Make an `Outcome`.
 
     Args:
         truth: [m].
         predicted: [S, m].
         classes: names.
-        unreadable: test images whose prediction is of another image, bool [m].
+        unreadable: test images that another image replaces, bool [m].
         scores: of the first set, [m, C].
     """
     score = None
@@ -83,16 +83,16 @@ class Figures(NamedTuple):
 
 
 def figures(outcome: Outcome, times: Tensor) -> Figures:
-    """Accuracies where each test image counts so many times, over all label sets together.
+    """Accuracies over all label sets together, where each test image has a weight.
 
     Args:
         outcome: predictions.
-        times: float64 [R, m].
+        times: how often each image counts, float64 [R, m].
     """
     num_classes, (sets, count) = len(outcome.classes), outcome.predicted.shape
     image, right = torch.arange(count), outcome.correct.double().mean(dim=0)
     known = outcome.predicted != _NO_CLASS
-    # Row c: images of the class; row C + c: those found in it; row 2C + c: images said to be in it.
+    # Rows c: images of class c; C + c: those found; 2C + c: images predicted to be of class c.
     rows = [outcome.truth, outcome.truth + num_classes, outcome.predicted[known] + 2 * num_classes]
     columns = [image, image, image.expand(sets, -1)[known]]
     values = [torch.ones(count, dtype=torch.float64), right]
@@ -116,7 +116,7 @@ def figures(outcome: Outcome, times: Tensor) -> Figures:
 def resampled(outcome: Outcome) -> Figures:
     """Accuracies in 1,000 seeded resamples of the test images.
 
-    Only test images are resampled; what the choice of labelled images adds is a spread over sets.
+    Only test images are resampled; the spread over label sets shows the effect of their choice.
     """
     count = len(outcome.truth)
     generator = torch.Generator().manual_seed(0)
@@ -167,19 +167,19 @@ def measured(outcome: Outcome) -> dict[str, Any]:
 
 
 def spread(values: Tensor) -> float:
-    """Standard deviation over label sets, 0 of a single one."""
+    """Standard deviation over label sets; 0 for a single one."""
     return float(values.std()) if len(values) > 1 else 0.0
 
 
 def balanced_accuracies(outcome: Outcome) -> Tensor:
-    """Of every label set, [S]."""
+    """Balanced accuracy of every label set, [S]."""
     ones = torch.ones(1, len(outcome.truth), dtype=torch.float64)
     alone = (outcome._replace(predicted=one.unsqueeze(0)) for one in outcome.predicted)
     return torch.cat([figures(one, ones).balanced for one in alone])
 
 
 def is_unbalanced(row: Mapping[str, Any]) -> bool:
-    """Whether the largest class of a row's test images has over twice those of the smallest."""
+    """Whether the largest class has more than twice the test images of the smallest."""
     counts = [found["images"] for found in row.get("recall", {}).values() if found["images"]]
     return bool(counts) and max(counts) > _UNEVEN * min(counts)
 
@@ -204,9 +204,9 @@ def above(ours: Outcome, floor: Outcome, *, balanced: bool) -> dict[str, Any]:
 
 
 def confusion(outcome: Outcome) -> Tensor:
-    """Test images of each class by what was predicted, mean over the label sets, [C, C + 1].
+    """Confusion matrix, mean over the label sets, [C, C + 1].
 
-    The last column holds the images that cannot be read.
+    The last column counts unreadable images.
     """
     num_classes, sets = len(outcome.classes), len(outcome.predicted)
     column = outcome.predicted.remainder(num_classes + 1)  # -1 is the last

@@ -1,4 +1,4 @@
-"""Label sets, features with labels, and the rows of the low-shot table that they give."""
+"""Label sets, images and features with labels, heads, and the rows of the low-shot table."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from msn.evaluation.outcomes import Outcome, measured, outcome_of
 from msn.images.kinds import BadImageError
 
 Row = dict[str, Any]
-# How tables call them.
+# Names of classifiers in tables.
 CLASSIFIERS = {
     "logistic": "logistic",
     "linear": "linear",
@@ -26,7 +26,7 @@ CLASSIFIERS = {
 
 
 class Head(NamedTuple):
-    """A fitted linear classifier and what features it wants."""
+    """A fitted linear classifier, and the features that it takes."""
 
     weight: Tensor
     """[C, D]."""
@@ -38,18 +38,18 @@ class Head(NamedTuple):
     centred: bool
     """Whether each row of features is centred first."""
     normalised: bool
-    """Whether each row is divided by its length then."""
+    """Whether each row is then divided by its length."""
     split: str
     """The label set it was fitted on."""
 
 
 class Result(NamedTuple):
-    """A row of the table, and one of the heads behind it where there are linear heads."""
+    """A row of the table, with a head and the predictions that belong to it."""
 
     row: Row
     head: Head | None = None
+    """Of the first label set; None if the classifier is not linear."""
     outcome: Outcome | None = None
-    """The predictions behind it."""
 
 
 def make_row(
@@ -64,12 +64,12 @@ def make_row(
     """A row in the schema of `lowshot.json`.
 
     Args:
-        backbone: `msn`, `random`, `pixels`, `majority` or what the user called it.
+        backbone: `msn`, `random`, `pixels`, `majority` or the user's name for it.
         classifier: `knn`, or one of `CLASSIFIERS`.
         labels: `1`, `2`, `5`, `1%`, `all`, ...
         outcome: predictions for the test images, of S label sets.
         splits: names of the label sets, S of them.
-        more: further plain values; `lambda_` is written as `lambda`, null where there is none.
+        more: further plain values; `lambda_` is written as `lambda`, null if missing.
     """
     strength = more.pop("lambda_", None)
     return {
@@ -86,18 +86,18 @@ def make_row(
 
 
 def printable(name: str) -> str:
-    """A name for tables and pictures: what cannot be printed becomes a question mark."""
+    """A name for tables and pictures, with a question mark for each unprintable character."""
     return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
 def formula_free(value: Any) -> Any:
-    """Text that a spreadsheet would take for a formula begins with an apostrophe."""
+    """A cell, with an apostrophe before text that a spreadsheet would read as a formula."""
     starts = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
     return f"'{value}" if starts else value
 
 
 def table_key(row: Row) -> tuple[str, str, str]:
-    """What tells a row from the others of its backbone: classifier, labels, variant."""
+    """What identifies a row among those of its backbone: classifier, labels, variant."""
     return row["classifier"], row["labels"], str(row.get("variant", ""))
 
 
@@ -105,11 +105,11 @@ class LabelSet(NamedTuple):
     """The images that one classifier may learn from."""
 
     labels: str
-    """How the table calls sets of this size: `1`, `2`, `5`, `1%`, `all`."""
+    """Name in the table of sets of this size: `1`, `2`, `5`, `1%`, `all`."""
     split: str
-    """Which draw or list it is, e.g. `seed 3`, `split1/5imgs_class.txt`."""
+    """The draw or list, e.g. `seed 3`, `split1/5imgs_class.txt`."""
     positions: Tensor
-    """Images of the training pool, sorted, [n]."""
+    """Positions in the training pool, sorted, [n]."""
 
 
 def all_labels(train: LabelledSet) -> LabelSet:
@@ -144,7 +144,7 @@ def drawn_shares(train: LabelledSet, share: float, seeds: Iterable[int]) -> list
 
 
 class FeatureSet(NamedTuple):
-    """Features of images with what is known about these."""
+    """Features of images, with their labels and groups."""
 
     features: Tensor
     """float32 [n, D]."""
@@ -153,28 +153,28 @@ class FeatureSet(NamedTuple):
     classes: Sequence[str]
     """Names, C of them."""
     replaced: int = 0
-    """Images that cannot be read."""
+    """Number of images that cannot be read."""
     unreadable: Tensor | None = None
-    """Which ones, bool [n]; None where all can be or others of their class stand in."""
+    """Which ones count as wrong, bool [n]; None if others of their class replace them."""
     groups: Tensor | None = None
-    """Numbers of groups whose images cross-validation does not part, [n]; None without groups."""
+    """Groups whose images stay together in cross-validation, [n]; None without groups."""
 
     def outcome(self, predicted: Tensor, scores: Tensor | None = None) -> Outcome:
-        """What classifiers said of these images: predicted [S, n], scores of the first [n, C]."""
+        """Outcome of predictions [S, n] for these images, with scores of the first set [n, C]."""
         return outcome_of(
             self.labels, predicted, self.classes, unreadable=self.unreadable, scores=scores
         )
 
 
 class Trial(NamedTuple):
-    """Features of one backbone: what classifiers learn from, and what tests them."""
+    """Features of one backbone, to train and to test classifiers."""
 
     backbone: str
     """Its name."""
     feature: str
-    """Kind of the features, kept with the heads."""
+    """Kind of the features, stored with the heads."""
     sets: Sequence[LabelSet]
-    """With positions within `train`; those of one `labels` make a row."""
+    """With positions in `train`; sets with the same `labels` make one row."""
     train: FeatureSet
     test: FeatureSet
     device: torch.device
@@ -258,24 +258,24 @@ def open_image(pool: Subset, i: int) -> Image.Image | None:
 
 
 def labelled_features(images: LabelledSet, found: Extracted) -> FeatureSet:
-    """Features to learn from; an image that cannot be read is another one of its class."""
+    """Features to learn from; an unreadable image is replaced by another one of its class."""
     count = int(found.replaced.sum())
     return FeatureSet(found.rows, images.labels, images.classes, count, groups=images.groups)
 
 
 def held_out_features(images: LabelledSet, found: Extracted) -> FeatureSet:
-    """Features to test on; an image that cannot be read counts as wrong whatever is predicted."""
+    """Features to test on; an unreadable image counts as wrong, whatever is predicted."""
     count = int(found.replaced.sum())
     return FeatureSet(found.rows, images.labels, images.classes, count, found.replaced)
 
 
 def used_positions(sets: Iterable[LabelSet]) -> Tensor:
-    """All images that any of the sets uses, sorted: no others need features."""
+    """Positions that any of the sets uses, sorted: no other image needs features."""
     return torch.cat([labelled.positions for labelled in sets]).unique()
 
 
 def renumber(sets: Iterable[LabelSet], positions: Tensor) -> list[LabelSet]:
-    """The same sets within the images at sorted `positions`."""
+    """The same sets, with positions within the images at sorted `positions`."""
     return [
         labelled._replace(positions=torch.searchsorted(positions, labelled.positions))
         for labelled in sets

@@ -1,6 +1,6 @@
-"""What an evaluation leaves: the low-shot table as text and files, its curve, the fitted heads.
+"""The low-shot table on screen and in files, and the fitted heads.
 
-Like the paper's table: one line per backbone, one column per number of labels.
+As in the paper, it has one line per backbone and one column per number of labels.
 """
 
 import csv
@@ -42,39 +42,19 @@ from msn.weights.card import column_name, floors_note
 from msn.weights.tensors import save_tensors
 
 _CSV = (
-    "backbone",
-    "classifier",
-    "labels",
-    "variant",
-    "splits",
-    "labelled_images",
-    "test_images",
-    "replaced_images",
-    "unreadable_test_images",
-    "top1_mean",
-    "top1_std",
-    "interval_low",
-    "interval_high",
-    "balanced_mean",
-    "balanced_std",
-    "balanced_low",
-    "balanced_high",
-    "macro_f1",
-    "macro_f1_low",
-    "macro_f1_high",
-    "lambda",
-    "lambd",
-    "lambda_choice",
-    "cross_validated_top1_mean",
-    "cross_validated_top1_std",
-    "paper_model",
-    "paper_top1",
-    "paper_std",
+    *("backbone", "classifier", "labels", "variant", "splits", "labelled_images", "test_images"),
+    *("replaced_images", "unreadable_test_images"),
+    *("top1_mean", "top1_std", "interval_low", "interval_high"),
+    *("balanced_mean", "balanced_std", "balanced_low", "balanced_high"),
+    *("macro_f1", "macro_f1_low", "macro_f1_high"),
+    *("lambda", "lambd", "lambda_choice"),
+    *("cross_validated_top1_mean", "cross_validated_top1_std"),
+    *("paper_model", "paper_top1", "paper_std"),
 )
 
 
 def table_of(rows: Sequence[Row], title: str) -> Table:
-    """The table for a terminal, with a note that says how to read it."""
+    """The table for a terminal, with a note on how to read it."""
     table = Table(title=title, title_justify="left", caption=note(rows), caption_justify="left")
     table.add_column("backbone", no_wrap=True)
     for heading in _columns(rows).values():
@@ -85,7 +65,7 @@ def table_of(rows: Sequence[Row], title: str) -> Table:
 
 
 def list_of(rows: Sequence[Row], title: str) -> str:
-    """The same for a terminal that is too narrow for the table: one line per figure."""
+    """The table as a list with one line per figure, for a narrow terminal."""
     columns, lines = list(_columns(rows).values()), [title]
     for name, cells, _ in _lines(rows):
         lines += ["", name]
@@ -96,7 +76,7 @@ def list_of(rows: Sequence[Row], title: str) -> str:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """The same table in markdown."""
+    """The table in Markdown."""
     names = ["backbone", *(" ".join(heading) for heading in _columns(rows).values())]
     lines = ["| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
     for name, cells, _ in _lines(rows):
@@ -108,7 +88,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 
 def in_markdown(name: str) -> str:
-    """A name as plain text of one cell: it makes no new column, tag or link."""
+    """A name, escaped so that it makes no new column, tag or link in a cell."""
     return re.sub(r"([\\`*\[\]|])", r"\\\1", escape(name, quote=False))
 
 
@@ -141,19 +121,19 @@ def _ends(name: str, interval: Sequence[float] | None) -> dict[str, Any]:
 
 
 def note(rows: Sequence[Row]) -> str:
-    """What the figures are, in words."""
+    """The note below the table: what the figures are."""
     parts = ["Top-1 on held-out images in %; [ ] 95 % bootstrap interval over these"]
     splits = sorted({row["splits"] for row in rows if row["splits"] > 1})
     if splits:
         numbers = " or ".join(map(str, splits))
         parts.append(f"+- standard deviation over {numbers} sets of labelled images")
     if any(map(is_unbalanced, rows)):
-        parts.append("balanced: mean of the classes' recalls, as some have few held-out images")
+        parts.append("balanced: mean recall of the classes, as some have few held-out images")
     parts += _strengths(rows)
     parts += _features(rows)
     if replaced := max((row.get("replaced_images", 0) for row in rows), default=0):
         parts.append(
-            f"{_images(replaced, 'labelled')} cannot be read: others of the class stand in"
+            f"{_images(replaced, 'labelled')} cannot be read; others of the class replace them"
         )
     if unreadable := max((row.get("unreadable_test_images", 0) for row in rows), default=0):
         verb = "counts" if unreadable == 1 else "count"
@@ -161,10 +141,13 @@ def note(rows: Sequence[Row]) -> str:
     for row in rows:
         if short := row.get("short_classes"):
             names = ", ".join(f"{printable(n)} {c}" for n, c in list(short["images"].items())[:5])
-            taken = {"take_all": "all are taken", "leave_out": "none is, and they count as wrong"}
+            taken = {
+                "take_all": "all are used",
+                "leave_out": "none is used; they count as wrong",
+            }
             parts.append(f"{row['labels']} per class: {names} images, {taken[short['rule']]}")
     if any(row["classifier"] == "spreading" for row in rows):
-        parts.append("spreading: labels spread over all training images, labelled or not")
+        parts.append("spreading: label spreading over all training images, labelled or not")
     if any("cross_validated" in row for row in rows):
         parts.append("cv: lambda cross-validated inside each labelled set, never on test images")
     if any(not row.get("converged", True) for row in rows):
@@ -177,7 +160,7 @@ def _images(count: int, kind: str) -> str:
 
 
 def _features(rows: Sequence[Row]) -> list[str]:
-    """Which feature each backbone gave, where they differ."""
+    """Which feature each backbone has, if they differ."""
     found: dict[str, list[str]] = {}
     for row in rows:
         if row.get("feature") not in (None, "pixels"):
@@ -190,7 +173,7 @@ def _features(rows: Sequence[Row]) -> list[str]:
 
 
 def _strengths(rows: Sequence[Row]) -> list[str]:
-    """The regularisation of each column, where it is one."""
+    """The regularisation of each column."""
     found: dict[str, list[str]] = {}
     for row in rows:
         if row.get("lambda_choice") == "fixed":
@@ -206,11 +189,11 @@ def _strengths(rows: Sequence[Row]) -> list[str]:
 
 
 Column = tuple[tuple[str, str, str], str]
-"""What the rows of a column have in common, and the figure of it: `top1` or `balanced`."""
+"""A column: the `table_key` of its rows, and the figure, `top1` or `balanced`."""
 
 
 def headings(rows: Sequence[Row]) -> dict[Column, tuple[str, str]]:
-    """Two lines for every column, in the order of the rows."""
+    """The two lines of every column's heading, in the order of the rows."""
     figures = ("top1", "balanced") if any(map(is_unbalanced, rows)) else ("top1",)
     found: dict[Column, tuple[str, str]] = {}
     for row in rows:
@@ -225,7 +208,7 @@ def headings(rows: Sequence[Row]) -> dict[Column, tuple[str, str]]:
 
 
 def _columns(rows: Sequence[Row]) -> dict[Column, tuple[str, str]]:
-    """The headings without label spreading, which has a line of its own below the regression."""
+    """The headings without label spreading, which has a line below logistic regression."""
     found = headings(rows)
     return {
         (key, figure): heading
@@ -235,10 +218,10 @@ def _columns(rows: Sequence[Row]) -> dict[Column, tuple[str, str]]:
 
 
 def _lines(rows: Sequence[Row]) -> list[tuple[str, list[list[str]], bool]]:
-    """Name, cells (as lines) and whether a backbone ends here."""
+    """Name, cells (as lines) and whether this is the last line of a backbone."""
     columns = list(_columns(rows))
     lines = []
-    shown: set[str] = set()  # the paper's figures stand below the first backbone of their kind
+    shown: set[str] = set()  # the paper's figures are below the first backbone of their kind
     for backbone in dict.fromkeys(row["backbone"] for row in rows):
         own = {table_key(row): row for row in rows if row["backbone"] == backbone}
         name = printable(backbone)
@@ -286,14 +269,14 @@ def _published(row: Row | None, figure: str) -> list[str]:
 
 
 _ANY_WIDTH = 100_000
-_FILE_WIDTH = 200  # characters of a line where the output is no terminal
+_FILE_WIDTH = 200  # characters of a line if the output is not a terminal
 _DISTRIBUTION = "msn-pretraining"
 _ABOUT_HEAD = ("backbone", "weights", "image_size", "classifier", "labels", "lambda", "crop")
 _VERSIONS = ("torch", "torchvision", "timm", "numpy")
 
 
 def print_table(results: Sequence[Result], title: str) -> None:
-    """Print the table to standard output; no figure is cut, however narrow a terminal is.
+    """Print the table to standard output; no figure is cut, even in a narrow terminal.
 
     A notebook shows the one that `msn.pretrain` or `msn.evaluate` returns.
     """
@@ -303,7 +286,7 @@ def print_table(results: Sequence[Result], title: str) -> None:
     if in_notebook():
         pass
     elif not console.is_terminal:
-        # A table cut at 80 columns because the output goes to a file is of no use.
+        # In a file, lines are not cut at 80 columns.
         Console(width=max(_FILE_WIDTH, needed)).print(table)
     elif console.width < needed:
         console.print(list_of(rows, title), markup=False, highlight=False)
@@ -321,13 +304,13 @@ def write_results(
 ) -> None:
     """Write lowshot.json, beside it .csv, .md, .png and .svg, predictions, and heads in `heads/`.
 
-    Each file is whole or not there; the JSON comes last, as the sign that all are.
+    Each file is complete or missing. The JSON is written last, so it shows that all are there.
 
     Args:
         path: the JSON file, in the run directory.
         results: rows with their heads and predictions.
         config: plain data, kept in the JSON file.
-        test: the test images, whose predictions are kept; None keeps none.
+        test: the test images, whose predictions are written; None writes none.
 
     Raises:
         UserError: if the directory cannot be written.
@@ -362,8 +345,8 @@ def write_results(
 def save_head(path: Path, head: Head, row: Mapping[str, Any]) -> None:
     """Write a head that `msn.weights` can fold into an exported classifier.
 
-    The safetensors file holds `weight` [C, D] and, with an intercept, `bias` [C]; its metadata
-    `msn` says what features the head wants.
+    The safetensors file holds `weight` [C, D] and, with an intercept, `bias` [C]. Its metadata
+    `msn` describes the features that the head takes.
     """
     tensors = (
         {"weight": head.weight} if head.bias is None else {"weight": head.weight, "bias": head.bias}
@@ -389,7 +372,7 @@ def head_name(result: Result) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what makes the numbers."""
+    """Versions of Python and the libraries that affect the figures."""
     found = {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}}
     try:
         found["msn"] = version(_DISTRIBUTION)

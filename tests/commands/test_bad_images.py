@@ -21,7 +21,7 @@ def test_an_image_is_named_once_in_training_and_evaluation(command, tmp_path, ca
     assert code == 0, err
     for name in ("class_0/3.jpg", "class_1/8.jpg"):
         assert caplog.text.count(name) == 1
-    assert "others of the class stand in" in " ".join(out.split())
+    assert "others of the class replace them" in " ".join(out.split())
 
 
 # Who may not open a file is shown in tests/data/test_bad_images.py: root may open everything.

@@ -12,7 +12,7 @@ from msn.commands.make_shards import write_shards
 from msn.data.pools import PoolSettings, build_pools
 from msn.data.shards import shard_source
 from msn.data.sources import list_source
-from msn.files import write_atomically
+from msn.files import write_file
 from msn.images.decode import full_size
 from tests.data.photos import make_folder
 from tests.data.test_pools import SETTINGS
@@ -114,9 +114,9 @@ def test_a_command_that_was_interrupted_can_be_repeated(
         written.append(file)
         if len(written) == 6:  # one of val's, when all of train's stand
             raise error
-        return write_atomically(file, *rest)
+        return write_file(file, *rest)
 
-    monkeypatch.setattr(make_shards, "write_atomically", write)
+    monkeypatch.setattr(make_shards, "write_file", write)
     code, _, err = command("make_shards", *arguments)
     assert code == (130 if isinstance(error, KeyboardInterrupt) else 2)
     assert len(err.splitlines()) == 1
