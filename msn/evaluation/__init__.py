@@ -1,1 +1,1 @@
-"""Low-shot evaluation: frozen features, honest classifiers, tables that can be published."""
+"""Low-shot evaluation: frozen features, classifiers, protocols, tables."""

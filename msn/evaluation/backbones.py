@@ -1,4 +1,4 @@
-"""What is evaluated: a pretrained trunk, a randomly initialised one, or raw pixels."""
+"""Subjects of an evaluation: pretrained backbones, a random network, raw pixels."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,17 +31,17 @@ from msn.weights.weights import BASELINES, IMAGENET_MEAN, IMAGENET_STD, say_note
 
 @dataclass(frozen=True)
 class FrozenBackbone:
-    """A backbone with the preprocessing it was made for.
+    """A backbone with its preprocessing.
 
     Args:
-        name: what tables call it.
+        name: of the backbone in tables.
         trunk: the network, ours or one of timm or transformers.
         image_size: side of the centre crop in px; the trunk's patch divides it.
         mean: of the normalisation, of each channel.
         std: likewise.
-        about: what its file says of it (epoch, licence, ...), for the results.
-        is_baseline: True for baselines, which only stand beside others.
-        native: what its family takes as the feature of an image; None if unknown.
+        about: what its file says about it (epoch, licence, ...), for the results.
+        is_baseline: True for a baseline, with which others are compared.
+        native: feature of its family; None if unknown.
     """
 
     name: str
@@ -55,7 +55,7 @@ class FrozenBackbone:
 
     def __post_init__(self) -> None:
         if isinstance(self.trunk, ForeignBackbone):
-            return  # its library says which sizes it takes, see `check`
+            return  # `check` asks its library which sizes it takes
         if self.image_size < 1 or self.image_size % self.trunk.patch_size:
             raise UserError(
                 f"image_size={self.image_size}: must be a multiple of {self.trunk.patch_size}, "
@@ -76,7 +76,7 @@ class FrozenBackbone:
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """What tells its transform from others, plain data."""
+        """What identifies its transform, plain data."""
         if isinstance(self.trunk, ForeignBackbone):
             return dict(self.trunk.card.preprocessing)
         return {"image_size": self.image_size, "mean": list(self.mean), "std": list(self.std)}
@@ -96,10 +96,10 @@ class FrozenBackbone:
         )
 
     def kind(self, settings: FeatureSettings) -> str:
-        """What the features are, for rows and heads.
+        """Kind of the features, for rows and heads.
 
         Raises:
-            UserError: if the family's own feature is asked for and is unknown.
+            UserError: if the family's own feature is wanted but unknown.
         """
         if isinstance(self.trunk, ForeignBackbone):
             return self.trunk.resolve(settings.feature)
@@ -112,7 +112,7 @@ class FrozenBackbone:
         """Refuse, before any work, a feature that this backbone does not have.
 
         Raises:
-            UserError: naming what it has.
+            UserError: names the features that it has.
         """
         kind = self.kind(settings)
         if isinstance(self.trunk, ForeignBackbone):
@@ -128,11 +128,11 @@ class FrozenBackbone:
 
 @dataclass(frozen=True)
 class RawPixels:
-    """No network at all: the pixels of the centre crop.
+    """A baseline without network: the pixels of the centre crop.
 
     Args:
-        name: what tables call it.
-        size: side in px to which images are brought.
+        name: in tables.
+        size: side in px of the resized crop.
     """
 
     name: str
@@ -145,7 +145,7 @@ class RawPixels:
         plain = FeatureSettings(
             feature="class_token", image_size=None, batch_size=settings.batch_size, precision="32"
         )
-        cpu = torch.device("cpu")  # there is nothing to compute, but much to decode
+        cpu = torch.device("cpu")  # nothing to compute, but images to decode
         return extract_features(
             NoNetwork(),
             images,
@@ -157,21 +157,21 @@ class RawPixels:
         )
 
     def kind(self, settings: FeatureSettings) -> str:
-        """What the features are, for rows and heads."""
+        """Kind of the features, for rows and heads."""
         return "pixels"
 
 
 def _cropped(settings: FeatureSettings) -> dict[str, Any]:
-    """What a cache's key needs to know; nothing for the usual crop, so that older ones serve."""
+    """The crop for a cache's key; empty for the centre crop, so that older caches stay valid."""
     return {} if settings.crop == "centre" else {"crop": settings.crop}
 
 
 Subject = FrozenBackbone | RawPixels
-"""Something that turns images into features."""
+"""A backbone or baseline: it turns images into features."""
 
 
 def random_backbone(like: FrozenBackbone, *, seed: int, name: str = "random") -> FrozenBackbone:
-    """A backbone of the same architecture as it was before training, drawn from a seed."""
+    """A backbone of the same architecture with random weights, drawn from a seed."""
     trunk: VisionTransformer | ForeignBackbone
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -197,13 +197,13 @@ def open_backbones(
         checkpoint: a path, or several `name:path`; a path is anything that `open_backbone_of`
             takes. A single nameless path is called `msn`.
         image_size: side of the crop in px; None takes each backbone's own.
-        num_heads: of every backbone whose file cannot tell; what is assumed is told in a warning.
-        key: of every file which of several trunks (see `read_weights`), or by name of the backbone.
-        family: likewise whose trunk it is where names and shapes fit several.
+        num_heads: of every backbone whose file does not say; a warning tells what is assumed.
+        key: which of several trunks (see `read_weights`), for all files or by name of the backbone.
+        family: likewise the family, where names and shapes fit several.
 
     Raises:
-        UserError: two names are the same, a path cannot be read, or a size does not fit; or all
-            files say another number of heads.
+        UserError: two names are equal, a path cannot be read, or a size does not fit; or no file
+            has that number of heads.
     """
     entries = [checkpoint] if isinstance(checkpoint, str) else list(checkpoint)
     if not entries:
@@ -284,7 +284,7 @@ def _name_and_path(entry: str, *, alone: bool) -> tuple[str, str]:
     return name, path
 
 
-# Largest side in px: more pixels cost much memory and, without a network, tell classes no better.
+# Largest side in px of raw pixels; more take much memory and do not classify better.
 LARGEST_SIDE = 32
 
 
@@ -293,7 +293,7 @@ def pixel_transform(size: int, *, whole: bool = False) -> Callable[[Image.Image]
 
     Args:
         size: side in px to which the shorter side is resized, >= 1.
-        whole: no crop: the whole image is resized to the square.
+        whole: resize the whole image to the square instead of cropping.
     """
     return partial(_pixels, size=size, whole=whole)
 

@@ -1,8 +1,8 @@
-"""Classifiers on frozen features: logistic regression with an honest lambda, and kNN.
+"""Logistic regression and kNN on frozen features, and the choice of lambda by cross-validation.
 
 lambda is either the paper's fixed value or chosen by cross-validation inside the labelled set
-alone. Test images never see the choice. Both are reported: the fixed value makes the row, the
-cross-validated one stands in the row's `cross_validated`; without a fixed value that makes the row.
+alone, never on test images. A fixed value gives the row, and the cross-validated one its entry
+`cross_validated`. Without a fixed value, the cross-validated one gives the row.
 
 As in the reference, strengths are given as `lambd` = lambda * n, which means the same for every
 number of labels (scikit-learn's C = 1 / lambd).
@@ -43,8 +43,8 @@ class Logistic:
 
     # Fixed lambda * n; None takes the cross-validated one.
     lambd: Annotated[float | None, Range(0, above_low=True)]
-    lambd_grid: Sequence[float] | None  # that cross-validation chooses from; None does without
-    folds: Annotated[int, Range(2)]  # a set with fewer images per class has as many as these
+    lambd_grid: Sequence[float] | None  # values for cross-validation; None does none
+    folds: Annotated[int, Range(2)]  # at most the number of images of the largest class
     intercept: bool  # append a constant to the rows; regularised like the other weights
     # Certified (objective - optimum) / objective.
     tolerance: Annotated[float, Range(0, above_low=True)]
@@ -59,7 +59,7 @@ class Logistic:
                 raise UserError(f"protocol.logistic.lambd_grid: must be > 0, got {value}")
 
     def prepare(self, features: Tensor) -> Tensor:
-        """Rows as they are fitted: centred, normalised, with a constant where wanted."""
+        """Rows for the fit: centred, normalised, with a constant if there is an intercept."""
         rows = centre_and_normalise(features)
         return torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1) if self.intercept else rows
 
@@ -149,7 +149,7 @@ def _groups(title: str, sets: Sequence[LabelSet]) -> Iterator[tuple[str, list[La
 
 
 def knn_results(trial: Trial, neighbours: Sequence[int], temperature: float | None) -> list[Result]:
-    """A result for each number of neighbours; several are told apart by `variant`.
+    """A result for each number of neighbours; `variant` distinguishes several.
 
     Args:
         trial: with one label set.
@@ -189,7 +189,7 @@ def knn_results(trial: Trial, neighbours: Sequence[int], temperature: float | No
 
 
 class _Fits(NamedTuple):
-    """Classifiers of some label sets, as the table sees them."""
+    """Classifiers of some label sets, for a row of the table."""
 
     weight: Tensor  # of the first set, [C, D]
     outcome: Outcome
@@ -295,7 +295,7 @@ class _Problem:
         return hits, loss
 
     def _probabilities(self, weight: Tensor, labelled: LabelSet) -> Tensor:
-        """Of the test images, [m, C]; a class without a labelled image is never predicted."""
+        """For the test images, [m, C]; a class without a labelled image is never predicted."""
         unseen = torch.bincount(self.labels[labelled.positions], minlength=self.num_classes) == 0
         parts = self.test_rows.split(max(1, _MAX_SCORES // self.num_classes))
         scores = ((rows @ weight.T).masked_fill(unseen, -torch.inf) for rows in parts)
@@ -325,7 +325,7 @@ def _summary(fits: _Fits, lambds: list[float]) -> dict[str, Any]:
     }
 
 
-_FOLDS = 5  # keeps these draws apart from others of the same seed
+_FOLDS = 5  # separates these draws from others of the same seed
 
 
 class Fold(NamedTuple):
@@ -346,14 +346,14 @@ def folds_of(
 
     Args:
         labels: classes of the set's images, [n].
-        num_folds: >= 2; fewer are made where no class has as many images.
+        num_folds: >= 2; fewer if no class has as many images.
         of: number of the set, kept with the folds.
         groups: numbers of groups that stay whole, [n].
 
     Returns:
-        The folds, none where no class has two images (or there is a single group). Each image is
-        held out once, each class as evenly as its count (or the groups) allows; which images go
-        together depends on the set alone.
+        The folds; none if no class has two images or there is a single group. Each image is held
+        out once, and each class as evenly as its count (or the groups) allows. The folds depend on
+        the set alone.
     """
     members = [torch.nonzero(labels == label)[:, 0] for label in labels.unique()]
     num_folds = min(num_folds, max(len(positions) for positions in members))
@@ -364,7 +364,7 @@ def folds_of(
     if groups is not None:
         return _folds(_deal_groups(labels, groups, num_folds), num_folds, of)
     fold = torch.empty(len(labels), dtype=torch.long)
-    dealt = 0  # dealing goes on where the last class ended, so that folds are of one size
+    dealt = 0  # each class continues where the last one ended, so that folds have one size
     for label, positions in enumerate(members):
         order = torch.from_numpy(permutation(len(positions), 0, _FOLDS, label))
         fold[positions[order]] = (torch.arange(len(positions)) + dealt) % num_folds
@@ -373,7 +373,7 @@ def folds_of(
 
 
 def _folds(fold: Tensor, num_folds: int, of: int) -> list[Fold]:
-    """The folds of images that know the number of theirs, [n]."""
+    """The folds, from each image's number of its fold, [n]."""
     return [
         Fold(of, torch.nonzero(fold != i)[:, 0], torch.nonzero(fold == i)[:, 0])
         for i in range(num_folds)
@@ -381,7 +381,7 @@ def _folds(fold: Tensor, num_folds: int, of: int) -> list[Fold]:
 
 
 def _deal_groups(labels: Tensor, groups: Tensor, num_folds: int) -> Tensor:
-    """A fold for each image, [n]: the largest groups first, each to where its classes are rare."""
+    """A fold for each image, [n]: the largest groups first, each where its classes are rarest."""
     inverse = groups.unique(return_inverse=True)[1]
     counts = torch.zeros(int(inverse.max()) + 1, int(labels.max()) + 1, dtype=torch.float64)
     counts.index_put_((inverse, labels), torch.ones((), dtype=torch.float64), accumulate=True)
@@ -389,7 +389,7 @@ def _deal_groups(labels: Tensor, groups: Tensor, num_folds: int) -> Tensor:
     held = torch.zeros(num_folds, counts.shape[1], dtype=torch.float64)
     fold = torch.empty(len(counts), dtype=torch.long)
     for group in counts.sum(dim=1).argsort(descending=True, stable=True).tolist():
-        # An empty fold has the least of all; there are as many groups as folds at least.
+        # An empty fold always has least, so no fold stays empty.
         at = int((held @ shares[group] + 1e-9 * held.sum(dim=1)).argmin())
         held[at] += shares[group]
         fold[group] = at

@@ -1,6 +1,6 @@
-"""ImageNet-1k as in the paper: its label lists, and what it reports (arXiv 2204.07141, Tables 1-4).
+"""ImageNet-1k as in the paper: its label lists and its figures (arXiv 2204.07141, Tables 1-4).
 
-The lists carry the licence of the reference repository, so they are not shipped: they are read from
+The lists have the licence of the reference repository, so they are not shipped: they are read from
 a directory, or fetched once and checked.
 """
 
@@ -41,7 +41,7 @@ class OfficialList(NamedTuple):
 
     @property
     def path(self) -> str:
-        """Where it lies in the reference repository."""
+        """Its path in the reference repository."""
         return f"imagenet_subsets{self.split}/{self.file}"
 
 
@@ -58,7 +58,7 @@ _DIGESTS = {
     (ONE_PERCENT, 1): "71e82a48ba78252683ae334c4d019ebd5c6e855b9599c1389fbe83eb9549cf17",
 }
 _OTHER_NAMES = {
-    ("5", 3): "3imgs_class.txt",  # misnamed there: it has five images per class
+    ("5", 3): "3imgs_class.txt",  # misnamed: it has five images per class
     (ONE_PERCENT, 1): "1percent.txt",
 }
 OFFICIAL_LISTS = tuple(
@@ -80,7 +80,7 @@ def official_sets(
 
     Raises:
         UserError: a list is missing or cannot be fetched, names images or classes that are not
-            there, or does not hold k images of every class.
+            there, or does not have k images of every class.
     """
     lists = find_lists(directory, shots=shots, one_percent=one_percent)
     # Building the names of 1.28 million images once is enough.
@@ -109,14 +109,14 @@ def find_lists(
 
 
 def are_the_papers(directory: Path, *, shots: Sequence[int], one_percent: bool) -> bool:
-    """Whether the lists of a directory are byte for byte those of the paper; names others."""
+    """Whether the lists of a directory are the paper's, byte for byte; the log names others."""
     others = []
     for entry, path in find_lists(directory, shots=shots, one_percent=one_percent):
         if _digest(path.read_bytes()) != entry.sha256:
             others.append(str(path))
     if others:
         log.warning(
-            "%d lists are not those of the paper, whose figures are left out (their SHA-256 "
+            "%d lists are not those of the paper, so its figures are left out (their SHA-256 "
             "differs; first: %s)",
             len(others),
             others[0],
@@ -130,10 +130,10 @@ def _wanted(shots: Sequence[int], one_percent: bool) -> list[OfficialList]:
 
 
 def find_list(directory: Path, entry: OfficialList) -> Path:
-    """Where a list is below a directory, under any of the names in use.
+    """Find a list below a directory, under any of the names in use.
 
     Raises:
-        UserError: the directory or the list is not there.
+        UserError: the directory or the list does not exist.
     """
     if not directory.is_dir():
         raise UserError(f"protocol.lists_dir={directory}: there is no such directory")
@@ -150,18 +150,18 @@ def find_list(directory: Path, entry: OfficialList) -> Path:
 
 
 def fetch_lists(directory: Path, lists: Sequence[OfficialList], *, url: str | None = None) -> Path:
-    """Fetch those lists that a directory lacks, and check every one against its digest.
+    """Fetch the lists that a directory lacks, and check each against its digest.
 
     Args:
-        directory: where they are kept, laid out as in the reference repository.
+        directory: where they are kept, with the layout of the reference repository.
         lists: which ones.
-        url: where the repository's files are; None takes $MSN_SUBSETS_URL, else GitHub.
+        url: of the repository's files; None takes $MSN_SUBSETS_URL, else GitHub.
 
     Returns:
         The directory.
 
     Raises:
-        UserError: a list cannot be fetched, or is not the one that the paper used.
+        UserError: a list cannot be fetched, or is not the paper's.
     """
     url = (url or os.environ.get("MSN_SUBSETS_URL") or REPOSITORY).rstrip("/")
     for entry in lists:
@@ -258,8 +258,8 @@ _FIGURES: dict[str, dict[tuple[str, str], tuple[float, float | None]]] = {
 }
 
 
-# Of masked autoencoders: the MSN paper's low-shot rows, and of arXiv 2111.06377 table 3 and section
-# 4.3 with its own fine-tuning, and its linear probe.
+# Masked autoencoders: low-shot rows of the MSN paper; fine-tuning and linear probe of arXiv
+# 2111.06377, Table 3 and section 4.3.
 _MAE_MODELS = {(768, 12, 16): "ViT-B/16", (1024, 24, 16): "ViT-L/16", (1280, 32, 14): "ViT-H/14"}
 _MAE_FIGURES: dict[str, dict[tuple[str, str], tuple[float, float | None]]] = {
     "ViT-B/16": {("finetune", "all"): (0.836, None), ("linear", "all"): (0.680, None)},
@@ -291,7 +291,7 @@ def paper_figure(
         model: the six numbers of `VisionTransformer`.
         classifier: `logistic`, `linear`, `finetune` or `knn`.
         labels: `1`, `2`, `5`, `1%` or `all`.
-        method: `msn` or `mae`, which pretrained the network.
+        method: of pretraining, `msn` or `mae`.
     """
     models, figures = _PUBLISHED[method]
     name = models.get((int(model["embed_dim"]), int(model["depth"]), int(model["patch_size"])))

@@ -1,4 +1,4 @@
-"""Linear evaluation with all labels: the paper's SGD probe (A.3), MAE's, logistic regression."""
+"""Linear evaluation with all labels: logistic regression, SGD probes of MSN (A.3) and MAE."""
 
 import logging
 import math
@@ -62,12 +62,12 @@ class SGD:
     warmup_epochs: Annotated[float, Range(0)]  # of a linear warm-up from 0, below `epochs`
     momentum: Annotated[float, Range(0, 1, below_high=True)]  # Nesterov's, plain with `lars`
     weight_decay: Annotated[float, Range(0)]
-    # Each step of the weight matrix is measured by the matrix itself (LARS, arXiv 1708.03888, trust
-    # coefficient 0.001), which is drawn with a standard deviation of 0.01 for that; else it is 0.
+    # Steps of the weight matrix are scaled by its norm (LARS, arXiv 1708.03888, trust coefficient
+    # 0.001). For that, it starts with a standard deviation of 0.01; else it starts at 0.
     lars: bool
     # BatchNorm without affine before the layer; False centres and normalises each row by itself.
     batch_norm: bool
-    # Random resized crops and flips, seen by the backbone anew in every epoch; False takes the
+    # New random resized crops and flips in every epoch, each through the backbone; False takes the
     # features of centre crops, which costs one pass.
     augment: bool
     interpolation: str  # of the crops, bilinear or bicubic
@@ -93,11 +93,11 @@ class SGD:
         return self.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
     def prepared(self, features: Tensor) -> Tensor:
-        """Features as the probe takes them, [n, D]."""
+        """The probe's input, [n, D]."""
         return features if self.batch_norm else centre_and_normalise(features)
 
     def optimiser(self, head: nn.Linear) -> torch.optim.Optimizer:
-        """For a new layer, whose first weights it draws."""
+        """Initialise a new layer and make its optimiser."""
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
         if not self.lars:
@@ -128,7 +128,7 @@ class Linear(Protocol):
         features: settings, see `FeatureSettings`.
     """
 
-    baselines: ClassVar[tuple[str, ...]] = (MAJORITY,)  # a hundred passes over all images each
+    baselines: ClassVar[tuple[str, ...]] = (MAJORITY,)  # others take a hundred passes each
     is_the_papers = True
 
     def __init__(
@@ -229,15 +229,15 @@ def train_probe(
 
     Args:
         batches: rows [b, D] of this process, their labels [b], and the size of the whole batch;
-            lasts for all epochs.
+            for all epochs.
         sgd: settings.
         count: labelled images.
         classes: C.
         runtime: `shared` sums gradients over the processes.
 
     Returns:
-        Weight [C, D] and bias [C] for rows as `sgd.prepared` gives them, on the CPU: BatchNorm's
-        running statistics are folded in.
+        Weight [C, D] and bias [C] on the CPU, for rows from `sgd.prepared`, with BatchNorm's running
+        statistics folded in.
     """
     head: nn.Linear | None = None
     optimiser: torch.optim.Optimizer | None = None
@@ -268,7 +268,7 @@ def train_probe(
 
 
 class _BatchNorm:
-    """`nn.BatchNorm1d` without affine, of rows that need no gradient, over all processes."""
+    """`nn.BatchNorm1d` without affine over all processes, for rows without gradient."""
 
     def __init__(self, like: Tensor, shared: bool) -> None:
         self.shared = shared
@@ -284,7 +284,7 @@ class _BatchNorm:
 
     @property
     def scale(self) -> Tensor:
-        """What it multiplies rows by after training, [D]."""
+        """Factor of the rows after training, [D]."""
         return (self.variance + _EPS).rsqrt()
 
     def _sum(self, rows: Tensor) -> Tensor:
@@ -298,7 +298,7 @@ _EPS = 1e-6  # of BatchNorm
 
 
 def frozen_batches(train: FeatureSet, sgd: SGD, runtime: Runtime) -> Batches:
-    """Rows of centre crops, shuffled anew in every epoch; each process takes its share of each."""
+    """Rows of centre crops, shuffled in every epoch; each process takes its share of a batch."""
     device = runtime.devices[0]
     rows, labels = sgd.prepared(train.features).to(device), train.labels.to(device)
     size = min(sgd.batch_size, len(rows))
@@ -317,9 +317,9 @@ def augmented_batches(
     *,
     replaced: set[int],
 ) -> Batches:
-    """Rows of random crops; each process and worker makes its share of every batch.
+    """Rows of random crops; each process makes its share of every batch.
 
-    Images of its share that cannot be read are added to `replaced`.
+    `replaced` gets the unreadable images of its share.
     """
     device, count = runtime.devices[0], len(plan.images)
     size = min(sgd.batch_size, count)

@@ -1,4 +1,7 @@
-"""Protocols on frozen features; `linear.py` and `finetune.py` hold those that train on images."""
+"""Protocols on frozen features: KShot, Fraction, ImageNetLowShot and KNN.
+
+`linear.py`, `finetune.py` and `heads.py` hold the others.
+"""
 
 import logging
 from abc import abstractmethod
@@ -9,21 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from msn.data.subsets import (
-    SHORT_CLASSES,
-    positions_of,
-    read_names,
-    write_names,
-)
+from msn.data.subsets import SHORT_CLASSES, positions_of, read_names, write_names
 from msn.errors import UserError
 from msn.evaluation.features import LabelledSet
 from msn.evaluation.frozen import Logistic, check_lambda_choice, knn_results, logistic_results
 from msn.evaluation.imagenet import ONE_PERCENT, are_the_papers, find_lists, official_sets
-from msn.evaluation.lowshot import (
-    FeatureProtocol,
-    LabelPlan,
-    check_draws,
-)
+from msn.evaluation.lowshot import FeatureProtocol, LabelPlan, check_draws
 from msn.evaluation.neighbours import Spreading, spreading_results
 from msn.evaluation.sets import LabelSet, Result, Trial, all_labels, drawn_shares, drawn_shots
 from msn.files import writing_to
@@ -63,7 +57,7 @@ class _FewLabels(FeatureProtocol):
         """The sets for logistic regression."""
 
     def check(self, labels: Tensor, classes: Sequence[str]) -> None:
-        """As every protocol; whether lists can be written is tried now, not after the training.
+        """As `Protocol`, and try now, not after the training, whether lists can be written.
 
         Raises:
             UserError: too few images, a single class, or a place that cannot be written to.
@@ -74,11 +68,11 @@ class _FewLabels(FeatureProtocol):
             missing = [folder for folder in (place, *place.parents) if not folder.exists()]
             with writing_to(place):
                 place.mkdir(parents=True, exist_ok=True)
-                for folder in missing:  # what is checked leaves nothing behind
+                for folder in missing:  # the check leaves nothing behind
                     folder.rmdir()
 
     def plan(self, train: LabelledSet) -> LabelPlan:
-        """Choose the labelled images, and keep lists of them where that is wanted."""
+        """Choose the labelled images, and write lists of them if wanted."""
         plan = super().plan(train)
         if self.spreading is not None and not self._spreads:
             log.info(
@@ -94,12 +88,12 @@ class _FewLabels(FeatureProtocol):
         return plan
 
     def _few(self, sets: Sequence[LabelSet]) -> list[LabelSet]:
-        """The sets for logistic regression among all that `label_sets` gave."""
+        """The sets for logistic regression among those of `label_sets`."""
         return list(sets)[:-1] if self._takes_all else list(sets)
 
     @property
     def _takes_all(self) -> bool:
-        """Whether all images of the training pool take part, not the labelled ones alone."""
+        """Whether all images of the training pool take part, not only the labelled ones."""
         return self.knn_neighbours is not None or self._spreads
 
     def label_sets(self, train: LabelledSet) -> list[LabelSet]:
@@ -111,12 +105,12 @@ class _FewLabels(FeatureProtocol):
         if self.knn_neighbours is not None and len(train) < self.knn_neighbours:
             raise UserError(
                 f"protocol.knn_neighbours={self.knn_neighbours}: must be at most the number of "
-                f"labelled images, {len(train)}; null does without kNN"
+                f"labelled images, {len(train)}; null leaves kNN out"
             )
         return [*sets, all_labels(train)] if self._takes_all else sets
 
     def check_choice(self, sets: Sequence[LabelSet], labels: Tensor) -> None:
-        """Refuse, before any work, a lambda that nothing can choose."""
+        """Refuse, before any work, label sets that cannot choose lambda."""
         check_lambda_choice(self.logistic, sets, labels)
 
     def results(self, trial: Trial) -> list[Result]:
@@ -132,17 +126,17 @@ class _FewLabels(FeatureProtocol):
 
 
 class KShot(_FewLabels):
-    """k labelled images per class, several seeded draws, nested: 1 is part of 2 is part of 5.
+    """k labelled images per class in several seeded draws; smaller sets are part of larger ones.
 
     Args:
-        shots: images per class; None takes as many of 1, 2 and 5 as every class has, and
-            no kNN where there are too few images for it.
-        splits: draws of each, in [1, 10000].
-        seed: of the first draw; the others count on from it.
+        shots: images per class; None takes those of 1, 2 and 5 that every class has, and leaves
+            kNN out if there are too few images for it.
+        splits: number of draws of each, in [1, 10000].
+        seed: of the first draw; the next draws take the next seeds.
         lists: files of image names, one set each, instead of draws; None draws.
-        write_lists: directory in which the names of every set are kept; None keeps none.
+        write_lists: directory for the names of every set; None writes none.
         logistic: settings, see `frozen.Logistic`.
-        knn_neighbours: of a kNN (cosine, majority, see `knn`) on all labels; None leaves it out.
+        knn_neighbours: k of kNN by cosine and majority on all labels; None leaves it out.
         features: settings, see `FeatureSettings`.
         short_classes: what to do with classes of fewer images than `shots`: `refuse`, `take_all`
             (all that they have) or `leave_out` (none: their test images count as wrong).
@@ -197,7 +191,7 @@ class KShot(_FewLabels):
         return drawn_shots(train, shots, seeds, short=self.short_classes)
 
     def results(self, trial: Trial) -> list[Result]:
-        """As every protocol of few labels; rows say which classes have fewer than their labels."""
+        """As `_FewLabels`; rows also say which classes have too few images."""
         found = super().results(trial)
         for result in found:
             if (short := self._short.get(result.row["labels"])) is not None:
@@ -205,16 +199,16 @@ class KShot(_FewLabels):
         return found
 
     def label_sets(self, train: LabelledSet) -> list[LabelSet]:
-        """Sets with few labels, and all images where kNN is wanted and possible."""
+        """Sets with few labels, and all images if kNN is wanted and possible."""
         if self.shots is None and len(train) < (self.knn_neighbours or 0):
             log.info("no %d-NN: there are %d labelled images", self.knn_neighbours, len(train))
             self.knn_neighbours = None
         return super().label_sets(train)
 
     def check(self, labels: Tensor, classes: Sequence[str]) -> None:
-        """Refuse what draws cannot be made from, and lists that are not there.
+        """Refuse pools that are too small for the draws, and lists that do not exist.
 
-        `plan`, which has the names, compares these with the images.
+        `plan` compares the lists with the images.
         """
         if self.lists is None:
             super().check(labels, classes)
@@ -227,9 +221,9 @@ class Fraction(_FewLabels):
 
     Args:
         fractions: shares in (0, 1].
-        splits: draws of each share below 1, in [1, 10000].
-        seed: of the first draw; the others count on from it.
-        write_lists: directory in which the names of every set are kept; None keeps none.
+        splits: number of draws of each share below 1, in [1, 10000].
+        seed: of the first draw; the next draws take the next seeds.
+        write_lists: directory for the names of every set; None writes none.
         logistic: settings, see `frozen.Logistic`.
         knn_neighbours: of a kNN on all labels; None leaves it out.
         features: settings, see `FeatureSettings`.
@@ -312,11 +306,11 @@ class ImageNetLowShot(_FewLabels):
         return sets
 
     def check(self, labels: Tensor, classes: Sequence[str]) -> None:
-        """Find or fetch the lists; `plan`, which has the names, compares them with the images."""
+        """Find or fetch the lists; `plan` compares them with the images."""
         find_lists(self._directory, **self._wanted)
 
     def check_choice(self, sets: Sequence[LabelSet], labels: Tensor) -> None:
-        """Refuse, before any work, a lambda that nothing can choose."""
+        """Refuse, before any work, label sets that cannot choose lambda."""
         for settings, percent in ((self.logistic, False), (self.one_percent_logistic, True)):
             own = [labelled for labelled in sets if (labelled.labels == ONE_PERCENT) is percent]
             check_lambda_choice(settings, own, labels)
@@ -364,7 +358,7 @@ class KNN(FeatureProtocol):
 
 
 def _listed(path: Path, train: LabelledSet) -> LabelSet:
-    """A label set from a file of names, named after its images per class where these are equal."""
+    """A label set from a file of names; its name is the number of images per class, if equal."""
     names = read_names(path)
     positions = positions_of(names, train.names, classes=train.classes, where=str(path))
     counts = torch.bincount(train.labels[positions], minlength=len(train.classes))
@@ -376,7 +370,7 @@ def _listed(path: Path, train: LabelledSet) -> LabelSet:
 
 
 def _list_name(labelled: LabelSet) -> str:
-    """Where a set's list is kept, in the manner of the official ones."""
+    """Path of a set's list, as in the official ones."""
     folder = labelled.split.replace(" ", "_")
     if labelled.labels.endswith("%"):
         return f"{folder}/{labelled.labels[:-1]}percent.txt"

@@ -1,9 +1,9 @@
-"""The objective of softmax regressions, P problems side by side, and what curves it.
+"""The objective of softmax regression, its gradient and an estimate of its Hessian.
 
 Legend: P problems, n rows, R coordinates, C classes, m rows of the largest class.
 
-Blocks of rows run on threads that each compute alone: parallel operations of torch wait for their
-slowest thread each time, blocks wait for each other once.
+P problems are computed side by side. Blocks of rows run on threads, each of which computes alone:
+torch's own parallel operations wait for their slowest thread every time, blocks only once.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,22 +33,22 @@ def in_threads(function: Callable[[Item], Found], items: Sequence[Item]) -> list
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(function, items))
     finally:
-        # A thread sets its own number and that of threads to come; only the first is wanted.
+        # A thread also sets the number for new threads, which is undone here.
         torch.set_num_threads(before)
 
 
-# Logits held at once by a thread: they stay in its cache while they are worked on.
+# Logits that a thread holds at once, so that they stay in its cache.
 _CACHED_LOGITS = 2**18
 # Logits held at once on an accelerator.
 _DEVICE_LOGITS = 2**27
-# Logits of all rows that are kept at most, for the search along a direction.
+# Most logits that are kept for the search along a direction.
 _MAX_SCORES = 2**27
-# The search: slopes looked at, and the part of the first slope that counts as flat.
+# The search: slopes that are tried, and the share of the first slope that counts as flat.
 _TRIALS = 6
 _FLAT = 0.1
-# Shares of the rows at most: enough for many threads, few enough to keep a gradient for each.
+# Most shares of the rows: enough for many threads, few enough to keep a gradient for each.
 _SHARES = 32
-# Rows of a class up to which its own block of the Hessian is worth its factorisation.
+# Rows of a class up to which its own block of the Hessian is factorised.
 _MOST_OWN_ROWS = 64
 
 
@@ -56,7 +56,7 @@ class Softmax(NamedTuple):
     """P objectives mean_i [logsumexp(W x_i) - w_{y_i} . x_i] + lambda/2 ||W||^2 of W [C, R]."""
 
     rows: Tensor
-    """[P, n, R]; the coordinates should be uncorrelated, which the preconditioner supposes."""
+    """[P, n, R]; the preconditioner assumes uncorrelated coordinates."""
     labels: Tensor
     """[P, n]."""
     strengths: Tensor
@@ -67,7 +67,7 @@ class Softmax(NamedTuple):
     """Sums over the rows of each class, divided by n, [P, C, R]."""
     tolerance: float
     own_rows: Tensor | None
-    """Which rows each class has, [C, m], padded with n; for a single problem or None."""
+    """Rows of each class, [C, m], padded with n; only for a single problem, else None."""
 
     @classmethod
     def of(
@@ -100,7 +100,7 @@ class Softmax(NamedTuple):
         return squares <= 2 * self.strengths * self.tolerance * values
 
     def scores(self, points: Tensor) -> Tensor:
-        """Logits of all rows, [P, n, C]; none, [P, 0, C], where they would not fit in memory."""
+        """Logits of all rows, [P, n, C]; empty, [P, 0, C], if they would not fit into memory."""
         problems, count, _ = self.rows.shape
         weight = points.view_as(self.label_sums)
         if problems * count * weight.shape[1] > _MAX_SCORES:
@@ -116,7 +116,7 @@ class Softmax(NamedTuple):
         size = self._rows_at_once()
         found = self._for_each(partial(_sums, weight, size), self._shares(scores))
         loss, gradient, mean, square, _ = found[0]
-        for sums in found[1:]:  # in order, so that rounding is the same every time
+        for sums in found[1:]:  # in order, so that rounding is reproducible
             loss += sums.loss
             gradient += sums.gradient
             mean += sums.mean
@@ -136,9 +136,9 @@ class Softmax(NamedTuple):
         changes: Tensor,
         slopes: Tensor,
     ) -> Tensor:
-        """Where the slope along each direction is nearly zero, by Newton's method in a bracket.
+        """Step length at which the slope is nearly zero, by Newton's method in a bracket, [P].
 
-        Without scores the length is 1, which suits most steps of a preconditioned L-BFGS.
+        Without scores it is 1, which suits most steps of a preconditioned L-BFGS.
         """
         length = torch.ones_like(self.strengths)
         if scores.shape[1] == 0:
@@ -171,15 +171,15 @@ class Softmax(NamedTuple):
         return slope, bend / count + self.strengths * along
 
     def _for_each(self, function: Callable[[Item], Found], shares: Sequence[Item]) -> list[Found]:
-        """Results in order; an accelerator, which takes one share after the other, holds one."""
+        """Results in order: on threads, or on an accelerator one after another."""
         if self.rows.device.type == "cpu":
             return in_threads(function, shares)
         return [function(share) for share in shares]
 
     def _shares(self, scores: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """Rows, labels and scores (where there are any) in shares, one per thread.
+        """Rows, labels and scores (if there are any) in shares for the threads.
 
-        How rows are shared out does not depend on the threads, so neither does rounding.
+        The shares do not depend on the number of threads, so neither does rounding.
         """
         share = max(self._rows_at_once(), -(-self.rows.shape[1] // _SHARES))
         rows, labels = self.rows.split(share, dim=1), self.labels.split(share, dim=1)
@@ -192,7 +192,7 @@ class Softmax(NamedTuple):
         classes = self.label_sums.shape[1]
         if self.rows.device.type != "cpu":
             return max(1, min(count, _DEVICE_LOGITS // (problems * classes)))
-        # Problems side by side are small, and many: one block, with torch's own threads.
+        # Several problems are small: one block, with torch's own threads.
         return count if problems > 1 else max(1, min(count, _CACHED_LOGITS // classes))
 
     def _curvature(self, spread: Tensor, own_probs: Tensor) -> Curvature:

@@ -2,10 +2,9 @@
 
 Legend: P problems, N variables of each problem, M remembered steps.
 
-One call of the objective serves all problems at once. Step lengths come from a search along the
-direction, which is cheap because the objective depends on the point through linear scores; a
-problem whose point is refused all the same shortens its step while the others go on, and solved
-problems leave the batch.
+One call of the objective serves all problems. Step lengths come from a search along the direction,
+which is cheap because the scores are linear in the point. A problem whose point is still refused
+shortens its step while the others continue. Solved problems leave the batch.
 """
 
 from dataclasses import dataclass, fields
@@ -20,14 +19,14 @@ _ARMIJO = 1e-4
 _SMALLEST_STEP = 1e-8
 # Relative rounding of values, which are sums in float64.
 _VALUE_ROUNDING = 1e-14
-# Steps after which scores are computed afresh instead of carried along.
+# Steps after which scores are recomputed instead of updated.
 _REFRESH = 8
-# Points without any gain after which rounding has the last word.
+# Points without gain after which a problem is given up: rounding stops it.
 _IDLE = 20
 
 
 class Minimum(NamedTuple):
-    """What was found, for every problem in its original place."""
+    """Results of all problems, in their original order."""
 
     points: Tensor
     """[P, N]."""
@@ -76,7 +75,7 @@ def minimise(objective: Softmax, start: Tensor, *, memory: int, max_evaluations:
         max_evaluations: calls of the objective after which unsolved problems are given up.
 
     Returns:
-        The best points; `solved` tells which problems rounding or the limit stopped early.
+        The best points; `solved` is False where rounding or the limit stopped a problem early.
     """
     state = _begin(objective, start, memory)
     result = Minimum(
@@ -137,7 +136,7 @@ def _advance(objective: Softmax, state: _State, slot: int) -> Tensor:
     points = state.points + steps
     scores = changes.mul_(_along(lengths, changes)).add_(state.scores)
     values, gradients, curvature = objective.evaluate(points, scores)
-    # Rounding of the values must not refuse the last steps, which change them by less than that.
+    # The last steps change values by less than their rounding, which must not refuse them.
     slack = max(torch.finfo(points.dtype).eps, _VALUE_ROUNDING) * state.values.abs()
     accepted = values <= state.values + _ARMIJO * state.lengths * state.slopes + slack
     norms = _norms(gradients)
@@ -149,7 +148,7 @@ def _advance(objective: Softmax, state: _State, slot: int) -> Tensor:
         return accepted
     differences = gradients - state.gradients
     products = dot(steps, differences)
-    # A refused problem forgets its oldest pair instead of keeping a ring of its own.
+    # A refused problem forgets its oldest pair, so that all share one ring.
     usable = accepted & (products > 0)
     state.steps[:, slot] = _choose(usable, steps, torch.zeros_like(steps))
     state.changes[:, slot] = _choose(usable, differences, torch.zeros_like(differences))
@@ -170,8 +169,8 @@ def _advance(objective: Softmax, state: _State, slot: int) -> Tensor:
 def _direction(objective: Softmax, state: _State, newest: int) -> Tensor:
     """The two-loop recursion, started from the preconditioner scaled to the newest pair.
 
-    Each loop is a triangular system in the M coefficients, so a few products of matrices do what
-    would be several small operations for every pair.
+    Each loop is a triangular system in the M coefficients, so a few matrix products replace several
+    small operations per pair.
     """
     memory = state.steps.shape[1]
     order = [(newest - age) % memory for age in range(memory)]  # newest first
