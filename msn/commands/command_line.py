@@ -1,6 +1,6 @@
-"""The command line: flags, overrides in which paths and names stay as they are, output streams.
+"""Flags, overrides in which paths and names stay literal, and output streams.
 
-Hydra's grammar would make a number of `run.name=1_1`, and cannot read `data.root=/x/photos (1)`.
+Hydra's grammar would read `run.name=1_1` as a number, and cannot read `data.root=/x/photos (1)`.
 """
 
 import argparse
@@ -20,13 +20,13 @@ _PATHS = re.compile(
     r"(.+\.)?(root|\w+_root|labels|file)|run\.\w+|checkpoint|init(_key|_family)?|out|runs|dump|golden|head|json|suite"
     r"|images|cache_dir|logger\.\w+\.(project|name)|protocol\.(lists|lists_dir|write_lists)"
 )
-# Those that take several, [a,b]; elsewhere such a value is the name of a file.
+# Those that take several, [a,b]; for other keys such a value is a file name.
 _LISTS = ("checkpoint", "runs", "protocol.lists")
 _QUOTED = r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\""
 _PART = re.compile(rf"\s*({_QUOTED}|\[[^\]]*\]|\{{[^}}]*\}})\s*(?=,|$)|[^,]*")
 _SWEEP = re.compile(r"(choice|range|interval|glob|sort|shuffle|tag)\(.*\)", re.DOTALL)
-_PLAIN = re.compile(r"[\w.+/:@-]+")  # text that Hydra reads as it stands
-# What may stand before a path: its name in a table, a model of timm.
+_PLAIN = re.compile(r"[\w.+/:@-]+")  # text that Hydra reads unchanged
+# What may precede a path: its name in a table, a model of timm.
 _BEFORE_HOME = re.compile(r"(?:[^/:~]*:)?(?:timm/[^@]*@)?(?=~)")
 
 
@@ -39,7 +39,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     """Flags, and the overrides among them.
 
     Raises:
-        UserError: if there is no such flag, or it goes with another that is not there.
+        UserError: if a flag does not exist, or needs another that is missing.
     """
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--help", "-h", action="store_true")
@@ -57,24 +57,24 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
 def quote_paths(overrides: list[str], *, sweep: bool = False) -> list[str]:
     """Quote, in Hydra's grammar, the values of keys that are paths or names.
 
-    `null`, what is quoted already, and lists where a key takes several keep their meaning, and so
-    do numbers of `images` and, in a sweep, choices. `~` is the user's home.
+    These keep their meaning: `null`, quoted text, lists for keys that take several, numbers of
+    `images` and, in a sweep, choices. `~` is the user's home.
 
     Args:
         overrides: `key=value`.
         sweep: whether commas separate choices (`--multirun`).
 
     Raises:
-        UserError: if one holds a null byte.
+        UserError: if one contains a null byte.
     """
     for override in overrides:
         if "\0" in override:
-            raise UserError(f"{override.partition('=')[0]}: a null byte can stand in no value")
+            raise UserError(f"{override.partition('=')[0]}: a value cannot contain a null byte")
     return [_quote_path(override, sweep) for override in overrides]
 
 
 def read_mapping(key: str, text: str) -> dict[str, str] | str:
-    """`{name:value,...}` as texts, in which Hydra would read numbers; other text as it is.
+    """`{name:value,...}` as a dictionary of text, without Hydra's numbers; other text unchanged.
 
     Raises:
         UserError: if a name or a value is missing.
@@ -124,20 +124,20 @@ def _at_home(value: str) -> str:
 
 
 def _parts(text: str) -> list[str]:
-    """Split at commas, except those in quotes or in the brackets of a whole part."""
+    """Split at commas, except within quotes or within a part that is in brackets."""
     parts, at = [], 0
     while at <= len(text):
         found = _PART.match(text, at)
-        assert found is not None  # it matches nothing, too
+        assert found is not None  # the pattern also matches empty text
         parts.append(found[0].strip())
         at = found.end() + 1
     return parts
 
 
 class _LongLived:
-    """An output stream that may lose its reader: what is printed then goes nowhere.
+    """An output stream that ignores the loss of its reader.
 
-    Standard output on a full disk is an error that is raised once.
+    Standard output to a full disk raises an error once.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -169,13 +169,13 @@ class _LongLived:
 
 @contextlib.contextmanager
 def without_readers() -> Iterator[None]:
-    """Within, `msn COMMAND | head -1` ends no work: a lost reader is not an error."""
+    """Within, the loss of a reader is not an error, as in `msn COMMAND | head -1`."""
     out, err = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _LongLived(out), _LongLived(err)
     try:
         yield
     finally:
-        sys.stdout.flush()  # at the end of the process this would fail aloud
+        sys.stdout.flush()  # else it fails with a message at the end of the process
         sys.stdout, sys.stderr = out, err
 
 

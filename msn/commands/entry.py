@@ -1,4 +1,4 @@
-"""The one way into every command: compose, run, and end a mistake in one line and exit code 2."""
+"""Entry of every command: compose its configuration, run it, report a mistake in one line."""
 
 import argparse
 import io
@@ -29,15 +29,15 @@ from msn.schema import refuse_unknown, take
 
 Job = Callable[[DictConfig], Any]
 
-# What users can mend: the message says how.
+# Errors that users can fix; the message says how.
 MISTAKES = (UserError, OSError, HydraException, OmegaConfBaseException)
-# Hydra raises some of its own errors as these.
+# Classes of Hydra's own errors.
 _OF_COMPOSITION = (HydraException, OmegaConfBaseException, ValueError, TypeError)
 
 # Groups of named parts to which users may add more.
 _OPEN_GROUPS = ("callbacks", "logger")
 
-# Files that others are made of, and no options themselves.
+# Files that are included by others and are not options.
 _PARTS = {"data": ("base",), "protocol": ("base", "logistic")}
 
 _FLAGS = """Flags:
@@ -45,12 +45,12 @@ _FLAGS = """Flags:
   --cfg job         what the command would use; with --resolve resolved, with --package KEY a part
   --multirun        one run for each choice: key=a,b
 
-Paths and names (data.root, checkpoint, init, out, run.name, ...) are taken as they stand after the
-=, so quote them for the shell alone: "data.root=~/my photos (1)". null is none; ~ is your home."""
+Paths and names (data.root, checkpoint, init, out, run.name, ...) are taken literally after the =,
+so quote them only for the shell: "data.root=~/my photos (1)". null is none; ~ is your home."""
 
 
 def config_directory() -> Path:
-    """Where the YAML files lie: inside an installed package, else beside it in a checkout."""
+    """Directory of the YAML files: inside an installed package, or beside it in a checkout."""
     package = Path(msn.__file__).parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
@@ -71,7 +71,7 @@ def run_command(config_name: str, job: Job, arguments: list[str]) -> None:
             stream.reconfigure(errors="surrogateescape")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("msn").setLevel(logging.INFO)
-    logging.getLogger("hydra").setLevel(logging.CRITICAL)  # it tells what it also raises
+    logging.getLogger("hydra").setLevel(logging.CRITICAL)  # it logs what it also raises
     with without_readers():
         try:
             _run(config_name, explained(job), parse_flags(arguments))
@@ -92,19 +92,19 @@ def _run(config_name: str, job: Job, flags: argparse.Namespace) -> None:
         _sweep(config_name, job, flags.overrides)
     else:
         config = compose(config_name, flags.overrides)
-        # Before the command is imported, and torch with it.
+        # Checked before the command, and torch with it, is imported.
         _refuse_missing([str(key) for key in config if OmegaConf.is_missing(config, key)])
         job(config)
 
 
 def explained(job: Job) -> Job:
-    """The job with one line for what is beyond the machine: memory, shared memory, processes."""
+    """The job, with one line for errors of the machine: memory, shared memory, processes."""
 
     def run(config: DictConfig) -> Any:
         try:
             return job(config)
         except (RuntimeError, MemoryError) as error:
-            from msn.data.workers import explain  # loads torch, as such a job has done
+            from msn.data.workers import explain  # loads torch, which such a job has loaded
 
             line = explain(error, lambda: "smaller sizes or batches, or a smaller model, take less")
             if line is None or os.environ.get("MSN_DEBUG"):
@@ -115,11 +115,11 @@ def explained(job: Job) -> Job:
 
 
 def compose(config_name: str, overrides: list[str]) -> DictConfig:
-    """Compose a configuration from the shipped YAML files, without making any directory.
+    """Compose a configuration from the shipped YAML files; no directory is made.
 
     Args:
         config_name: file in the config directory, without .yaml.
-        overrides: `key=value` in Hydra's grammar, but for paths and names, see `quote_paths`.
+        overrides: `key=value` in Hydra's grammar, except paths and names, see `quote_paths`.
 
     Raises:
         UserError: if a key, group or value is wrong; says what is allowed.
@@ -139,14 +139,14 @@ def compose(config_name: str, overrides: list[str]) -> DictConfig:
 
 
 def _parsed(overrides: list[str], *, sweep: bool = False) -> tuple[list[Override], list[Override]]:
-    """Overrides that choose parts of a configuration or are Hydra's own, and those of values.
+    """Split overrides into those that choose groups or are Hydra's own, and those of values.
 
     Args:
         overrides: in Hydra's grammar.
         sweep: whether one may have several values.
 
     Raises:
-        UserError: if one cannot be read, takes a key away, or a group has no such option.
+        UserError: if one cannot be read, deletes a key, or names an option that does not exist.
     """
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
@@ -158,9 +158,9 @@ def _parsed(overrides: list[str], *, sweep: bool = False) -> tuple[list[Override
     for override in parsed:
         key, given = override.key_or_group, override.input_line
         if override.is_delete():
-            raise UserError(f"{given}: then {key} is missing; no key can be left out")
+            raise UserError(f"{given}: {key} would be missing; no key can be left out")
         if override.is_sweep_override() and not sweep:
-            several = "key=[a,b] is a list, --multirun runs one after the other"
+            several = "key=[a,b] is a list, --multirun runs one after another"
             raise UserError(f"{given}: these are several values: {several}")
         if given == "hydra/launcher=slurm" and find_spec("submitit") is None:
             raise UserError(f'{given}: python -m pip install "msn-pretraining[slurm]"')
@@ -174,11 +174,7 @@ def _parsed(overrides: list[str], *, sweep: bool = False) -> tuple[list[Override
 
 
 def _check_options(override: Override) -> None:
-    """Refuse an option that a group does not have, alone, in a list or in a sweep.
-
-    Raises:
-        UserError: names the options.
-    """
+    """Raise a UserError if a group does not have an option, alone, in a list or in a sweep."""
     value: Any = override.value()
     names = value if isinstance(value, list) else [value]
     if override.is_sweep_override():
@@ -190,7 +186,7 @@ def _check_options(override: Override) -> None:
 
 @lru_cache  # sweeps and tests compose many times in a process
 def _composed(config_name: str, groups: tuple[str, ...]) -> tuple[DictConfig, dict[Any, Any]]:
-    """What the files offer under the chosen groups, with no value changed, and all choices."""
+    """The configuration of the chosen groups, before any value is changed, and all choices."""
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
@@ -201,7 +197,7 @@ def _composed(config_name: str, groups: tuple[str, ...]) -> tuple[DictConfig, di
         known, choices = _composed(config_name, ())
         for group in groups:
             key = group.partition("=")[0].lstrip("+")
-            if key not in choices and not key.startswith("hydra"):  # none of this command's
+            if key not in choices and not key.startswith("hydra"):  # not a group of this command
                 keys = known.get(key)
                 if isinstance(keys, DictConfig):
                     own = ", ".join(f"{key}.{name}" for name in map(str, keys))
@@ -209,14 +205,14 @@ def _composed(config_name: str, groups: tuple[str, ...]) -> tuple[DictConfig, di
                 raise UserError(_unknown(key, known)) from None
         raise UserError(one_line(error)) from None
     known = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    OmegaConf.set_struct(known, True)  # new keys are written with a +
+    OmegaConf.set_struct(known, True)  # new keys need a +
     if _is_trunk(model := known.get("model")):
-        OmegaConf.set_struct(model, False)  # but for the trunk's options, see `_compare`
+        OmegaConf.set_struct(model, False)  # except the trunk's options, see `_compare`
     return known, dict(config.hydra.runtime.choices)
 
 
 def _set(config: DictConfig, override: Override) -> None:
-    """Give a key its value, or add one; what may be added is for `_compare` to say."""
+    """Set a key, or add one; `_compare` refuses those that may not be added."""
     key, added = override.key_or_group, override.is_add() or override.is_force_add()
     try:
         OmegaConf.update(config, key, override.value(), merge=True, force_add=added)
@@ -229,16 +225,16 @@ def _set(config: DictConfig, override: Override) -> None:
 
 
 def build(config: DictConfig, key: str, kind: type = object, **runtime: Any) -> Any:
-    """Instantiate the `_target_` that stands at a key.
+    """Instantiate the `_target_` of a key.
 
     Args:
         config: a composed configuration.
-        key: where the target and its settings stand.
-        kind: what the target must make.
-        runtime: further keywords, objects that only exist at run time.
+        key: of the target and its settings.
+        kind: class that the target must make.
+        runtime: further keywords, objects that exist only at run time.
 
     Raises:
-        UserError: if a setting is unknown, missing, of a wrong type or out of its range.
+        UserError: if a setting is unknown, missing, of a wrong type or out of range.
     """
     settings, target = to_plain(config, key), find_target(config, key, kind)
     ours = str(getattr(target, "__module__", "")).startswith("msn.")
@@ -254,20 +250,20 @@ def build(config: DictConfig, key: str, kind: type = object, **runtime: Any) -> 
             extra = key.rpartition(".")[2]
             hint = f'python -m pip install "msn-pretraining[{extra}]"'
             raise UserError(f"{key}: {one_line(cause)}: {hint}") from None
-        # An unknown key or a wrong type; a logger has many classes of errors.
+        # An unknown key or a wrong type; loggers have many classes of errors.
         if not ours and (isinstance(cause, TypeError) or key.startswith("logger.")):
             raise UserError(f"{key}: {one_line(cause)}") from None
         raise cause from None
     if not isinstance(made, kind):
-        raise UserError(f"{key}._target_={settings['_target_']}: makes no {kind.__name__}")
+        raise UserError(f"{key}._target_={settings['_target_']}: does not make a {kind.__name__}")
     return made
 
 
 def find_target(config: DictConfig, key: str, kind: type = object) -> Callable[..., Any]:
-    """The class or function that the `_target_` at a key names.
+    """The class or function that the `_target_` of a key names.
 
     Raises:
-        UserError: if there is none, or a class of another kind.
+        UserError: if there is none, or it is a class of another kind.
     """
     settings = OmegaConf.select(config, key)
     if not isinstance(settings, DictConfig) or "_target_" not in settings:
@@ -280,22 +276,22 @@ def find_target(config: DictConfig, key: str, kind: type = object) -> Callable[.
     if not callable(target) or settings.get("_partial_"):
         raise UserError(f"{key}._target_={name}: must name a class or a function to call")
     if isinstance(target, type) and not issubclass(target, kind):
-        raise UserError(f"{key}._target_={name}: makes no {kind.__name__}")
+        raise UserError(f"{key}._target_={name}: does not make a {kind.__name__}")
     return target
 
 
 def to_plain(config: DictConfig, key: str | None = None) -> dict[str, Any]:
-    """A configuration, or what stands at a key of it, as plain resolved data.
+    """A configuration, or the part at a key, as plain resolved data.
 
     Raises:
-        UserError: if a value that must be given (`???`) is missing.
+        UserError: if a required value (`???`) is missing.
     """
-    # Resolved inside the whole: a node alone cannot see what its interpolations point to.
+    # Resolved within the whole: a node alone does not see what its interpolations point to.
     missing = OmegaConf.missing_keys(config)
     _refuse_missing(sorted(name for name in missing if name.startswith(key or "")))
     node = config if key is None else OmegaConf.select(config, key)
     plain: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-    return plain  # of a group that was set to a value, that value
+    return plain  # a value, if the group was set to one
 
 
 def _refuse_missing(names: list[str]) -> None:
@@ -304,7 +300,7 @@ def _refuse_missing(names: list[str]) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error without its further lines."""
+    """The first line of an error's message."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename!s}: " if error.filename else ""
         return f"{where}{error.strerror}"
@@ -315,13 +311,13 @@ def one_line(error: BaseException) -> str:
 
 
 def options(group: str) -> list[str]:
-    """Names that may stand after `group=`, sorted; a group is `data`, `data/views` and the like."""
+    """The options of a group such as `data` or `data/views`, sorted."""
     names = (path.stem for path in (config_directory() / group).glob("*.yaml"))
     return sorted(name for name in names if name not in _PARTS.get(group, ()))
 
 
 def _help(config_name: str, overrides: list[str]) -> str:
-    """What a command is for, its groups with the options they have, its keys, and flags."""
+    """The help text: purpose, groups with their options, keys and flags."""
     lines = (config_directory() / f"{config_name}.yaml").read_text().splitlines()
     text = [line[2:] for line in takewhile(lambda line: line.startswith("# "), lines)]
     keys = OmegaConf.to_yaml(compose(config_name, overrides))
@@ -332,14 +328,14 @@ def _help(config_name: str, overrides: list[str]) -> str:
         text += ["", "Groups, group=option (an experiment changes several):"]
     for group, option in reversed(own):
         others = ", ".join(options(group))
-        text.append(f"  {group}=...  {option or 'none'} unless chosen; of {others}")
-    text += ["", "Keys, key=value (group.key=value further in), as they are:"]
+        text.append(f"  {group}=...  default {option or 'none'}; of {others}")
+    text += ["", "Keys, key=value (group.key=value for nested ones), with their values:"]
     text += [f"  {line}" for line in keys.splitlines()]
     return "\n".join([*text, "", _FLAGS])
 
 
 def _shown(config: DictConfig, package: str | None, resolve: bool) -> str:
-    """What `--cfg job [--package KEY] [--resolve]` shows."""
+    """The text of `--cfg job [--package KEY] [--resolve]`."""
     node = config if package is None else OmegaConf.select(config, package)
     if node is None:
         raise UserError(f"--package {package}: there is no such key")
@@ -348,22 +344,22 @@ def _shown(config: DictConfig, package: str | None, resolve: bool) -> str:
 
 
 def _sweep(config_name: str, job: Job, overrides: list[str]) -> None:
-    """A job for each choice, by Hydra's own main function; a mistake in one does not end others."""
+    """Run a job for each choice, by Hydra's main function; a mistake in one does not end others."""
     overrides = quote_paths(overrides, sweep=True)
     parsed = [override for some in _parsed(overrides, sweep=True) for override in some]
-    compose(config_name, [_first(override) for override in parsed])  # what is wrong in all jobs
+    compose(config_name, [_first(override) for override in parsed])  # finds mistakes of all jobs
     GlobalHydra.instance().clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise instead of five lines and exit code 1
     given, sys.argv = sys.argv, [sys.argv[0], "--multirun", *overrides]
     failed = []
 
     def task(config: DictConfig) -> None:
-        sys.argv = given  # with it the trainer starts further processes
+        sys.argv = given  # the trainer starts further processes with it
         own = list(HydraConfig.get().overrides.task)
         try:
             job(compose(config_name, own))
         except MISTAKES as error:
-            # Elsewhere (SLURM) only an exception tells this process. Here Hydra would print all
+            # In a SLURM job only an exception reaches this process. Here, Hydra would print all
             # overrides before it.
             if os.environ.get("MSN_DEBUG") or "SUBMITIT_EXECUTOR" in os.environ:
                 raise
@@ -380,7 +376,7 @@ def _sweep(config_name: str, job: Job, overrides: list[str]) -> None:
 
 
 def _first(override: Override) -> str:
-    """An override of a sweep's first job."""
+    """The override in a sweep's first job."""
     given = str(override.input_line)
     if override.is_discrete_sweep():
         return f"{given.partition('=')[0]}={next(iter(override.sweep_string_iterator()))}"
@@ -388,7 +384,7 @@ def _first(override: Override) -> str:
 
 
 def _compare(config: Any, known: Any, prefix: str = "") -> None:
-    """Refuse keys that were added to what the files offer, and values in the place of groups."""
+    """Refuse keys that the files do not have, and values in place of groups."""
     if not isinstance(known, dict):
         return
     if not isinstance(config, dict):
@@ -400,7 +396,7 @@ def _compare(config: Any, known: Any, prefix: str = "") -> None:
     for key, value in config.items():
         if key not in known and prefix.rstrip(".") not in _OPEN_GROUPS:
             raise UserError(_unknown(f"{prefix}{key}", known))
-        # Where a signature says what may stand there, `build` looks: protocol.sgd=null.
+        # With a `_target_`, `build` checks against its signature: protocol.sgd=null.
         if isinstance(value, dict) or "_target_" not in known:
             _compare(value, known.get(key), f"{prefix}{key}.")
 

@@ -1,4 +1,4 @@
-"""One directory per run: which one, whether it may be used, and what it says of itself."""
+"""Choose, lock and describe the directory of a run."""
 
 import contextlib
 import errno
@@ -28,26 +28,26 @@ STATUS_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = "run.lock"
 CHECKPOINTS = "checkpoints"
-# What a run that begins again from nothing must not go on with.
+# Files of an earlier attempt, which a run that starts again must not continue.
 _OF_BEFORE = (CHECKPOINTS, "metrics.csv", VERDICTS_FILE, "tensorboard", ID_FILE)
-# Processes that the trainer starts itself inherit the directory that the first one chose.
+# Names the directory for processes that the trainer starts itself.
 ENVIRONMENT = "MSN_RUN_DIRECTORY"
 RESUME_MODES = ("auto", "never")
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Where a run writes; nothing exists before `create`."""
+    """Where a run writes. `reserve` makes and locks it, `create` writes the first files."""
 
     path: Path
     resume_from: Path | None
-    """Checkpoint of an unfinished run that stands there; known once it is reserved."""
+    """Checkpoint of an unfinished run in it; known after `reserve`."""
     mode: str = "auto"
     """One of `RESUME_MODES`."""
     is_training: bool = True
-    """Whether it is for a pretraining run; else for an evaluation."""
+    """True for a pretraining run, False for an evaluation."""
     is_numbered: bool = False
-    """Whether it is a new number, which another run may take first."""
+    """Whether it has a new number, which another run may take first."""
     made: tuple[Path, ...] = ()
     """Directories that `reserve` has made, the innermost first."""
 
@@ -57,11 +57,11 @@ class RunDirectory:
         return self.path / CHECKPOINTS
 
     def reserve(self) -> "RunDirectory":
-        """Make the directory and lock it; a numbered run takes the next number that is free.
+        """Make and lock the directory; a numbered run takes the next free number.
 
         Raises:
             OSError: if it cannot be made.
-            UserError: if another process uses it, or has finished it meanwhile.
+            UserError: if another process uses it or has finished it meanwhile.
         """
         if is_inherited():
             return self
@@ -80,26 +80,26 @@ class RunDirectory:
             if _is_unfinished(path, self.mode, is_training=self.is_training):
                 status = read_status(path).get("status", "missing")
                 if status in ("damaged", "missing"):
-                    log.warning("%s is %s: it is written again", path / STATUS_FILE, status)
+                    log.warning("%s is %s: writing it again", path / STATUS_FILE, status)
                 if not (path / CONFIG_FILE).exists():
-                    log.warning("%s is missing: it is written again", path / CONFIG_FILE)
+                    log.warning("%s is missing: writing it again", path / CONFIG_FILE)
                 newest = newest_valid_checkpoint(reserved.checkpoints)
                 reserved = replace(reserved, resume_from=newest)
         return reserved
 
     def hand_down(self) -> None:
-        """Let processes that the trainer will start itself take this one, see `ENVIRONMENT`."""
+        """Pass this directory to processes that the trainer will start, see `ENVIRONMENT`."""
         resume_from = None if self.resume_from is None else str(self.resume_from.absolute())
         os.environ[ENVIRONMENT] = json.dumps([str(self.path.absolute()), resume_from])
 
     @contextlib.contextmanager
     def given_back_on_failure(self) -> Iterator[None]:
-        """What was made for a run that could not begin does not outlive the error."""
+        """Within, an error removes the directories that were made for the run."""
         try:
             yield
         except BaseException:
             if self.made and self.path / LOCK_FILE in [file for file, _ in _locked]:
-                shutil.rmtree(self.path, ignore_errors=True)  # all in it is of this process
+                shutil.rmtree(self.path, ignore_errors=True)  # this process has made all in it
             for path in self.made:
                 with contextlib.suppress(OSError):  # not empty: it is in use
                     path.rmdir()
@@ -111,20 +111,20 @@ class RunDirectory:
         Raises:
             OSError: if it cannot be written.
         """
-        # First: it says that a run stands here, also where the next file finds the disk full.
+        # First, so that the directory counts as a run even if the disk is then full.
         self.write_status("unfinished")
         text = OmegaConf.to_yaml(config, resolve=True)
         write_atomically(self.path / CONFIG_FILE, lambda file: file.write(text.encode()))
 
     def begin_again(self) -> None:
-        """Keep aside what an unfinished run without a whole checkpoint has left, and say it.
+        """Move the files of an unfinished run without a valid checkpoint aside, and log it.
 
         Raises:
             OSError: if it cannot be moved.
         """
         if not _holds_run(self.path) or self.resume_from is not None:
             return
-        self.write_status("unfinished")  # else nothing says so once checkpoints are moved
+        self.write_status("unfinished")  # else nothing shows it once the checkpoints are moved
         left = [self.path / name for name in _OF_BEFORE]
         left = [
             place for place in left if place.is_file() or (place.is_dir() and any(place.iterdir()))
@@ -137,14 +137,14 @@ class RunDirectory:
             aside.mkdir()
             for place in left:
                 place.rename(aside / place.name)
-            kept = f"; what it wrote so far is kept in {aside}"
+            kept = f"; its files are kept in {aside}"
         log.warning(
-            "%s: an unfinished run without a whole checkpoint: it begins again from step 0%s",
+            "%s: an unfinished run without a valid checkpoint: it starts again from step 0%s",
             *(self.path, kept),
         )
 
     def write_status(self, status: str, **more: Any) -> None:
-        """Keep "unfinished" or "finished" and further facts of the run in run.json."""
+        """Write "unfinished" or "finished", and further facts of the run, to run.json."""
         facts = {**read_status(self.path), "status": status, **more}
         text = json.dumps(facts, indent=1)
         write_atomically(self.path / STATUS_FILE, lambda file: file.write(text.encode()))
@@ -154,11 +154,11 @@ def choose_run_directory(config: DictConfig) -> RunDirectory:
     """The directory of a run: `run.dir`, else `run.root/experiment/run.name`, else a new number.
 
     Under srun a run without a name is named by its job, so that a requeued job finds it again.
-    Of several processes one chooses, see `msn.training.launch.agree`; processes that the trainer
-    starts itself take what the one that started them has chosen.
+    One of several processes chooses, see `msn.training.launch.agree`; processes that the trainer
+    starts itself take its choice.
 
     Raises:
-        UserError: if a finished run or something else stands there, or `resume` does not allow it.
+        UserError: if a finished run or something else is there, or `resume` does not allow it.
     """
     if is_inherited():
         path, resume_from = json.loads(os.environ[ENVIRONMENT])
@@ -180,22 +180,22 @@ def choose_run_directory(config: DictConfig) -> RunDirectory:
 
 
 def is_inherited() -> bool:
-    """Whether the trainer of another process has started this one."""
+    """Whether the trainer in another process has started this one."""
     return ENVIRONMENT in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def forget_directory() -> None:
-    """After a run: its directory is free, and what this process starts later is not part of it."""
+    """Unlock the directory after a run, and do not pass it to processes that start later."""
     _unlock()
     if not is_inherited():
         os.environ.pop(ENVIRONMENT, None)
 
 
 def read_status(path: Path) -> dict[str, Any]:
-    """Content of run.json of a run directory; empty without one.
+    """Content of a run directory's run.json; empty without one.
 
     Raises:
-        UserError: if it is no file.
+        UserError: if it is not a file.
     """
     file = path / STATUS_FILE
     if file.exists() and not file.is_file():
@@ -211,24 +211,24 @@ def read_status(path: Path) -> dict[str, Any]:
 
 
 def _text(key: str, value: Any) -> str:
-    """A name may be a number: run.name=3."""
+    """A value as text; a name may be a number: run.name=3."""
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
         raise UserError(f"{key} must be text, got {value!r}")
     return str(value)
 
 
 def _is_unfinished(path: Path, resume: str, *, is_training: bool) -> bool:
-    """Whether an unfinished run stands at a place.
+    """Whether there is an unfinished run at a path.
 
     Raises:
-        UserError: if something stands there that a new run must not touch.
+        UserError: if there is something that a new run must not touch.
     """
     if not path.exists():
         return False
     if not path.is_dir():
         raise UserError(f"run directory {path} is a file")
     status = read_status(path).get("status")
-    # A process that was killed, or found the disk full, may have left these.
+    # A process that was killed, or ran out of disk, may have left these.
     others = [p for p in path.iterdir() if p.name != LOCK_FILE and not p.match(".*.tmp")]
     if status is None and is_training and _holds_run(path):
         status = "missing"
@@ -247,11 +247,11 @@ def _is_unfinished(path: Path, resume: str, *, is_training: bool) -> bool:
 
 
 def _holds_run(path: Path) -> bool:
-    """Whether a training run, finished or not, has begun there; run.json may be lost."""
+    """Whether a training run has started there, even if run.json is lost."""
     return (path / STATUS_FILE).is_file() or any((path / CHECKPOINTS).glob("*.ckpt"))
 
 
-_locked: list[tuple[Path, int]] = []  # of this process; a record lock ends with it, forked or not
+_locked: list[tuple[Path, int]] = []  # of this process; its record locks end with it
 
 
 def _lock(path: Path) -> None:
@@ -274,7 +274,7 @@ def _lock(path: Path) -> None:
                 ) from None
             log.warning("%s cannot be locked: %s", path, error.strerror)
             return
-        # Else its holder has just ended and removed it, and a third process may make a new one.
+        # Else the holder has just removed the file, and a third process may make a new one.
         if file.exists() and os.path.samestat(os.fstat(handle), file.stat()):
             break
         os.close(handle)
@@ -293,12 +293,12 @@ def _unlock() -> None:
 
 
 def _job_name(parent: Path) -> str | None:
-    """A name that stays the same when SLURM requeues a job; None elsewhere."""
+    """A name that stays the same when SLURM requeues the job; None outside SLURM."""
     if "SLURM_STEP_ID" not in os.environ or "SLURM_JOB_ID" not in os.environ:
         return None
     name = f"slurm-{os.environ['SLURM_JOB_ID']}-{os.environ['SLURM_STEP_ID']}"
     finished = read_status(parent / name).get("status") == "finished"
-    return None if finished else name  # several runs one after another in one step
+    return None if finished else name  # a step may make several runs, one after another
 
 
 def _new_number(parent: Path) -> Path:

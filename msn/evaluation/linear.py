@@ -236,8 +236,8 @@ def train_probe(
         runtime: `shared` sums gradients over the processes.
 
     Returns:
-        Weight [C, D] and bias [C] on the CPU, for rows from `sgd.prepared`, with BatchNorm's running
-        statistics folded in.
+        Weight [C, D] and bias [C] on the CPU, for rows from `sgd.prepared`; BatchNorm's running
+        statistics are folded in.
     """
     head: nn.Linear | None = None
     optimiser: torch.optim.Optimizer | None = None

@@ -52,7 +52,7 @@ COMMAND_LINES = {
     "callbacks=[1]": "callbacks=[1]: allowed are default",
     "data=digits,folder": "--multirun runs one after the other",
     "data=": "data=: allowed are cifar10",
-    "run.name=a\0b": "run.name: a null byte can stand in no value",
+    "run.name=a\0b": "run.name: a value cannot contain a null byte",
     "--resolve": "--resolve and --package go with --cfg job",
     "--shell-completion": "unrecognized arguments: --shell-completion",
     "--foo": "unrecognized arguments: --foo",
@@ -84,7 +84,7 @@ SETTINGS = [
     ("module._target_", 1, "module._target_=1: must name a class or a function"),
     ("protocol._target_", "math.pi", "protocol._target_=math.pi: must name a class or a function"),
     ("callbacks.probe._target_", "msn.errors", "must name a class or a function"),
-    ("callbacks.preemption", {"_target_": "builtins.dict"}, "makes no Preemption"),
+    ("callbacks.preemption", {"_target_": "builtins.dict"}, "does not make a Preemption"),
     ("baselines", 1, "baselines must be a list of random, pixels, majority, or auto, got 1"),
     (
         "baselines",
@@ -407,7 +407,7 @@ def test_wrong_settings_of_eval_lowshot(command, tmp_path, arguments, message):
     [
         ("[]", "data._target_=[]: must name a class or a function to call"),
         ("no.such.thing", "data._target_=no.such.thing: "),
-        ("builtins.dict", "data._target_=builtins.dict: makes no MSNDataModule"),
+        ("builtins.dict", "data._target_=builtins.dict: does not make a MSNDataModule"),
     ],
 )
 def test_a_wrong_target_of_the_data_is_refused_by_all_commands(

@@ -203,7 +203,7 @@ def test_a_run_without_a_checkpoint_begins_again_and_keeps_what_it_left(run, tmp
         run(*where, step=2, act=power_cut)
     code, _, err = run(*where)
     assert code == 0, err
-    assert "begins again from step 0" in caplog.text
+    assert "starts again from step 0" in caplog.text
     steps = [int(row["step"]) for row in read_rows(tmp_path / "run" / "metrics.csv")]
     assert steps == [*range(1, 10)]
     assert read_rows(tmp_path / "run" / "before-1" / "metrics.csv")[0]["step"] == "1"
@@ -217,7 +217,7 @@ def test_a_run_without_run_json_goes_on_from_its_checkpoints(run, tmp_path, capl
     code, out, err = run(*where)
     assert code == 0, err
     assert "epoch-1-step-3.ckpt" in out
-    assert "run.json is missing: it is written again" in caplog.text
+    assert "run.json is missing: writing it again" in caplog.text
 
 
 def test_variables_of_another_job_do_not_decide(run, command, monkeypatch, tmp_path, caplog):

@@ -130,7 +130,7 @@ def test_a_lost_configuration_is_said(tmp_path, caplog):
     assert caplog.text == ""
     (tmp_path / "run" / "config.yaml").unlink()
     chosen(tmp_path / "run").reserve()
-    assert caplog.text.count("config.yaml is missing: it is written again") == 1
+    assert caplog.text.count("config.yaml is missing: writing it again") == 1
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "\0\0", "[" * 100_000])
@@ -141,7 +141,7 @@ def test_a_damaged_run_json_is_said_and_written_again(tmp_path, caplog, content)
     write_checkpoint(checkpoint, {})
     run = chosen(tmp_path).reserve()
     assert run.resume_from == checkpoint
-    assert caplog.text.count("run.json is damaged: it is written again") == 1
+    assert caplog.text.count("run.json is damaged: writing it again") == 1
     run.create(OmegaConf.create())
     assert (tmp_path / "config.yaml").is_file()
     assert json.loads((tmp_path / "run.json").read_text()) == {"status": "unfinished"}
@@ -170,7 +170,7 @@ def test_a_run_without_a_whole_checkpoint_begins_again_and_keeps_the_old(
         assert run.resume_from is None
         run.begin_again()
         aside = tmp_path / f"before-{number}"
-        assert f"begins again from step 0; what it wrote so far is kept in {aside}" in caplog.text
+        assert f"starts again from step 0; its files are kept in {aside}" in caplog.text
         assert (aside / "metrics.csv").read_text() == "step\n3\n"
         assert not (tmp_path / "metrics.csv").exists()
         assert (aside / "checkpoints").exists() == (checkpoint is not None and number == 1)

@@ -45,7 +45,7 @@ def test_a_right_prediction_is_the_image_again(tmp_path, monkeypatch, norm_pix_l
         assert np.abs(mixed - expected).max() <= 1
         assert (masked[:24, :72] == image[:24, :72]).all()
         assert (masked[24:] == 128).all()
-    assert ("put back" in reconstruction_caption(mae, 2)) is norm_pix_loss
+    assert ("scaled back" in reconstruction_caption(mae, 2)) is norm_pix_loss
 
 
 def test_the_command_draws_images_of_a_folder_and_refuses_what_has_no_decoder(tmp_path):
