@@ -1,4 +1,4 @@
-"""`python -m msn bench what=step|views|all`: how fast training is here, and what limits it.
+"""`python -m msn bench what=step|views|all`: measure training on this machine, and its limits.
 
 Comparisons with other programs are scripts in `benchmarks/`, run from a checkout.
 """
@@ -35,13 +35,13 @@ from msn.training.cost import synchronise
 from msn.training.strategy import keep_freed_memory
 
 CPU = torch.device("cpu")
-_ROUNDS = 5  # the median of so many; every round measures everything
-_SHORT = 0.1  # of the longest time: what is measured more than once per round
-_BATCH = 120  # images per batch; as many of a folder are measured
+_ROUNDS = 5  # for the median; every round measures everything
+_SHORT = 0.1  # of the longest time; shorter ways are measured more than once per round
+_BATCH = 120  # images per batch, and images of a folder that are measured
 _ADVICE = {
     "decoding": "more cores or workers, or smaller files (msn make_shards).",
     "views": "fewer or smaller views, or a device that makes them faster.",
-    "step": "the data path keeps up; a faster device or a smaller model helps, workers do not.",
+    "step": "data keep up; a faster device or a smaller model helps, more workers do not.",
 }
 
 Rows = list[dict[str, Any]]
@@ -63,15 +63,15 @@ def run(config: DictConfig) -> None:
 
 
 def keep_rows(job: Callable[[dict[str, Any], Console], Rows], settings: dict[str, Any]) -> None:
-    """Run a measurement and write its rows to the file `json` of its settings, if there is one.
+    """Run a measurement and write its rows to the setting `json`, if it is given.
 
     Raises:
-        UserError: if the file cannot be written; before anything is measured.
+        UserError: if the file cannot be written; raised before anything is measured.
     """
     path = None if settings["json"] is None else Path(str(settings["json"]))
     if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
         raise UserError(
-            f"json={path}: cannot be written: name a file in a directory that you may write"
+            f"json={path}: cannot be written: name a file in a directory that you may write to"
         )
     rows = job(settings, Console())
     if path is not None:
@@ -79,7 +79,7 @@ def keep_rows(job: Callable[[dict[str, Any], Console], Rows], settings: dict[str
 
 
 def bench_all(settings: dict[str, Any], console: Console) -> Rows:
-    """Measure files to views and the step; name the bottleneck of a training here.
+    """Measure views from files and the step, and name the bottleneck of a training here.
 
     Args:
         settings: of `bench_step`, and `images` as of `bench_views`.
@@ -87,12 +87,12 @@ def bench_all(settings: dict[str, Any], console: Console) -> Rows:
 
     Returns:
         The rows of both, and {"name": "training", "images_per_s", "bottleneck", "limits": images/s
-        that each part allows by itself}.
+        of each part alone}.
 
     Raises:
         UserError: a setting is wrong, or the folder holds no readable image.
     """
-    case_of(settings)  # told before minutes of measuring
+    case_of(settings)  # finds mistakes before minutes of measuring
     photos(settings["images"])
     step = bench_step(settings, console)  # first: its peak counts what the process took before
     data = bench_views({"images": settings["images"], "views": settings["data"]["views"]}, console)
@@ -108,8 +108,8 @@ def bench_all(settings: dict[str, Any], console: Console) -> Rows:
     )
     limits = ", ".join(f"{name} {rate:.1f}" for name, rate in training["limits"].items())
     console.print(
-        f"Images/s that each part allows by itself on {cores} cores: {limits}.\n"
-        f"A training here makes about {training['images_per_s']:.1f} images/s; the bottleneck is "
+        f"Images/s of each part alone on {cores} cores: {limits}.\n"
+        f"A training here reaches about {training['images_per_s']:.1f} images/s; the bottleneck is "
         f"{training['bottleneck']}: {_ADVICE[training['bottleneck']]}"
     )
     return [*data, *step, training]
@@ -118,14 +118,14 @@ def bench_all(settings: dict[str, Any], console: Console) -> Rows:
 def combine(
     *, worker: float, views: float, step: float, cores: int, on_cuda: bool
 ) -> dict[str, Any]:
-    """The row `training`: what a training reaches when its parts share a machine.
+    """The row `training`: the rate of a training whose parts share a machine.
 
     Args:
-        worker: seconds per image to read and decode on one core.
-        views: seconds per image of its views on the device, on a CPU on one core.
-        step: seconds per image.
-        cores: that workers may use.
-        on_cuda: workers decode beside the device, which makes views and steps in turn; on a CPU all
+        worker: seconds per image to read and decode, on one core.
+        views: seconds per image to make views, on the GPU or on one core.
+        step: seconds per image of the step.
+        cores: number that workers may use.
+        on_cuda: True if workers decode while the GPU makes views and steps in turn; on a CPU all
             three share the cores.
     """
     decoding = worker / cores
@@ -142,7 +142,7 @@ def combine(
 
 
 def bench_views(settings: dict[str, Any], console: Console) -> Rows:
-    """Measure the ways from files to views on one core, and on the GPU where there is one.
+    """Measure the ways from files to views on one core, and on the GPU if there is one.
 
     Args:
         settings: `images` (a folder; None takes scikit-learn's two photographs) and `views`.
@@ -159,7 +159,7 @@ def bench_views(settings: dict[str, Any], console: Console) -> Rows:
 
 
 def photos(folder: str | None) -> FileSource:
-    """Images spread over a folder; without one two photographs, again and again.
+    """Evenly spaced images of a folder; without one, two photographs repeated.
 
     Raises:
         UserError: the folder holds no image.
@@ -175,14 +175,14 @@ def photos(folder: str | None) -> FileSource:
 
 
 def read_batch(source: FileSource, views: ViewSettings, *, reduce: bool = True) -> ImageBatch:
-    """All images of a source as a worker reads them."""
+    """All images of a source as one batch of a worker."""
     return TrainingSet(Subset(source), views, seed=0, reduce=reduce)[
         BatchKey(0, 0, np.arange(len(source)))
     ]
 
 
 def ways_to_views(source: FileSource, views: ViewSettings) -> dict[str, Way]:
-    """What is measured; each way reads every image once, so that times are comparable.
+    """The ways to measure; each reads every image once, so that times are comparable.
 
     Raises:
         UserError: an image cannot be read.
@@ -219,8 +219,8 @@ def view_rows(
 
     Returns:
         Rows with name, images_per_s and milliseconds per image; with a way `pil_recipe` also
-        ratio_to_pil; those of the batched back end views_milliseconds, of the views alone, decoded
-        images lying on the device.
+        ratio_to_pil; those of the batched back end also views_milliseconds, for views of decoded
+        images on the device.
     """
     keep_freed_memory()  # as training and its workers do
     threads = torch.get_num_threads()
@@ -242,10 +242,10 @@ def view_rows(
 
 
 def _median_times(ways: dict[str, Way], num_images: int) -> dict[str, float]:
-    """Milliseconds per image; the ways take turns, so that a slow moment hits all of them alike.
+    """Milliseconds per image; the ways take turns, so that a slow moment affects all of them.
 
-    Short ways are measured before each of the long ones: once a round would show them one moment of
-    the machine and the long ones its average.
+    Short ways are measured before each long one: once per round they would show one moment of the
+    machine, while long ones show its average.
     """
 
     def measured(way: Way) -> float:
@@ -264,7 +264,7 @@ def _median_times(ways: dict[str, Way], num_images: int) -> dict[str, float]:
 
 
 def _views_alone(source: FileSource, views: ViewSettings) -> dict[str, float]:
-    """Milliseconds per image of the views alone, on every device here."""
+    """Milliseconds per image to make views of decoded images, on every device here."""
     batch = read_batch(source, views)
     places = {"batched_views_cpu": (CPU, torch.float32)}
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""`python eval_lowshot.py checkpoint=...`: label few, measure honestly, for any backbone."""
+"""`python eval_lowshot.py checkpoint=...`: measure backbones with few labels, beside baselines."""
 
 import os
 import signal
@@ -40,9 +40,9 @@ from msn.weights.weights import BASELINES, MAJORITY, PIXELS, RANDOM
 
 
 def run(config: DictConfig) -> Path | None:
-    """Evaluate one backbone or several on the same label sets, beside the baselines.
+    """Evaluate one or several backbones on the same label sets, beside baselines.
 
-    Under torchrun or srun all processes share the extraction of features; the first one writes.
+    Under torchrun or srun, all processes share the extraction of features and the first one writes.
 
     Returns:
         The run directory, in the first process.
@@ -92,7 +92,7 @@ def _run(config: DictConfig) -> Path | None:
         else:
             if directory is not None:
                 directory.create(OmegaConf.create(settings))
-            stack.close()  # what is done outlives a failure from here on
+            stack.close()  # from here on, a failure keeps what is done
             place = None if directory is None else directory.path
             measure_suite(job.suite(sets), place, shared=processes > 1)
     if directory is None:
@@ -119,7 +119,7 @@ class _Job(NamedTuple):
     def pools(
         self, data: dict[str, Any], protocol: Protocol
     ) -> tuple[LabelledImages, LabelledImages]:
-        """Labelled and held-out images that the protocol can be run on."""
+        """Labelled and held-out images, checked for the protocol."""
         abouts = [one.about for one in self._networks() if not one.is_baseline]
         data["depth"] = trained_depth(data["depth"], abouts)
         train, held_out = _labelled_sets(data)
@@ -148,7 +148,7 @@ class _Job(NamedTuple):
         )
 
     def suite(self, sets: Mapping[str, dict[str, Any]]) -> Suite:
-        """What measures several data sets, each under a protocol of its own."""
+        """The suite, which measures each data set with its own instance of the protocol."""
 
         def measure(data: dict[str, Any], *, shared: bool) -> tuple[list[Result], LabelledImages]:
             protocol: Protocol = build(self.config, "protocol", Protocol)
@@ -163,7 +163,7 @@ class _Job(NamedTuple):
 
 
 def _open_log(config: DictConfig, place: Path, settings: dict[str, Any], stack: ExitStack) -> Any:
-    """The run at wandb, before the work: it tells what is wrong."""
+    """Open the run at wandb, before the work, so that mistakes show early."""
     log = build(config, "logger.wandb", save_dir=str(place), job_type="eval_lowshot")
     stack.push(log.close_after_error)
     log.log_hyperparams(settings)
@@ -176,7 +176,7 @@ def write_table(
     pools: tuple[LabelledImages, LabelledImages],
     settings: dict[str, Any],
 ) -> None:
-    """Keep the table, with curves and heads, in the run directory, and print it.
+    """Write the table, with curves and heads, to the run directory, and print it.
 
     Raises:
         UserError: if it cannot be written.
@@ -187,10 +187,10 @@ def write_table(
 
 
 def check_baselines(setting: Any, protocol: Protocol) -> list[str]:
-    """Names of the baselines, as given or, with `auto`, as the protocol chooses.
+    """Names of the baselines, as given or, for `auto`, those of the protocol.
 
     Raises:
-        UserError: if there is no such baseline.
+        UserError: if a baseline does not exist.
     """
     if setting == "auto":
         return list(protocol.baselines)
@@ -205,7 +205,7 @@ def check_seed(seed: Any) -> int:
     """The `seed` of a command.
 
     Raises:
-        UserError: if it is not a seed.
+        UserError: if it is not a whole number in [0, 2^32).
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise UserError(f"seed must be a whole number in [0, 2^32), got {seed!r}")
@@ -213,7 +213,7 @@ def check_seed(seed: Any) -> int:
 
 
 def baselines(wanted: list[str], like: FrozenBackbone, seed: int) -> list[Subject]:
-    """A random network of the same shape and raw pixels, those that are wanted."""
+    """The wanted ones of a random network of the same architecture and raw pixels."""
     found: list[Subject] = []
     if RANDOM in wanted:
         found.append(random_backbone(like, seed=seed))
@@ -223,10 +223,10 @@ def baselines(wanted: list[str], like: FrozenBackbone, seed: int) -> list[Subjec
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; auto takes an accelerator where there is one.
+    """The device of that name; `auto` takes an accelerator if there is one.
 
     Raises:
-        UserError: if there is no such device.
+        UserError: if it is not available.
     """
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -236,13 +236,13 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(str(name))
     except (RuntimeError, AssertionError):
         device = torch.device("meta")
-    if device.type == "meta":  # which holds no numbers
+    if device.type == "meta":  # it holds no numbers
         raise UserError(f"device={name} is not available on this machine")
-    return device  # as it was named: cuda without a number stands for all
+    return device  # cuda without a number means all
 
 
 def choose_devices(name: str, processes: int) -> tuple[torch.device, ...]:
-    """What this process computes on: all accelerators, or its own where there are processes."""
+    """Devices of this process: all GPUs, or its own if there are several processes."""
     device = choose_device(name)
     if device.type != "cuda" or device.index is not None:
         return (device,)
@@ -252,7 +252,7 @@ def choose_devices(name: str, processes: int) -> tuple[torch.device, ...]:
 
 
 def cache_directory(setting: str | None) -> Path | None:
-    """Where features are kept: `auto` is msn/features in the user's cache; null keeps none."""
+    """Directory for features: `auto` is msn/features in the user's cache; None keeps none."""
     if setting is None:
         return None
     if setting != "auto":
@@ -262,7 +262,7 @@ def cache_directory(setting: str | None) -> Path | None:
 
 @contextmanager
 def _processes() -> Iterator[tuple[int, int]]:
-    """Rank and number of the processes that a launcher started, in one group meanwhile."""
+    """Within, the processes that a launcher started are one group: rank and number of processes."""
     ignore_left_overs(os.environ)
     join_launched_processes(os.environ)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -270,7 +270,7 @@ def _processes() -> Iterator[tuple[int, int]]:
         return
     backend = "gloo"  # rows travel through host memory
     if torch.cuda.is_available():
-        backend = "cpu:gloo,cuda:nccl"  # gradients do not
+        backend = "cpu:gloo,cuda:nccl"  # gradients do not travel through host memory
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     with meeting(_leave):
         dist.init_process_group(backend)
@@ -281,14 +281,14 @@ def _processes() -> Iterator[tuple[int, int]]:
 
 
 def _leave(number: int) -> None:
-    """End the process, which waits for others."""
-    print(f"interrupted by {signal.Signals(number).name}: nothing has begun", file=sys.stderr)
+    """End the process while it waits for others."""
+    print(f"interrupted by {signal.Signals(number).name}: nothing was started", file=sys.stderr)
     sys.stderr.flush()
     os._exit(128 + number)
 
 
 def without_views(config: DictConfig) -> DictConfig:
-    """The configuration without what only pretraining needs of the data.
+    """The configuration without the settings of `data` that only pretraining needs.
 
     Raises:
         UserError: see `refuse_other_target`.
@@ -304,14 +304,14 @@ def without_views(config: DictConfig) -> DictConfig:
 
 
 def refuse_other_target(config: DictConfig) -> None:
-    """Only training builds what `data._target_` names; elsewhere another one would do nothing.
+    """Refuse a `data._target_` other than our data module, which only training would build.
 
     Raises:
-        UserError: if it names anything but our own data module.
+        UserError: if it names another one.
     """
     if find_target(config, "data", MSNDataModule) is not MSNDataModule:
         name = config.data._target_
-        raise UserError(f"data._target_={name}: only training takes another one; leave it out")
+        raise UserError(f"data._target_={name}: only training can use another one; leave it out")
 
 
 def _labelled_sets(data: dict[str, Any]) -> tuple[LabelledImages, LabelledImages]:
@@ -331,4 +331,4 @@ def _check(settings: dict[str, Any]) -> None:
         if name != "wandb":
             raise UserError(f"logger must be wandb or none for an evaluation, got {name}")
     if settings.get("logger") and settings["suite"] is not None:
-        raise UserError("logger=wandb: not with a suite; give each data set a command of its own")
+        raise UserError("logger=wandb: not with a suite; evaluate each data set by itself")

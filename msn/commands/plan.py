@@ -1,4 +1,4 @@
-"""`python train.py plan=true ...`: what a training will cost, before anything is spent."""
+"""`python train.py plan=true ...`: forecast memory and hours of a training."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +32,7 @@ from msn.training.strategy import compilation
 from msn.training.trainer import resolve_precision
 
 IMAGENET_IMAGES = 1_281_167
-_BEYOND_REASON = 2  # times a device's memory: no swap and no error of the forecast is so large
+_BEYOND_REASON = 2  # times a device's memory; more than swap and the forecast's error
 _FEW_PROTOTYPES = 2
 _SMALLER = {
     "weights": "lower model.embed_dim, model.depth or, of MSN, method.num_prototypes",
@@ -40,41 +40,41 @@ _SMALLER = {
     "activations": "set chunk_size=N, or lower the number or size of data.views or model.embed_dim",
 }
 _MEASURED_BATCH = {"cpu": 8, "cuda": 64}
-_LEAST_BATCH = 2  # BatchNorm wants two
-_LONGEST_STEP = 20.0  # s; a step that would take longer is measured with the least batch
-_HINT = "planning.rate=OPERATIONS_A_SECOND, e.g. planning.rate=4e14, is a plan without measuring"
-_SPARE = 0.9  # share of the memory that a step may fill; allocators and libraries want the rest
+_LEAST_BATCH = 2  # BatchNorm needs two
+_LONGEST_STEP = 20.0  # s; longer steps are measured with the smallest batch
+_HINT = "planning.rate=OPERATIONS_PER_SECOND, e.g. planning.rate=4e14, plans without measuring"
+_SPARE = 0.9  # share of the memory that a step may fill; allocators and libraries need the rest
 
 
 class Plan(NamedTuple):
-    """The numbers that are printed."""
+    """The figures of a plan."""
 
     parameters: dict[str, int]
     flops: Operations
-    """Of one image."""
+    """Per image."""
     memory: Memory
     processes: int
     sharded: bool
-    """Whether the network is cut over the processes."""
+    """Whether the network is sharded over the processes."""
     case: Case
-    """Its batch_size is a process's."""
+    """With the batch size of one process."""
     images: int
-    """That an epoch trains on."""
+    """Per epoch."""
     epochs: int
 
     def images_per_s(self, rate: float) -> float:
-        """Of all processes together, at a device's operations/s."""
+        """Images/s of all processes, at `rate` operations/s per device."""
         return self.processes * rate / self.flops.total
 
     def hours(self, rate: float) -> float:
-        """Of the whole training, at a device's operations/s."""
+        """Hours of the whole training, at `rate` operations/s per device."""
         return self.epochs * self.images / self.images_per_s(rate) / 3600
 
 
 def run(config: DictConfig, settings: dict[str, Any], console: Console) -> Plan:
     """Print parameters, operations, memory and hours of a training; write nothing.
 
-    Memory and advice come first: measuring the speed may take a minute or fail.
+    Memory and advice come first, for measuring the speed may take a minute or fail.
 
     Args:
         config: composed configuration of `train`.
@@ -82,7 +82,7 @@ def run(config: DictConfig, settings: dict[str, Any], console: Console) -> Plan:
         console: where to print.
 
     Raises:
-        UserError: if a setting is wrong, or the speed can neither be measured here nor is stated.
+        UserError: if a setting is wrong, or the speed is not given and cannot be measured here.
     """
     check_settings(settings)
     find_target(config, "data", MSNDataModule)
@@ -105,14 +105,14 @@ def run(config: DictConfig, settings: dict[str, Any], console: Console) -> Plan:
 
 
 def refuse_beyond_reason(config: DictConfig, settings: dict[str, Any]) -> None:
-    """Refuse a training whose step takes several times the memory of a device, or has no batch.
+    """Refuse a training whose step takes several times the memory of a device.
 
     Args:
-        config: composed configuration of `train`, whose data are there.
+        config: composed configuration of `train`, whose data exist.
         settings: the same, resolved.
 
     Raises:
-        UserError: if that is so, or a setting of module or trainer is wrong.
+        UserError: if it does, or a setting of module or trainer is wrong.
     """
     check_trainer(settings["trainer"])
     module = _outline(config, settings)
@@ -138,11 +138,11 @@ def refuse_beyond_reason(config: DictConfig, settings: dict[str, Any]) -> None:
 
 
 def _outline(config: DictConfig, settings: dict[str, Any]) -> PretrainingModule:
-    """The module without its numbers, once it is sure that views and batch fit it."""
+    """The module on the meta device, checked against views and batch size."""
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             module = build(config, "module", PretrainingModule)
-    except (RuntimeError, TypeError, OverflowError) as error:  # torch cannot count so many
+    except (RuntimeError, TypeError, OverflowError) as error:  # too many elements for torch
         raise UserError(f"model or method: too large ({one_line(error)})") from None
     module.check_settings(
         ViewSettings(**settings["data"]["views"]),
@@ -181,7 +181,7 @@ def _plan(config: DictConfig, settings: dict[str, Any], module: PretrainingModul
 def forecast(
     module: PretrainingModule, case: Case, processes: int = 1, sharded: bool = False
 ) -> Memory:
-    """Memory of a training's step, see `training.cost.forecast_memory`."""
+    """Memory of a training step, see `training.cost.forecast_memory`."""
     compiles = compilation(case.compile)
     return module.forecast_memory(
         ViewSettings(**case.views),
@@ -195,7 +195,7 @@ def forecast(
 
 
 def _peaks(module: PretrainingModule, plan: Plan) -> dict[int | None, float]:
-    """Forecast peak without chunks and with each power of two that is less than the batch."""
+    """Forecast peak without chunks (None) and with each power of two below the batch size."""
     chunks = [2**k for k in range(plan.case.batch_size.bit_length())]
     return {
         chunk: forecast(
@@ -208,13 +208,13 @@ def _peaks(module: PretrainingModule, plan: Plan) -> dict[int | None, float]:
 def less_memory(
     settings: dict[str, Any], module: PretrainingModule, device: torch.device, processes: int
 ) -> str:
-    """What a training whose step has run out of memory may lower, by the forecast.
+    """Advice, by the forecast, for a training whose step has run out of memory.
 
     Args:
         settings: resolved configuration of `train`.
-        module: that was trained.
+        module: of the training.
         device: of this process.
-        processes: that train together.
+        processes: number that train together.
     """
     batch_size = settings["data"]["global_batch_size"]
     case = _case(settings, batch_size // processes, device)
@@ -255,7 +255,7 @@ def count_images(config: DictConfig, settings: dict[str, Any], *, all_: bool = F
 def _case(settings: dict[str, Any], batch_size: int, device: torch.device) -> Case:
     trainer = settings["trainer"]
     precision = trainer["precision"]
-    if precision == "auto" and device.type == "cuda":  # which need not be here
+    if precision == "auto" and device.type == "cuda":  # the device need not be here
         precision = "bf16-mixed"
     case = Case(
         model=settings["model"],
@@ -271,7 +271,7 @@ def _case(settings: dict[str, Any], batch_size: int, device: torch.device) -> Ca
 
 
 def _memory_of(device: torch.device) -> float | None:
-    """Bytes of a device of this machine; None if there is no such device."""
+    """Free bytes of the CPU's memory, or all of a GPU's; None if there is no such device."""
     if device.type == "cpu":
         return _free_memory(device)
     if torch.cuda.is_available():
@@ -280,7 +280,7 @@ def _memory_of(device: torch.device) -> float | None:
 
 
 def _memory_installed(device: torch.device) -> float | None:
-    """Bytes of a device of this machine, taken or not."""
+    """Bytes of a device of this machine, free or not."""
     if device.type == "cpu":
         return memory_installed()
     return _memory_of(device)
@@ -310,7 +310,7 @@ def _show_memory(plan: Plan, console: Console) -> None:
     for name in (*plan.flops._fields, "total"):
         table.add_row(f"{name}, GFLOP per image", f"{getattr(plan.flops, name) / 1e9:.1f}")
     table.add_section()
-    cut = ", the network cut over them" if plan.sharded else ""
+    cut = ", the network sharded over them" if plan.sharded else ""
     table.add_row(f"devices{cut}", str(plan.processes))
     table.add_row(f"images per step and device ({plan.case.device})", str(plan.case.batch_size))
     table.add_row("chunk_size", str(plan.case.chunk_size or "null"))
@@ -330,17 +330,17 @@ def _show_time(plan: Plan, rate: float, source: str, console: Console) -> None:
 
 def _advice(peaks: dict[int | None, float], limit: float | None) -> str:
     if limit is None:
-        return "planning.memory=GiB, of one device, gives a chunk_size that fits it."
+        return "planning.memory=GiB of one device gives a chunk_size that fits."
     room = f"{limit / 2**30:.1f} GiB"
     try:
         chunk = suggest_chunk_size(peaks, _SPARE * limit)
     except ValueError:
-        return f"Too much for {room} even with chunk_size=1: take more devices or a smaller model."
+        return f"Too much for {room} even with chunk_size=1: use more devices or a smaller model."
     if chunk is None:
         return f"The whole batch fits into {room}: chunk_size=null is fastest."
     return (
-        f"For {room}: chunk_size={chunk} (peak {peaks[chunk] / 2**30:.1f} GiB, the same numbers, "
-        "about a third more time)."
+        f"For {room}: chunk_size={chunk} (peak {peaks[chunk] / 2**30:.1f} GiB, same results, about "
+        "a third more time)."
     )
 
 
@@ -350,13 +350,13 @@ def measure_rate(
     """Operations/s of one device of this machine in training steps.
 
     Args:
-        case: what the training will be, on a device that is here.
-        flops: of one image.
-        forecast: of a case that trains alone.
+        case: the training, on a device that is here.
+        flops: per image.
+        forecast: memory of a case in a single process.
         room: bytes that a step may take.
 
     Returns:
-        The rate, and the images of the steps that were measured.
+        The rate, and the batch size of the measured steps.
 
     Raises:
         UserError: if no batch fits, by forecast or by trial.

@@ -1,4 +1,4 @@
-"""Settings of a plan, checked as training checks them, and the devices that they mean."""
+"""Check the settings of a plan as training does, and count the devices."""
 
 import os
 from typing import Any
@@ -15,10 +15,11 @@ _GPU = ("gpu", "cuda")
 
 
 def check_settings(settings: dict[str, Any]) -> None:
-    """Check what a plan reads and neither module nor data module checks.
+    """Check the settings of a plan that neither module nor data module checks.
 
     Raises:
-        UserError: if a value has a wrong type, is out of its range, or nothing could be measured.
+        UserError: if a value has a wrong type or is out of range, or the speed is not given and
+            cannot be measured here.
     """
     for key in ("planning", "trainer", "data"):
         if not isinstance(settings[key], dict):
@@ -61,7 +62,7 @@ def _check_positive(name: str, value: float | None) -> None:
 
 
 def planned_device(accelerator: str) -> torch.device:
-    """The kind of device that a training is planned for; a GPU that is asked for need not be here.
+    """The kind of device that a training is planned for; a GPU need not be here.
 
     Args:
         accelerator: `trainer.accelerator`.
@@ -71,10 +72,10 @@ def planned_device(accelerator: str) -> torch.device:
 
 
 def count_processes(trainer: dict[str, Any], device: torch.device) -> int:
-    """Processes that the training would have, started already or by the trainer.
+    """Number of processes of the training, started already or by the trainer.
 
     Raises:
-        UserError: if `trainer.devices` says no number of devices.
+        UserError: if `trainer.devices` is not a number of devices.
     """
     launch = read_launch(os.environ)
     nodes = trainer["num_nodes"] if launch is None else launch.nodes
@@ -88,12 +89,12 @@ def count_processes(trainer: dict[str, Any], device: torch.device) -> int:
             )
         return nodes * (1 if devices == "auto" else int(devices))
     if devices in ("auto", -1):
-        return nodes * max(1, torch.cuda.device_count())  # of a GPU that is not here: one
+        return nodes * max(1, torch.cuda.device_count())  # one, if no GPU is here
     return nodes * (len(devices) if isinstance(devices, list) else int(devices))
 
 
 def _read_devices(devices: int | str | list[int]) -> int | str | list[int]:
-    """As Lightning reads them: "auto", -1 (all), a number >= 1 or a list; text says the same.
+    """As Lightning reads them: "auto", -1 (all), a number >= 1 or a list, also given as text.
 
     Raises:
         UserError: if they are something else.

@@ -1,4 +1,4 @@
-"""`python -m msn predict checkpoint=RUN data.root=DIR labels=FILE out=FILE`: label the rest.
+"""`python -m msn predict checkpoint=RUN data.root=DIR labels=FILE out=FILE`: classify the rest.
 
 lambda is chosen by cross-validation inside the labelled images, which also says how good the
 classifier is: every labelled image is predicted once by a classifier that has not seen it.

@@ -1,4 +1,4 @@
-"""`python -m msn rank checkpoint=[...] data.root=DIR`: which checkpoint is best, without labels."""
+"""`python -m msn rank checkpoint=[...] data.root=DIR`: compare checkpoints without labels."""
 
 import json
 import math
@@ -89,7 +89,7 @@ def run(config: DictConfig) -> list[dict[str, Any]]:
 
 
 def expand(checkpoint: str | list[str]) -> list[str]:
-    """A run directory as all its checkpoints, `name/epoch`; everything else as it is.
+    """Replace each run directory by all its checkpoints, named `name-FILE`.
 
     Raises:
         UserError: nothing is named.
@@ -109,7 +109,7 @@ def expand(checkpoint: str | list[str]) -> list[str]:
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
-    """Figures with the place of each checkpoint by each measure."""
+    """The measures, with the place of each checkpoint by each measure."""
     table = Table(title=title, title_justify="left", caption=_NOTE, caption_justify="left")
     table.add_column("checkpoint", no_wrap=True)
     for heading in _TITLES.values():

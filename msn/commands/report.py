@@ -1,4 +1,4 @@
-"""`python -m msn report runs=[RUN,...]`: a run explains itself on one page."""
+"""`python -m msn report runs=[RUN,...]`: one page about a run, or about several side by side."""
 
 from collections import Counter
 from pathlib import Path
@@ -18,7 +18,7 @@ from msn.reporting.report import build_report
 from msn.schema import whole_number
 
 REPORT_FILE = "report.html"
-# Of a pretraining run's configuration.
+# Groups in the configuration of a pretraining run.
 _GROUPS = ("data", "method", "model", "module", "run", "trainer")
 
 
@@ -38,7 +38,7 @@ def run(config: DictConfig) -> None:
     out = settings["out"]
     out = (paths[0] if len(paths) == 1 else Path()) / REPORT_FILE if out is None else Path(str(out))
     if out.is_dir() or not out.absolute().parent.is_dir():
-        raise UserError(f"out={out}: name a file in a directory that is there")
+        raise UserError(f"out={out}: name a file in an existing directory")
     write_report(records, out, images=images, device=choose_device(settings["device"]))
     print(f"report: {out}")
 
@@ -50,7 +50,7 @@ def write_report(records: list[RunRecord], out: Path, *, images: int, device: to
         OSError: if it cannot be written.
     """
     page = build_report(records, images=images, device=device)
-    # Names of files need not be UTF-8; the page is.
+    # File names need not be UTF-8, but the page is.
     write_bytes(out, page.encode(errors="replace"))
 
 
@@ -58,10 +58,10 @@ def open_run(path: Path, name: str) -> RunRecord:
     """Read a run directory.
 
     Raises:
-        UserError: if it holds no pretraining run, or a damaged one.
+        UserError: if it does not hold a pretraining run, or a damaged one.
     """
     if not (path / CONFIG_FILE).is_file():
-        raise UserError(f"runs={path}: holds no {CONFIG_FILE}, so it is not a run directory")
+        raise UserError(f"runs={path}: is not a run directory: it holds no {CONFIG_FILE}")
     try:
         settings: Any = OmegaConf.to_container(OmegaConf.load(path / CONFIG_FILE), resolve=True)
     except (YAMLError, ValueError, RecursionError, OmegaConfBaseException) as error:
@@ -73,7 +73,7 @@ def open_run(path: Path, name: str) -> RunRecord:
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """The last part of each path, with its parent where a name alone tells nothing or two clash."""
+    """The last part of each path, with its parent if it is a number or two are equal."""
     absolute = [path.absolute() for path in paths]
     names = [p.name if not p.name.isdigit() else f"{p.parent.name}/{p.name}" for p in absolute]
     if max(Counter(names).values()) > 1:

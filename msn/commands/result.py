@@ -1,4 +1,4 @@
-"""What a finished run leaves: the backbone, the low-shot table, and the line that says where."""
+"""Finish a run: write the backbone, the low-shot table and the report."""
 
 import logging
 from collections.abc import Sequence
@@ -22,11 +22,10 @@ from msn.training.judge import NOT_ABOVE, add_to_verdict
 from msn.training.loggers import TensorBoardRun, WandbRun
 from msn.weights import save_backbone
 from msn.weights.card import floors_note
-from msn.weights.weights import MAJORITY, PIXELS, RANDOM
+from msn.weights.weights import BACKBONE_FILE, MAJORITY, PIXELS, RANDOM
 
 log = logging.getLogger(__name__)
 
-BACKBONE_FILE = "backbone.safetensors"
 REPORT_IMAGES = 500  # training images that the report's pictures look at
 
 
@@ -38,7 +37,7 @@ def finish(
     module: PretrainingModule,
     protocol: Protocol,
 ) -> None:
-    """Export the backbone, evaluate it where there are labels, mark the run as finished.
+    """Export the backbone, evaluate it if there are labels, mark the run as finished.
 
     Every process makes this call and extracts its share of the features; the first one writes.
 
@@ -87,7 +86,7 @@ def finish(
 
 
 def evaluated(module: PretrainingModule, protocol: Protocol) -> FrozenBackbone:
-    """The trained trunk as the table will see it.
+    """The trained trunk, as it is evaluated for the table.
 
     Raises:
         UserError: if it has no such feature, or its patch does not divide the images.
@@ -100,10 +99,10 @@ def evaluated(module: PretrainingModule, protocol: Protocol) -> FrozenBackbone:
 
 
 def _judge_by_table(directory: RunDirectory, rows: Sequence[Row]) -> None:
-    """Take "learning" back where the table shows a backbone that is worth no more than none.
+    """Correct the verdict "learning" if the table shows a backbone that beats no baseline.
 
-    The verdict changes if no column is above a random network, or none above raw pixels; if some
-    are, its line says which are not.
+    It changes if no column is above a random network, or none above raw pixels. If some are, its
+    line says which are not.
     """
     for line in floors_note(rows, (RANDOM, PIXELS)):
         own = [row["above"] for row in rows if row.get("above")]
@@ -118,7 +117,7 @@ def _judge_by_table(directory: RunDirectory, rows: Sequence[Row]) -> None:
 
 
 def _report(directory: RunDirectory, device: torch.device) -> None:
-    """Build report.html; the run is whole without it, so that a fault in it ends nothing."""
+    """Build report.html; an error in it does not end the run, which is complete without it."""
     try:
         record = open_run(directory.path, directory.path.absolute().name)
         path = directory.path / REPORT_FILE
@@ -142,7 +141,7 @@ def _meta(module: PretrainingModule) -> dict[str, Any]:
 
 
 def _log_results(trainer: Trainer) -> None:
-    """Give the tables and artifacts to the loggers that take them."""
+    """Pass tables and artifacts to the loggers that take them."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbRun | TensorBoardRun):
             logger.log_results()

@@ -1,4 +1,4 @@
-"""`python -m msn show_views data.root=DIR out=views.png`: what the networks see of the images."""
+"""`python -m msn show_views data.root=DIR out=views.png`: draw the views that networks see."""
 
 import io
 import logging
@@ -33,7 +33,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def run(config: DictConfig) -> None:
-    """Draw the views and masks that a training with these settings would make first in an epoch.
+    """Draw the first views and masks of an epoch of a training with these settings.
 
     Raises:
         UserError: if a setting or a path is wrong, or no image can be read.
@@ -66,7 +66,7 @@ def run(config: DictConfig) -> None:
     else:
         made = make_batched_views(batch, views, dtype=torch.float32)
     if is_mae:
-        made = made._replace(rand=made.target[None])  # its only view, as the encoder sees it
+        made = made._replace(rand=made.target[None])  # its only view, for the masks
         kept: Tensor | None = _kept_by_mae(settings["method"]["mask_ratio"], views, batch, seed)
     else:
         kept = drop.draw(
@@ -101,28 +101,28 @@ def _kept_by_mae(mask_ratio: float, views: ViewSettings, batch: ImageBatch, seed
 
 
 def write_picture(out: Path, picture: Image.Image) -> None:
-    """Write a picture, all or nothing, in the format that its name says."""
+    """Write a picture, all or nothing, in the format of its suffix."""
     buffer = io.BytesIO()
     picture.save(buffer, format=Image.registered_extensions()[out.suffix.lower()])
     write_bytes(out, buffer.getvalue())
 
 
 def picture_path(out: Any) -> Path:
-    """Where a picture may be written.
+    """The path of a picture to write.
 
     Raises:
-        UserError: if its name or place will not do.
+        UserError: if its suffix or its directory is wrong.
     """
     path = Path(str(out))
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"out={path}: must end in {', '.join(SUFFIXES)}")
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"out={path}: name a file in a directory that is there")
+        raise UserError(f"out={path}: name a file in an existing directory")
     return path
 
 
 def _refuse_beyond_reason(images: int, views: ViewSettings) -> None:
-    """Refuse a sheet whose views do not fit the machine: a swap would take hours."""
+    """Refuse a sheet whose views do not fit into memory: swapping would take hours."""
     needed, limit = bytes_of_views(views, images, 4), memory_installed()
     if needed > limit:
         raise UserError(
@@ -132,7 +132,7 @@ def _refuse_beyond_reason(images: int, views: ViewSettings) -> None:
 
 
 def _order(pools: Pools, global_batch_size: int, seed: int) -> EpochSampler:
-    """The training's order; a folder too small to train on can be looked at all the same."""
+    """The training's order, with a smaller batch for a folder that is too small to train on."""
     count = len(pools.train)
     size = min(whole_number("data.global_batch_size", global_batch_size, 1), count)
     return EpochSampler(num_images=count, global_batch_size=size, seed=seed, rank=0, world_size=1)

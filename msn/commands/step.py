@@ -1,4 +1,4 @@
-"""A training step that can be timed, as `msn bench`, plans and the scripts of `benchmarks/` do."""
+"""Time a training step, for `msn bench`, plans and the scripts of `benchmarks/`."""
 
 import statistics
 import time
@@ -29,15 +29,15 @@ from msn.training.strategy import compilation
 from msn.training.trainer import resolve_precision
 
 WARM_UP = 2  # steps before any is timed; the first one compiles
-_CUDA_SECONDS = 0.5  # on CUDA a measurement is as many steps as take about this long
+_CUDA_SECONDS = 0.5  # on CUDA, a measurement takes as many steps as fit in this time
 _CPU_BATCH, _CUDA_BATCH = 8, 128
 _MAX_SKIPPED = 3
-_EPOCHS, _STEPS_PER_EPOCH = 1000, 100  # only so that schedules have values
+_EPOCHS, _STEPS_PER_EPOCH = 1000, 100  # so that schedules have values
 _IMAGE_HEIGHT, _IMAGE_WIDTH = 375, 500  # px, of the decoded images that views are cut from
 
 
 class Case(NamedTuple):
-    """What is measured; plain data, for it travels to the processes."""
+    """What is measured, as plain data that can be sent to other processes."""
 
     model: dict[str, Any]
     method: dict[str, Any]
@@ -50,7 +50,7 @@ class Case(NamedTuple):
 
 
 def case_of(settings: dict[str, Any]) -> Case:
-    """What the settings of `bench what=step` ask to be measured.
+    """What `bench what=step` measures with these settings.
 
     Raises:
         UserError: a setting is wrong.
@@ -130,7 +130,7 @@ class TrainingStep:
         )
         self.module.plan_schedule(epochs=_EPOCHS, steps_per_epoch=_STEPS_PER_EPOCH)
         self.module.network.train()
-        # Which training has by default.
+        # As in training by default.
         self.check = self.module.finite_check = FiniteCheck(_MAX_SKIPPED)
         self.compiled = self.module.make_fast(self.device)
         self.optimizer = self.module.configure_optimizers()
@@ -147,7 +147,7 @@ class TrainingStep:
         self._end_step()
 
     def parts(self) -> dict[str, float]:
-        """Seconds of each part of one more step, waiting for the device after each of them."""
+        """Seconds of each part of another step, waiting for the device after each part."""
         seconds: dict[str, float] = {}
 
         def timed(name: str, run: Callable[[], Any]) -> Any:
@@ -158,7 +158,7 @@ class TrainingStep:
             seconds[name] = time.perf_counter() - start
             return result
 
-        if self.make_views is None:  # decoded images take memory, so only where parts are asked for
+        if self.make_views is None:  # decoded images take memory, so they are made only here
             self.make_views = ViewMaker(self.case, self._dtype)
         views = timed("views", self.make_views)
         if isinstance(self.module, MSNModule):
@@ -169,7 +169,7 @@ class TrainingStep:
         timed("optimiser", self._finish_step)
         timed("ema", self._end_step)
         if not isinstance(self.module, MSNModule):
-            seconds["optimiser"] += seconds.pop("ema")  # there is no target to move
+            seconds["optimiser"] += seconds.pop("ema")  # MAE has no target
         return seconds
 
     def _msn_parts(
@@ -208,7 +208,7 @@ class TrainingStep:
 
 
 class ViewMaker:
-    """Makes the views of a batch of noise that lies decoded on the device."""
+    """Makes the views of a batch of noise, whose pixels are on the device."""
 
     def __init__(self, case: Case, dtype: torch.dtype) -> None:
         self._settings, self._dtype = ViewSettings(**case.views), dtype
@@ -231,12 +231,12 @@ def _origin(images: int) -> BatchKey:
 
 
 def weight_type(precision: str) -> torch.dtype:
-    """What a network's weights are in; under autocast products are taken in less."""
+    """Type of a network's weights; autocast takes products in a smaller one."""
     return torch.float64 if precision == "64-true" else torch.float32
 
 
 def product_type(precision: str) -> torch.dtype:
-    """What products of matrices are taken in, and views are made in."""
+    """Type of matrix products and views."""
     return torch.bfloat16 if precision == "bf16-mixed" else weight_type(precision)
 
 
@@ -257,12 +257,12 @@ def random_views(case: Case, *, dtype: torch.dtype = torch.float32) -> Views:
 
 
 def bench_step(settings: dict[str, Any], console: Console) -> list[dict[str, Any]]:
-    """Measure the step beside the rate of a large matrix product, in turns.
+    """Measure the step and the rate of a large matrix product in turns.
 
     Args:
         settings: `model`, `method`, `data`, `trainer` as for training, `batch_size`, `rounds`,
             `chunk_size`, `compile`.
-        console: where the tables are shown.
+        console: prints the tables.
 
     Returns:
         The rows of `step_rows`.
@@ -275,7 +275,7 @@ def bench_step(settings: dict[str, Any], console: Console) -> list[dict[str, Any
     measure_matrix_rate(device, dtype)  # takes its memory before the step fills the device
     before, method = memory_of_process("VmRSS"), TrainingStep(case)
     first = [seconds_per_step(method, 1, device) for _ in range(WARM_UP)]
-    # Steps have reached their full size; the parts below make views, which is other memory.
+    # Memory has reached its peak; the parts below also make views, which are not counted.
     peak = peak_memory(device, before)
     method.parts()
     repeats = repeats_of(first[-1], device)
@@ -296,7 +296,7 @@ def bench_step(settings: dict[str, Any], console: Console) -> list[dict[str, Any
 
 
 def seconds_per_step(method: Step, number: int, device: torch.device) -> float:
-    """Seconds of each of some steps, all waited for at their end."""
+    """Mean seconds per step of some steps, waiting for the device only at the end."""
     synchronise(device)
     start = time.perf_counter()
     for _ in range(number):
@@ -306,17 +306,17 @@ def seconds_per_step(method: Step, number: int, device: torch.device) -> float:
 
 
 def repeats_of(seconds: float, device: torch.device) -> int:
-    """Steps of a measurement: on CUDA as many as take long enough."""
+    """Steps of a measurement: on CUDA, as many as fit in half a second; else one."""
     return 1 if device.type != "cuda" else max(1, round(_CUDA_SECONDS / seconds))
 
 
 def median_parts(parts: list[dict[str, float]]) -> dict[str, float]:
-    """The median of every part of some steps."""
+    """The median over some steps of every part."""
     return {name: statistics.median(part[name] for part in parts) for name in parts[0]}
 
 
 def peak_memory(device: torch.device, before: int | None) -> int | None:
-    """Bytes that steps took at most: of the device, or of this process beyond those before."""
+    """Peak bytes of steps: on the device, or in this process minus `before`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     peak = memory_of_process("VmHWM")
@@ -324,7 +324,7 @@ def peak_memory(device: torch.device, before: int | None) -> int | None:
 
 
 def memory_of_process(name: str) -> int | None:
-    """VmRSS or VmHWM (its greatest value) of this process in bytes; None where not told."""
+    """VmRSS or VmHWM (its peak) of this process in bytes; None if the system does not tell."""
     status = Path("/proc/self/status")
     if not status.is_file():
         return None
@@ -335,7 +335,7 @@ def memory_of_process(name: str) -> int | None:
 def step_rows(
     case: Case, seconds: dict[str, list[float]], rate: float, facts: dict[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """A row per method and one of the limit.
+    """A row per method, and one for the limit.
 
     Args:
         case: what was measured.
@@ -346,7 +346,7 @@ def step_rows(
     Returns:
         Rows with name (of the methods, then matmul_limit), s_per_step, images_per_s, flops_per_s
         (nominal, see `msn.training.cost`), share_of_limit, peak_bytes (beyond what was loaded; None
-        where the system does not tell), first_step_s, the settings that the numbers hang on
+        where the system does not tell), first_step_s, the settings that the figures depend on
         (precision is each row's own), and of msn parts.
     """
     flops = step_flops(case).total
@@ -412,7 +412,7 @@ def show_step(rows: list[dict[str, Any]], case: Case, console: Console) -> None:
             "" if start is None else f"{start:.1f}",
         )
     console.print(table)
-    parts = Table(title="Where msn's step goes, each part waited for; ms")
+    parts = Table(title="Parts of msn's step, each waited for; ms")
     for name in first["parts"]:
         parts.add_column(name, justify="right")
     parts.add_row(*(f"{1000 * seconds:.1f}" for seconds in first["parts"].values()))

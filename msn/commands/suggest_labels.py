@@ -51,7 +51,7 @@ _TRIES = 20
 
 
 def run(config: DictConfig) -> None:
-    """Choose images, write their names and a contact sheet, compare with chance where labels allow.
+    """Choose images, write a table and a contact sheet, compare with random choices if possible.
 
     Args:
         config: `checkpoint`, `data` (of `PoolSettings`), `budget`, `choose`, `out`,
@@ -114,10 +114,10 @@ def images_of(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_prototypes(checkpoint: str, **told: Any) -> Weights:
-    """The newest checkpoint of a run directory, whose exported backbone has no prototypes.
+    """Weights with head and prototypes: of a run directory, the newest checkpoint.
 
     Raises:
-        UserError: if there is no head, or no prototypes.
+        UserError: if there is no head or there are no prototypes.
     """
     path = newest_valid_checkpoint(Path(checkpoint) / "checkpoints") or checkpoint
     found = open_backbone_of(path, **told)
@@ -151,7 +151,7 @@ class _Chooser:
         self.cosines = self._cosines(images) if config["choose"] == "prototypes" else None
 
     def choose(self, budget: int) -> Choice:
-        """Choose readable images: one that cannot be opened makes room for others."""
+        """Choose readable images; unreadable ones are replaced by others."""
         left = torch.arange(len(self.pool))
         for _ in range(_TRIES):
             choice = self._among(left, budget)
@@ -162,7 +162,7 @@ class _Chooser:
         raise UserError(f"data: too many images cannot be read (last: {self.pool.name(bad[0])})")
 
     def compare(self, choice: Choice, train: LabelledImages, held_out: LabelledImages) -> None:
-        """Print accuracy with the suggested labels beside random choices of as many images."""
+        """Print accuracy with the suggested images beside random choices of equal size."""
         seeds, budget = int(self.config["compare_seeds"]), len(choice.positions)
         random = [
             torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:budget]
@@ -195,7 +195,7 @@ class _Chooser:
         return choice._replace(positions=left[choice.positions])
 
     def _cosines(self, images: UnlabelledImages) -> Tensor:
-        """Cosines of every image's projection and the prototypes, [n, K]."""
+        """Cosines between every image's projection and the prototypes, [n, K]."""
         assert self.weights is not None
         return prototype_cosines(self.weights, self._normed_tokens(images))
 
@@ -205,7 +205,7 @@ class _Chooser:
         return self.subject.trunk
 
     def _normed_tokens(self, images: UnlabelledImages) -> Tensor:
-        """Class tokens after the final norm, without another look at the images if possible."""
+        """Class tokens after the final norm, from the features if possible."""
         feature = self.subject.kind(self.settings)
         if feature == "class_token":
             return self._trunk.norm(self.features)
@@ -221,7 +221,7 @@ class _Chooser:
 
 
 def _write(out: Path, pool: Subset, choice: Choice) -> None:
-    """The table, which `data=list` reads from any directory, the pool's names, and the sheet."""
+    """Write the table, which `data=list` reads from any directory, the names, and the sheet."""
     positions = choice.positions.tolist()
     shown = positions[:_SHEET_IMAGES]
     images = [open_image(pool, i) for i in shown]
@@ -247,7 +247,7 @@ def _path(pool: Subset, i: int, number: int, directory: Path) -> str:
         pool: all images.
         i: position of the image in the pool.
         number: of the image in the table, from 1.
-        directory: of the table, where a copy goes; its path is relative to that.
+        directory: of the table; a copy is put there, and its path is relative to it.
     """
     if isinstance(pool.source, FileSource):
         return pool.source.path(int(pool.positions[i]))

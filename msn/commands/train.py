@@ -59,11 +59,11 @@ from msn.weights.reading import newest_valid_checkpoint
 def run(config: DictConfig) -> Path | None:
     """Pretrain, export the backbone, print the low-shot table.
 
-    Everything that can be wrong is found before the run directory is made. A run that a signal
-    interrupts is saved and ends the process with `preemption.EXIT_CODE`.
+    Mistakes are found before the run directory is made. A run that a signal interrupts is saved
+    and ends the process with `preemption.EXIT_CODE`.
 
     Returns:
-        The run directory; None of a plan.
+        The run directory; None for a plan.
 
     Raises:
         UserError: if a setting, a path or a file is wrong.
@@ -151,7 +151,7 @@ def _set_up(
     *,
     preemption: Preemption,
 ) -> None:
-    """All that needs the directory and can be wrong; then the directory gets its first files."""
+    """Do everything that needs the directory and can fail, then write its first files."""
     settings = to_plain(config)
     module.checkpoint_info.update(
         data=_describe_data(settings), init=settings["init"], identity=identity_of(settings)
@@ -168,7 +168,7 @@ def _set_up(
     elif settings["init"] is not None:
         _initialise(module, settings)
     _attach(config, trainer, directory, preemption)
-    if data.depth is not None:  # what was found is what the run keeps
+    if data.depth is not None:  # the run keeps the depth that was found
         config.data.depth = data.depth
     if trainer.is_global_zero:
         directory.begin_again()
@@ -186,26 +186,25 @@ def _fit(
     data: MSNDataModule,
     directory: RunDirectory,
 ) -> None:
-    """Train; what is the machine's fault ends the run in one line that says how it goes on."""
+    """Train; an error of the machine ends the run in one line that says how to continue."""
 
-    def goes_on() -> str:
-        has_one = newest_valid_checkpoint(directory.checkpoints) is not None
-        where = (
-            "goes on from its last checkpoint" if has_one else "begins again: nothing is saved yet"
-        )
-        return f"; the same command with {as_argument('run.dir', directory.path)} {where}"
+    def how_to_continue() -> str:
+        how = "continues from its last checkpoint"
+        if newest_valid_checkpoint(directory.checkpoints) is None:
+            how = "starts again: nothing is saved yet"
+        return f"; the same command with {as_argument('run.dir', directory.path)} {how}"
 
     with in_one_line(
         lambda: plan.less_memory(
             settings, module, trainer.strategy.root_device, trainer.world_size
         ),
-        goes_on,
+        how_to_continue,
     ):
         trainer.fit(module, datamodule=data, ckpt_path=directory.resume_from)
 
 
 def _build_trainer(config: DictConfig, data: MSNDataModule, module: PretrainingModule) -> Trainer:
-    """The trainer, still without what needs the run directory."""
+    """The trainer, without the callbacks and loggers that need the run directory."""
     launch = read_launch(os.environ)
     devices, num_nodes = fit_devices(
         launch, to_plain(config, "trainer")["devices"], config.trainer.num_nodes
@@ -237,7 +236,7 @@ def _build_trainer(config: DictConfig, data: MSNDataModule, module: PretrainingM
 def _attach(
     config: DictConfig, trainer: Trainer, directory: RunDirectory, preemption: Preemption
 ) -> None:
-    """Give the trainer its callbacks and loggers, which write into the run directory."""
+    """Give the trainer its callbacks and loggers, which write to the run directory."""
     runtime: dict[str, dict[str, Any]] = {
         "checkpoint": {"directory": directory.checkpoints},
         "verdict": {"directory": directory.path},
@@ -250,24 +249,24 @@ def _attach(
         for name in config.callbacks
     ]
     trainer.loggers = _build_loggers(config, directory)
-    # Checkpoints come last, as in Lightning, so that what the others have done is in them.
+    # Checkpoints come last, as in Lightning, so that they hold what the others have done.
     callbacks.sort(key=lambda callback: isinstance(callback, Checkpoint))
-    own: list[Callback] = vars(trainer)["callbacks"]  # which Lightning sets without declaring it
+    own: list[Callback] = vars(trainer)["callbacks"]  # Lightning does not declare it
     own[:0] = callbacks
     own.sort(key=lambda callback: isinstance(callback, Checkpoint))
 
 
 def _leave(stop: Preempted) -> NoReturn:
-    """Say what was saved and what goes on, requeue, and end with the documented code."""
+    """Print what was saved and how to continue, requeue, and end with the documented code."""
     if is_inherited():
-        sys.exit(0)  # the process that started this one speaks, and its observer expects a 0
+        sys.exit(0)  # the process that started this one reports, and expects a 0
     path = stop.trained
     is_finished = path is not None and read_status(path).get("status") == "finished"
     if stop.checkpoint is not None:
         path = stop.checkpoint.parent.parent
-        said = f"saved {stop.checkpoint}; the same command with its run.name or run.dir goes on"
+        said = f"saved {stop.checkpoint}; the same command with its run.name or run.dir continues"
     elif path is None:
-        said = "before the first step; the same command begins where this one did"
+        said = "before the first step; the same command starts as this one did"
     elif is_finished:
         report = f"python -m msn report {as_argument('runs', path)}"
         said = f"the run is finished, without its report: {report}"
@@ -293,13 +292,13 @@ def _is_multirun() -> bool:
 
 
 def _initialise(module: PretrainingModule, settings: dict[str, Any]) -> None:
-    """Start from the weights of a file and say part by part what was taken."""
+    """Start from the weights of a file and print what happens to each part."""
     path, weights = str(settings["init"]), foundation_weights(settings)
     try:
         rows = initialise(module.network, weights)
     except UserError as error:
         raise UserError(f"init={path}: {error}") from None
-    # What descends from the published files stays under their licence.
+    # Weights that descend from published files keep their licence.
     module.checkpoint_info["licence"] = weights.meta.get("licence")
     width = max(len(part) for part, _ in rows)
     print(f"starting from {path}:")
@@ -333,13 +332,13 @@ def _describe_run(
         f"{trainer.max_epochs} epochs; backbone of {parameters / 1e6:.1f} M parameters; {seen}"
     )
     if data.pools.held_out is None:
-        print(f"no labels, so no low-shot table in the end: {data.pools.why}")
+        print(f"no labels, so no low-shot table at the end: {data.pools.why}")
     if directory.resume_from is not None:
         print(f"resuming from {directory.resume_from}")
 
 
 def _quieten() -> None:
-    """Leave out what Lightning says about itself and choices that are ours."""
+    """Silence what Lightning says about itself and about our own choices."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
@@ -353,7 +352,7 @@ def _quieten() -> None:
 
 
 def _facts(trainer: Trainer, data: MSNDataModule, module: PretrainingModule) -> dict[str, Any]:
-    """Machine, sizes and versions, which the report shows beside the settings."""
+    """Machine, sizes and versions, for the report."""
     assert module.schedule is not None
     return {
         "device": _device_name(trainer.strategy.root_device),
@@ -377,7 +376,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _build_loggers(config: DictConfig, directory: RunDirectory) -> list[Logger]:
-    """The loggers, which write into the run directory when it is there.
+    """The loggers, which write to the run directory.
 
     Raises:
         UserError: if a setting of a logger is wrong.
@@ -395,10 +394,10 @@ def _build_loggers(config: DictConfig, directory: RunDirectory) -> list[Logger]:
 
 
 def _begin(logger: Logger, settings: dict[str, Any]) -> None:
-    """Give a logger the settings: wandb and MLflow begin here, or say why not."""
+    """Pass the settings to a logger: wandb and MLflow start here, or fail."""
     try:
         logger.log_hyperparams(settings)
-    except Exception as error:  # of login, network or server: foreign loggers have many classes
+    except Exception as error:  # login, network or server: loggers have many classes of errors
         if type(logger).__module__.startswith("msn."):
             raise
         raise UserError(f"{type(logger).__name__}: {one_line(error)}") from None
@@ -406,7 +405,7 @@ def _begin(logger: Logger, settings: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def closed_loggers(trainer: Trainer) -> Iterator[None]:
-    """Whatever happens within, no logger is left open for the next run of a sweep."""
+    """At the end, close the loggers, whatever happened, for the next run of a sweep."""
     failed = True
     try:
         yield

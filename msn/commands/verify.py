@@ -1,4 +1,4 @@
-"""`python -m msn verify`: replay reference figures on this machine and print every difference."""
+"""`python -m msn verify`: compare training steps on this machine with reference figures."""
 
 import json
 import sys
@@ -26,7 +26,7 @@ from msn.method.schedules import MAESchedule, Schedule, ScheduleValues
 
 SHIPPED = ("default", "mae")
 RTOL, ATOL = 1e-8, 1e-10
-# For parameters whose true gradient is zero: Adam amplifies the rounding noise of such gradients.
+# For parameters whose true gradient is zero: Adam amplifies the rounding noise of the gradient.
 ATOL_ZERO_GRADIENT = 1e-8
 
 
@@ -37,11 +37,11 @@ class Difference(NamedTuple):
     max_abs: float
     """Largest absolute difference of its elements."""
     excess: float
-    """Largest difference over its allowance atol + rtol * |reference|; above 1 it is out."""
+    """Largest difference divided by its tolerance atol + rtol * |reference|; above 1 is out."""
 
     @property
     def ok(self) -> bool:
-        """Within tolerance; not-a-number never is."""
+        """Whether it is within tolerance; NaN never is."""
         return self.excess <= 1
 
 
@@ -82,13 +82,13 @@ def load_golden(path: str | Path) -> Golden:
 def replay(
     golden: Golden, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64
 ) -> Iterator[Difference]:
-    """Train the file's network through its steps and compare every figure.
+    """Train the file's network for its steps and compare every figure.
 
     Args:
         golden: the reference figures, which were computed in float64.
         device: where to train.
-        dtype: of weights and views. Tolerances are those of float64: in float32 the differences
-            tell, not whether they are within.
+        dtype: of weights and views. Tolerances are for float64; in float32 only the size of the
+            differences is meaningful.
 
     Raises:
         UserError: if the file lacks a figure that its layout promises.
@@ -146,7 +146,7 @@ def _replay_mae(
         images, noise = (tensors[f"{name}.{part}"] for part in ("images", "noise"))
         out, errors = network(images, noise), network.learn(images, noise)
         optimizer.zero_grad()
-        errors.loss.backward()  # which training takes; that of `out` must be the same
+        errors.loss.backward()  # training uses this one; that of `out` must be equal
         if step == 0:
             for parameter, value in network.named_parameters():
                 if value.grad is not None:
@@ -212,7 +212,7 @@ def load_network(network: MSN, tensors: dict[str, Tensor]) -> None:
 
 
 def encoder_state(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Names below a prefix of the file -> names of `msn.method.network.Encoder`."""
+    """Entries of the file below a prefix, under the names of `msn.method.network.Encoder`."""
     state = {}
     for name, value in tensors.items():
         if name.startswith(prefix):
@@ -235,7 +235,7 @@ def step_views(
 
 
 def compare(name: str, ours: Tensor, reference: Tensor, atol: float | Tensor = ATOL) -> Difference:
-    """Difference of one figure against its allowance."""
+    """Difference of one figure, relative to its tolerance."""
     if ours.shape != reference.shape:
         shapes = f"{list(ours.shape)} against {list(reference.shape)}"
         raise UserError(f"reference figure {name} has another shape: {shapes}")
@@ -342,12 +342,12 @@ def run(config: DictConfig) -> None:
 
 
 def worst_of_each_kind(differences: Iterable[Difference]) -> list[Difference]:
-    """Per kind of figure (name without step number and parameter) the one closest to its limit."""
+    """The worst figure of each kind, which is its name without step number and parameter."""
     worst: dict[str, Difference] = {}
     for difference in differences:
         parts = difference.name.split(".")
         kind = parts[-1] if parts[0].startswith("step") else ".".join(parts[:2])
-        # A figure that is not a number compares as not ok and must win.
+        # NaN compares as not ok and must win.
         if kind not in worst or not difference.excess <= worst[kind].excess:
             worst[kind] = difference
     return list(worst.values())

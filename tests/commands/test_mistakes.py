@@ -427,7 +427,7 @@ class OwnData(MSNDataModule):
 def test_only_training_takes_data_of_ones_own(command, tmp_path):
     target = f"data._target_={__name__}.OwnData"
     code, _, err = command("eval_lowshot", "checkpoint=no", target)
-    assert (code, "only training takes another one" in one_line_of(err)) == (2, True)
+    assert (code, "only training can use another one" in one_line_of(err)) == (2, True)
     code, out, err = command("train", *TINY, "trainer.limit_train_batches=1", target, "plan=true")
     assert (code, "backbone, parameters" in out) == (0, True), err
 

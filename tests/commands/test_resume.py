@@ -334,7 +334,7 @@ def test_a_step_out_of_memory_ends_in_one_line_and_goes_on_with_a_smaller_chunk(
     (line,) = (line for line in err.splitlines() if "error: " in line)
     found = re.search(r"out of memory.*: (chunk_size=\d+) changes no number and takes", line)
     assert found, line
-    assert line.endswith(f"run.dir={tmp_path / 'run'} goes on from its last checkpoint")
+    assert line.endswith(f"run.dir={tmp_path / 'run'} continues from its last checkpoint")
     assert "Traceback" not in err
     code, out, _ = run(*where, found[1])
     assert code == 0
@@ -347,7 +347,7 @@ def test_a_step_out_of_memory_before_the_first_checkpoint_promises_none(run, tmp
 
     code, _, err = run(*ARGUMENTS, f"run.dir={tmp_path / 'run'}", step=1, act=full)
     assert code == 2, err
-    assert err.rstrip().endswith("begins again: nothing is saved yet")
+    assert err.rstrip().endswith("starts again: nothing is saved yet")
 
 
 @pytest.mark.slow

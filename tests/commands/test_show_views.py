@@ -66,7 +66,7 @@ def test_the_sheet_of_a_masked_autoencoder_shows_what_its_encoder_sees(command, 
         (["data.root=DIR"], "out must be given"),
         (["data.root=/no/such", "out=DIR/x.png"], "there is no such folder"),
         (["data.root=DIR", "out=DIR/x.txt"], "must end in .png"),
-        (["data.root=DIR", "out=DIR/no/x.png"], "name a file in a directory that is there"),
+        (["data.root=DIR", "out=DIR/no/x.png"], "name a file in an existing directory"),
         (
             ["data.root=DIR", "out=DIR/x.png", "images=0"],
             "images must be a whole number >= 1, got 0",

@@ -116,7 +116,7 @@ def test_any_folder_trains_labelled_or_not(command, tmp_path, images):
     code, out, _ = command("train", *base, f"data.root={flat}", f"run.dir={tmp_path / 'b'}")
     why = "all images lie in the folder itself: put those of each class into a folder of its own"
     assert (code, f"no labels: no low-shot table ({why}" in out) == (0, True)
-    assert f"no labels, so no low-shot table in the end: {why}" in out
+    assert f"no labels, so no low-shot table at the end: {why}" in out
     assert not (tmp_path / "b" / "lowshot.json").exists()
 
 
