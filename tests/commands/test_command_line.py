@@ -141,7 +141,7 @@ def test_flags_that_are_none_are_refused(arguments, message):
 
 
 def test_a_null_byte_is_refused():
-    with pytest.raises(UserError, match="run.name: a null byte"):
+    with pytest.raises(UserError, match="run.name: a value cannot contain a null byte"):
         compose("train", ["run.name=a\0b"])
 
 
