@@ -64,8 +64,8 @@ def test_several_processes_divide_the_batch_and_under_fsdp2_the_network():
     assert memory[1].weights == memory[0].weights
     assert memory[1].gradients == memory[0].gradients  # they lie in DDP's buckets
     assert memory[2].optimiser == memory[0].optimiser / 4
-    assert "cut over them" in fsdp2[1]
-    assert "cut over them" not in one[1] + ddp[1]
+    assert "sharded over them" in fsdp2[1]
+    assert "sharded over them" not in one[1] + ddp[1]
 
 
 def test_limited_steps_make_a_shorter_epoch():
