@@ -306,7 +306,7 @@ def test_a_killed_data_worker_ends_the_run_in_one_line_and_it_can_go_on(run, tmp
 
     code, _, err = run(*where, step=4, act=kill_worker)
     assert code == 2
-    assert re.search(r"error: DataLoader worker .* goes on", err), err
+    assert re.search(r"error: DataLoader worker .* continues", err), err
     assert "Traceback" not in err
     code, out, _ = run(*where)
     assert code == 0
