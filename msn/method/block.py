@@ -1,4 +1,4 @@
-"""The transformer's blocks: timm's modules and names, applied to packed tokens of several sizes.
+"""The transformer's blocks: timm's blocks applied to packed tokens of several view sizes.
 
 Legend: B images, L tokens of one image (class token first, then registers, then patches),
 D embedding width, d width of a head, T tokens of all views together.
@@ -19,7 +19,7 @@ from msn.method.positions import rotate
 
 # (number of images, tokens per image) of each view size in a packed [T, D] matrix.
 Groups = Sequence[tuple[int, int]]
-# For each view size how its patches turn (`Rope.rotations`); None without rotary positions.
+# Rotations of each view size (`Rope.rotations`); None without rotary positions.
 Turns = Sequence[Tensor] | None
 
 
@@ -35,9 +35,9 @@ class PackedBlock(nn.Module, ABC):
     def forward(
         self, tokens: Tensor, groups: Groups, turns: Turns = None, class_only: bool = False
     ) -> Tensor:
-        """Attend and transform every token, [T, D] -> [T, D], or see `class_tokens`.
+        """Transform every token, [T, D] -> [T, D], or see `class_tokens`.
 
-        Both ways lead through here, because compiling a module in place compiles its `forward`.
+        Both go through here, because compiling a module in place compiles its `forward`.
         """
         if class_only:
             return self.class_tokens(tokens, groups, turns)
@@ -50,13 +50,13 @@ class PackedBlock(nn.Module, ABC):
 
     @abstractmethod
     def scaled(self, branch: int, tokens: Tensor) -> Tensor:
-        """What attention (1) or MLP (2) adds, times the layer scale where there is one."""
+        """Output of attention (1) or MLP (2), times the layer scale if there is one."""
 
     def class_tokens(self, tokens: Tensor, groups: Groups, turns: Turns = None) -> Tensor:
-        """The same block where only class tokens are wanted: exact, without the others' work.
+        """The same block for class tokens only: exact, without the work for other tokens.
 
-        With one query per image, scores are (q W_k) x and the result W_v (weights x): keys and
-        values of the tokens are never made. Keys that turn with their places are.
+        With one query per image, scores are (q W_k) x and the result is W_v (weights x), without
+        keys and values of all tokens. Only rotary keys are computed.
 
         Returns:
             Class tokens of all images, [sum of B, D].
@@ -77,7 +77,7 @@ class PackedBlock(nn.Module, ABC):
         heads, width = self.attn.num_heads, normed.shape[-1]
         weight, bias = self.qkv()
         # [D, D] and [D] each, of queries, keys and values. The keys' bias adds the same to all
-        # scores of a query, so it is without effect; keys that turn have none.
+        # scores of a query, so it has no effect; rotary keys have none.
         query_weight, key_weight, value_weight = weight.chunk(3)
         query_bias, _, value_bias = (None, None, None) if bias is None else bias.chunk(3)
         queries = F.linear(normed[:, 0], query_weight, query_bias) * (width // heads) ** -0.5
@@ -89,7 +89,7 @@ class PackedBlock(nn.Module, ABC):
             keys = F.linear(normed, key_weight).unflatten(-1, (heads, -1)).transpose(1, 2)
             seeing = queries.transpose(0, 1).unsqueeze(-2)  # [B, heads, 1, d]
             seen = rotate(keys, turn).mT  # [B, heads, d, L]
-        # Scores are not rounded to the autocast type, as fused attention does not round its own.
+        # Scores are not rounded to the autocast type; fused attention does not round them either.
         with _no_autocast(normed.device.type):
             wide = torch.promote_types(normed.dtype, torch.float32)
             scores = seeing.to(wide) @ seen.to(wide)
@@ -116,7 +116,7 @@ class PackedBlock(nn.Module, ABC):
 
 # timm's blocks take tokens of one image size, [B, L, D].
 class Block(PackedBlock, TimmBlock):  # type: ignore[misc]
-    """timm's block of `vit_...`: of plain trunks and DINOv2's."""
+    """timm's block of `vit_...`: plain trunks and DINOv2."""
 
     def qkv(self) -> tuple[Tensor, Tensor | None]:
         """See `PackedBlock`."""
@@ -128,7 +128,7 @@ class Block(PackedBlock, TimmBlock):  # type: ignore[misc]
 
 
 class RotaryBlock(PackedBlock, EvaBlock):  # type: ignore[misc]
-    """timm's block of `vit_..._dinov3`: a bias of queries and values alone, or none."""
+    """timm's block of `vit_..._dinov3`: queries and values have a bias, or none."""
 
     def qkv(self) -> tuple[Tensor, Tensor | None]:
         """See `PackedBlock`."""
@@ -144,5 +144,5 @@ class RotaryBlock(PackedBlock, EvaBlock):  # type: ignore[misc]
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """The meta device has no autocast to switch off."""
+    """Autocast off; the meta device has none."""
     return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)

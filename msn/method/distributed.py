@@ -1,7 +1,6 @@
-"""Collectives of the method: every process sees the whole batch; the identity on one process.
+"""Collectives, by which every process sees the whole batch; the identity on one process.
 
-All of them are differentiable with the gradient that is right when the trainer averages parameter
-gradients over processes (DDP), i.e. that of the mean of the processes' losses.
+Gradients are those of the mean of the processes' losses, as DDP averages parameter gradients.
 """
 
 import math
@@ -27,7 +26,7 @@ def process_index() -> int:
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """Sum of a tensor over processes, same shape; for statistics, without gradient."""
+    """Sum of a tensor over processes, same shape; without gradient."""
     if num_processes() == 1:
         return x
     total = x.detach().clone()
@@ -36,42 +35,42 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 
 def all_reduce_logsumexp(x: Tensor) -> Tensor:
-    """log(sum(exp(x))) over processes, element by element, same shape; without gradient."""
+    """log(sum(exp(x))) over processes, elementwise, same shape; without gradient."""
     if num_processes() == 1:
         return x
     return torch.logsumexp(_gathered(x), dim=0)
 
 
 def all_reduce_logmeanexp(x: Tensor) -> Tensor:
-    """log(mean(exp(x))) over processes, element by element, same shape; differentiable."""
+    """log(mean(exp(x))) over processes, elementwise, same shape; differentiable."""
     return _AllReduceLogMeanExp.apply(x) if num_processes() > 1 else x
 
 
 def whole(x: Tensor) -> Tensor:
-    """A tensor that may be cut over the processes, whole on each of them; a collective then."""
+    """A tensor that may be sharded, whole on each process; a collective if it is sharded."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 @contextmanager
 def gathered(network: nn.Module, part: nn.Module) -> Iterator[None]:
-    """Within, a part of a cut network can be called on its own; all processes must do so.
+    """Context in which all processes can call a part of a sharded network on its own.
 
-    Holds that part whole on each process, and what the network does not cut block by block.
+    That part, and what the network does not shard by blocks, is whole on each process.
     """
-    cut = [m for m in (network, *part.modules()) if isinstance(m, FSDPModule)]
-    for module in cut:
+    sharded = [m for m in (network, *part.modules()) if isinstance(m, FSDPModule)]
+    for module in sharded:
         module.unshard()
     try:
         yield
     finally:
-        for module in cut:
+        for module in sharded:
             module.reshard()
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """BatchNorm1d whose batch statistics cover all processes, on CPU as well as CUDA.
+    """BatchNorm1d with batch statistics over all processes, which must have as many rows each.
 
-    torch's SyncBatchNorm refuses CPU tensors. Every process must bring the same number of rows.
+    torch's SyncBatchNorm refuses CPU tensors.
     """
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
@@ -97,9 +96,9 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class _Moments(torch.autograd.Function):
-    """Mean and variance over all processes' rows from those of each, [2, features].
+    """Mean and variance over all processes from those of each, [2, features].
 
-    One collective each way; exact where E[x^2] - E[x]^2 would cancel.
+    One collective in each direction; E[x^2] - E[x]^2 would cancel.
     """
 
     @staticmethod
@@ -117,7 +116,7 @@ class _Moments(torch.autograd.Function):
 
 
 class _AllReduceLogMeanExp(torch.autograd.Function):
-    """Log of the mean of exponentials; each process's share of it weights the mean gradient."""
+    """Log of the mean of exponentials; its gradient is the mean one times the process's share."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -132,7 +131,7 @@ class _AllReduceLogMeanExp(torch.autograd.Function):
 
 
 def _gathered(x: Tensor) -> Tensor:
-    """Those of all processes, [processes, ...]."""
+    """The tensors of all processes, [processes, ...]."""
     parts = [torch.empty_like(x) for _ in range(num_processes())]
     dist.all_gather(parts, x.detach().contiguous())
     return torch.stack(parts)

@@ -18,20 +18,15 @@ _MOST_ITERATIONS = 1000  # of Sinkhorn-Knopp, which has converged long before
 
 
 class LossTerms(NamedTuple):
-    """The loss, its terms before weighting, and what monitors read."""
+    """The loss, its terms before weighting, and outputs for the monitors."""
 
+    # Scalars: cross_entropy + me_max_weight * me_max + entropy_weight * entropy, and its terms.
     loss: Tensor
-    """cross_entropy + me_max_weight * me_max + entropy_weight * entropy, scalar."""
-    cross_entropy: Tensor
-    """Mean H(target, anchor) over views and images, scalar, >= 0."""
-    me_max: Tensor
-    """KL(mean anchor prediction || prior), scalar, >= 0; log K - H(mean) for a uniform prior."""
-    entropy: Tensor
-    """Mean entropy of single anchor predictions, scalar, in [0, log K]."""
-    targets: Tensor
-    """Sharpened, optionally balanced targets, [B, K], rows sum to 1, no gradient."""
-    mean_prediction: Tensor
-    """Mean anchor prediction over views, images and processes, [K], no gradient."""
+    cross_entropy: Tensor  # mean H(target, anchor) over views and images, >= 0
+    me_max: Tensor  # KL(mean anchor prediction || prior), >= 0; log K - H(mean) if it is uniform
+    entropy: Tensor  # mean entropy of single anchor predictions, in [0, log K]
+    targets: Tensor  # sharpened, optionally balanced, [B, K], rows sum to 1, no gradient
+    mean_prediction: Tensor  # of anchors, over views, images and processes, [K], no gradient
 
 
 def assign(projections: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
@@ -66,8 +61,8 @@ def sharpen(log_probs: Tensor, temperature: float | Tensor) -> Tensor:
 def sinkhorn(log_probs: Tensor, iterations: int) -> Tensor:
     """Balance assignments over prototypes by Sinkhorn-Knopp, over the batch of all processes.
 
-    Each iteration gives every prototype the same mass, then every image the same mass; so rows are
-    exact and prototypes balanced up to convergence.
+    Each iteration normalises the mass per prototype, then per image; so rows are exact and
+    prototypes balanced up to convergence.
 
     Args:
         log_probs: log of positive scores, [B, K].
@@ -86,8 +81,8 @@ def sinkhorn(log_probs: Tensor, iterations: int) -> Tensor:
 def log_mean_prediction(log_probs: Tensor) -> Tensor:
     """Log of the mean anchor prediction over views, images and processes.
 
-    Probabilities that underflow are never formed, so a prototype that no image comes near keeps its
-    logarithm and its gradient.
+    In logs, so that a prototype far from all images keeps its gradient where its probability would
+    underflow.
 
     Args:
         log_probs: of this process's anchors, [V, B, K].
@@ -103,8 +98,8 @@ def log_mean_prediction(log_probs: Tensor) -> Tensor:
 def me_max(log_mean: Tensor, log_prior: Tensor) -> Tensor:
     """KL(mean prediction || prior) over prototypes, the regulariser that prevents collapse.
 
-    With the uniform prior of MSN it is log K - H(mean prediction) (mean entropy maximisation,
-    Eq. 1); with a power law it is PMSN's.
+    MSN's uniform prior gives log K - H(mean prediction) (mean entropy maximisation, Eq. 1); a power
+    law gives PMSN's regulariser.
 
     Args:
         log_mean: log of the mean prediction, finite, [K].
@@ -137,7 +132,8 @@ class MSNLoss(nn.Module):
         entropy_weight: >= 0; the paper's recipe reports the term and weights it 0.
         use_sinkhorn: balance the sharpened targets over prototypes.
         sinkhorn_iterations: in [1, 1000].
-        prior: probabilities over prototypes that their mean use is drawn to, [K]; None is uniform.
+        prior: probabilities of prototypes that the mean prediction is drawn to, [K]; None is
+            uniform.
 
     Raises:
         UserError: if a number is out of its range.
@@ -185,14 +181,14 @@ class MSNLoss(nn.Module):
             prototypes: [K, P]; trained through the anchors only.
             sharpen_temperature: in (0, 1], see `sharpen`.
         """
-        # Under autocast a product of unit vectors would be taken in half precision.
+        # Autocast would compute the cosines in half precision.
         with torch.autocast(device_type=anchor.device.type, enabled=False):
             anchor, target, prototypes = (
                 _at_least_float32(t) for t in (anchor, target, prototypes)
             )
             targets = self.targets(target, prototypes, sharpen_temperature)
             log_probs = assign(anchor, prototypes, self.temperature)  # [V, B, K]
-            # Targets are shared by the views, so views are averaged before the product with them.
+            # All views share the targets, so views are averaged first.
             cross_entropy = -(targets * log_probs.mean(dim=0)).sum(dim=-1).mean()
             log_mean = log_mean_prediction(log_probs)
             regulariser = me_max(log_mean, self._log_prior(prototypes))

@@ -23,27 +23,19 @@ from msn.schema import whole_number
 class Reconstruction(NamedTuple):
     """Outputs of one pass."""
 
-    loss: Tensor
-    """Mean squared error over masked patches, scalar."""
-    prediction: Tensor
-    """Predicted pixels in the order row, column, channel, [B, N, p * p * 3]."""
-    mask: Tensor
-    """1 where a patch was masked, 0 where it was kept, [B, N]."""
+    loss: Tensor  # mean squared error over masked patches, scalar
+    prediction: Tensor  # pixels in the order row, column, channel, [B, N, p * p * 3]
+    mask: Tensor  # 1 where a patch was masked, 0 where it was kept, [B, N]
 
 
 class Errors(NamedTuple):
     """Outputs of a training pass, all in at least float32, patches in order."""
 
-    loss: Tensor
-    """Mean squared error over masked patches, scalar."""
-    patches: Tensor
-    """Mean squared error of each patch, [B, N]."""
-    of_means: Tensor
-    """The same if each patch's mean were predicted for all its pixels, [B, N]."""
-    mask: Tensor
-    """1 where a patch was masked, 0 where it was kept, [B, N]."""
-    class_tokens: Tensor
-    """Class tokens of the trunk after the last norm, [B, D]."""
+    loss: Tensor  # mean squared error over masked patches, scalar
+    patches: Tensor  # mean squared error of each patch, [B, N]
+    of_means: Tensor  # the same if each patch's mean were predicted for all its pixels, [B, N]
+    mask: Tensor  # 1 where a patch was masked, 0 where it was kept, [B, N]
+    class_tokens: Tensor  # of the trunk after the last norm, [B, D]
 
 
 class MAE(Network):
@@ -142,9 +134,7 @@ class MAE(Network):
 
     def _errors(self, images: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         tokens = self.encode(images, kept)
-        prediction = self.decoder(tokens, kept)
-        wanted, of_means = self._wanted(images, prediction.dtype)
-        errors = (prediction.to(wanted.dtype) - wanted).square().mean(dim=-1)
+        errors, of_means = self._compare(images, self.decoder(tokens, kept))
         return errors, of_means, tokens[:, 0].detach()
 
     def _choose(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,20 +153,19 @@ class MAE(Network):
 
     def loss(self, images: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
         """Squared error per patch, averaged over the masked patches of the batch, in float32."""
-        wanted, _ = self._wanted(images, prediction.dtype)
-        errors = (prediction.to(wanted.dtype) - wanted).square().mean(dim=-1)  # [B, N]
+        errors, _ = self._compare(images, prediction)
         return (errors * mask).sum() / mask.sum()
 
-    def _wanted(self, images: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Pixels to predict, [B, N, p * p * 3], and the error of each patch's mean, [B, N]."""
-        wide = torch.promote_types(dtype, torch.float32)
+    def _compare(self, images: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
+        """Errors of the prediction and of each patch's mean, both [B, N]."""
+        wide = torch.promote_types(prediction.dtype, torch.float32)
         wanted = patchify(images, self.trunk.patch_size).to(wide)
         variance, mean = torch.var_mean(wanted, dim=-1, keepdim=True)
         of_means = variance * ((wanted.shape[-1] - 1) / wanted.shape[-1])
         if self.norm_pix_loss:
             wanted = (wanted - mean) / (variance + 1e-6).sqrt()
             of_means = of_means / (variance + 1e-6)
-        return wanted, of_means[..., 0]
+        return (prediction.to(wide) - wanted).square().mean(dim=-1), of_means[..., 0]
 
 
 class Decoder(nn.Module):

@@ -49,10 +49,8 @@ class Network(nn.Module, ABC):
 class Projections(NamedTuple):
     """The two inputs of the loss."""
 
-    anchor: Tensor
-    """Rand then focal views, [V, B, P]."""
-    target: Tensor
-    """The unmasked view through the EMA target, without gradient, [B, P]."""
+    anchor: Tensor  # rand then focal views, [V, B, P]
+    target: Tensor  # the unmasked view through the EMA target, without gradient, [B, P]
 
 
 class ProjectionHead(nn.Module):

@@ -1,7 +1,4 @@
-"""Parameter groups, AdamW, encoder-only clipping (paper A.1), and whether a step is finite.
-
-The device decides whether a step may be taken, for all processes alike.
-"""
+"""Parameter groups, AdamW, encoder-only clipping (paper A.1), and the check of finite steps."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,24 +11,24 @@ from msn.method.distributed import all_reduce_sum, num_processes, process_index,
 from msn.method.network import Network
 from msn.method.schedules import MAEScheduleValues, ScheduleValues
 
-# Settings that give the trunk a learning rate of its own, and their values that do not.
+# Settings that give the trunk its own learning rate, and their values that do not.
 TRUNK_KEYS = {"freeze_epochs": 0, "trunk_lr_scale": 1, "layer_decay": 1}
 
 
 class FiniteCheck:
-    """Says no where a number of any process is not finite, and for good after several in a row.
+    """Decides on the device, for all processes, whether a step is finite and may be taken.
 
-    The host never waits for the answer: it is a tensor that the fused optimiser, the target and
-    the buffers read on the device. So weights stay those of the last good step until the host has
-    seen what happened.
+    The fused optimiser, the target and the buffers read the decision on the device, so the host
+    never waits. After several bad steps in a row all further steps are skipped, so that the weights
+    stay until the host notices.
 
     Args:
-        max_skipped: steps in a row after which no further step is taken, >= 1.
+        max_skipped: bad steps in a row after which all are skipped, >= 1.
 
     Attributes:
-        skip: 1 where the step is not to be taken, else 0, float32 scalar.
-        in_row: bad steps in a row up to now, float32 scalar.
-        bad: 1 for each process whose numbers were not finite, float32 [processes].
+        skip: 1 if the step must be skipped, else 0, float32 scalar.
+        in_row: number of bad steps in a row, float32 scalar.
+        bad: 1 for each process with non-finite numbers, float32 [processes].
     """
 
     def __init__(self, max_skipped: int) -> None:
@@ -41,7 +38,7 @@ class FiniteCheck:
 
     @torch.no_grad()
     def judge(self, numbers: Sequence[Tensor]) -> Tensor:
-        """Look at this process's scalars (loss, gradient norms) and give `skip`; a collective."""
+        """Check this process's scalars (loss, gradient norms) and return `skip`; a collective."""
         device = numbers[0].device
         finite = torch.stack([number.detach().float() for number in numbers]).isfinite().all()
         bad = torch.zeros(num_processes(), device=device)
@@ -56,22 +53,18 @@ class FiniteCheck:
 
 
 class BufferGuard:
-    """Puts running statistics back where a step was skipped, which may have spoilt them.
-
-    Args:
-        module: whose buffers to keep; all of them are small.
-    """
+    """Restores a module's buffers (running statistics) if the step was skipped."""
 
     def __init__(self, module: nn.Module) -> None:
         every = list(module.buffers())
-        # Means and spreads, and counters: few launches each, whatever their number.
+        # Two groups, floats and counters, for few launches.
         parts = ([b for b in every if b.is_floating_point() == real] for real in (True, False))
         self._buffers = [part for part in parts if part]
         self._before = [_joined(part) for part in self._buffers]
 
     @torch.no_grad()
     def restore_if(self, skip: Tensor) -> None:
-        """Undo what happened since this was made, where `skip` is 1."""
+        """Restore the buffers as of the construction, if `skip` is 1."""
         for buffers, before in zip(self._buffers, self._before, strict=True):
             kept = torch.where(skip > 0, before, _joined(buffers))
             parts = kept.split([buffer.numel() for buffer in buffers])
@@ -92,11 +85,10 @@ def parameter_groups(
     learned position embeddings are, as in the released code of MSN and of MAE.
 
     Args:
-        network: whose `learner` and `undecayed` are trained.
-        layer_decay: factor of the learning rate from each of the trunk's layers to the one before
-            it, as timm counts them: tokens with their embedding, then the blocks, the last one
-            with the norm after it.
-        trunk_apart: whether the trunk's layers are groups of their own, with a key `lr_scale`.
+        network: with its `learner` and `undecayed` parameters.
+        layer_decay: factor of the learning rate per layer of the trunk towards the input, counted
+            as in timm: tokens with their embedding, then the blocks, the last one with the norm.
+        trunk_apart: whether the trunk's layers are separate groups with a key `lr_scale`.
 
     Returns:
         Groups of AdamW, each with the keys `params` and `use_weight_decay`.
@@ -118,7 +110,7 @@ def parameter_groups(
 
 
 def _layer(name: str, depth: int) -> int:
-    """Of a trunk's parameter: 0 for tokens and patches, then the blocks, the norm with the last."""
+    """Layer of a trunk's parameter: 0 for tokens and patches, then the blocks and the norm."""
     part, *rest = name.split(".")
     if part == "blocks":
         return int(rest[0]) + 1
@@ -134,13 +126,13 @@ def build_optimizer(
     layer_decay: float = 1.0,
     trunk_apart: bool = False,
 ) -> torch.optim.AdamW:
-    """AdamW over all that is trained; learning rate and decay come from `set_values` each step.
+    """AdamW over all trained parameters; `set_values` sets learning rate and decay in each step.
 
     Args:
-        network: its `learner` and what is `undecayed` are trained; of MSN never the target.
+        network: with its `learner` and `undecayed` parameters.
         betas: both in [0, 1).
         eps: > 0.
-        fused: one kernel for all parameters; parameters must lie where they will be trained.
+        fused: one kernel for all parameters, which must be on the training device.
         layer_decay: in (0, 1], see `parameter_groups`.
         trunk_apart: whether the trunk has a learning rate of its own.
 
@@ -148,17 +140,12 @@ def build_optimizer(
         UserError: if `betas`, `eps` or `layer_decay` is out of range.
     """
     check_adamw(betas=betas, eps=eps, layer_decay=layer_decay)
-    # A tensor-free lr of 0 is never used: `set_values` comes before every step.
     groups = parameter_groups(network, layer_decay=layer_decay, trunk_apart=trunk_apart)
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=fused)
 
 
 def check_adamw(*, betas: tuple[float, float], eps: float, layer_decay: float = 1.0) -> None:
-    """Refuse, before there is anything to optimise, what `build_optimizer` could not take.
-
-    Raises:
-        UserError: if `betas`, `eps` or `layer_decay` is out of range.
-    """
+    """Raise a UserError if a setting of `build_optimizer` is out of range."""
     if not 0 < layer_decay <= 1:
         raise UserError(f"method.layer_decay must be in (0, 1], got {layer_decay}")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):

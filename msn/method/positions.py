@@ -1,4 +1,4 @@
-"""Where a patch is: learned or fixed embeddings, or rotations of queries and keys (axial RoPE).
+"""Positions of patches: learned or fixed embeddings, or rotations of queries and keys (axial RoPE).
 
 Legend: B images, N patches, M kept patches, D embedding width, d width of a head.
 """
@@ -22,10 +22,10 @@ def resize_position_embeddings(
     """Resize square position embeddings [1, N, D] or [1, 1 + N, D] to a grid, bicubic.
 
     Args:
-        pos_embed: of a square number of patches, with or without the class token's before them.
+        pos_embed: of a square number of patches, with or without that of the class token first.
         grid: rows and columns of patches.
         antialias: as DINOv2 with registers and timm do; the paper's code does not.
-        offset: DINOv2 without registers samples as if the grid had so much more of a patch (0.1).
+        offset: added to rows and columns in the scale factor; DINOv2 without registers has 0.1.
 
     Returns:
         [1, (1 +) rows * columns, D], the class token's embedding untouched.
@@ -49,8 +49,7 @@ def resize_position_embeddings(
 def resize_by_products(image: Tensor, grid: tuple[int, int], antialias: bool) -> Tensor:
     """The same resizing as a product along each axis, [1, D, side, side] -> [1, D, *grid].
 
-    CUDA's bicubic kernels add up gradients in any order, and before torch 2.14 those asked to be
-    deterministic fail.
+    CUDA's bicubic backward is not deterministic, and fails before torch 2.14 if asked to be.
     """
     side = image.shape[-1]
     one = torch.eye(side, dtype=image.dtype)[None, None]  # on the CPU; small enough to travel
@@ -67,7 +66,7 @@ def resize_by_products(image: Tensor, grid: tuple[int, int], antialias: bool) ->
 def sincos_positions(side: int, width: int) -> Tensor:
     """Fixed sine-cosine embeddings of a square of patches (arXiv 2111.06377, appendix A).
 
-    As in MAE's released files sines and cosines of the column come first, then those of the row.
+    As in MAE's released files, the columns' sines and cosines come before the rows'.
 
     Returns:
         [side^2, width], float64.
@@ -79,22 +78,18 @@ def sincos_positions(side: int, width: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Rope:
-    """Axial rotary positions of DINOv3: row and column turn pairs of numbers of queries and keys.
+    """Axial rotary positions of DINOv3: row and column rotate pairs of a query's or key's numbers.
 
     Raises:
         UserError: if a number is out of its range.
     """
 
-    width: int
-    """d, a multiple of 4."""
-    base: float = ROPE_BASE
-    """Periods are base^(4 i / d) of the image's half side, for i < d / 4."""
-    shift: float | None = None
-    """In training coordinates move by up to so much; the image's half side is 1."""
-    jitter: float | None = None
-    """In training each axis is stretched by a factor in [1 / jitter, jitter], log-uniform."""
-    rescale: float | None = None
-    """Likewise both axes together; DINOv3 takes 2."""
+    width: int  # d, a multiple of 4
+    base: float = ROPE_BASE  # periods are base^(4 i / d) of the image's half side, i < d / 4
+    # For training; None is off.
+    shift: float | None = None  # greatest shift of coordinates; the image's half side is 1
+    jitter: float | None = None  # each axis is scaled by [1 / jitter, jitter], log-uniform
+    rescale: float | None = None  # likewise both axes together; DINOv3 takes 2
 
     def __post_init__(self) -> None:
         if self.width % 4:
@@ -112,7 +107,7 @@ class Rope:
                 raise UserError(f"model.rope_{name} must be >= 1 or null, got {value}")
 
     def draw(self, generator: torch.Generator) -> Tensor | None:
-        """Shift and stretch of the rows' and the columns' coordinates in one step.
+        """Draw shift and scale of the rows' and the columns' coordinates for one step.
 
         Returns:
             [2, 2], shifts first; None if all three settings are off.
@@ -127,16 +122,16 @@ class Rope:
     def rotations(
         self, grid: tuple[int, int], kept: Tensor | None, moved: Tensor | None, like: Tensor
     ) -> Tensor:
-        """Sines and cosines by which the patches of a grid turn.
+        """Sines and cosines of the rotations of a grid's patches.
 
         Args:
             grid: rows and columns of patches.
-            kept: indices of the patches that are there, [M] or [..., M]; None for all.
+            kept: indices of the kept patches, [M] or [..., M]; None for all.
             moved: see `draw`.
             like: gives device and, if wider than float32, the type.
 
         Returns:
-            [N or M, 2 d], or [B, M, 2 d] where each image keeps its own; sines first.
+            [N or M, 2 d], or [B, M, 2 d] if each image keeps its own patches; sines first.
         """
         wide, device = torch.promote_types(like.dtype, torch.float32), like.device
         numbers = [torch.arange(length, device=device, dtype=wide) for length in grid]
@@ -154,7 +149,7 @@ class Rope:
 
 
 def rotate(heads: Tensor, turns: Tensor) -> Tensor:
-    """Turn the patches among queries or keys; class token and registers, which come first, stay.
+    """Rotate the queries or keys of patches; class token and registers, which come first, stay.
 
     Args:
         heads: [B, heads, L, d].

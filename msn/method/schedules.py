@@ -23,11 +23,9 @@ class ScheduleValues(NamedTuple):
 
     lr: float
     weight_decay: float
-    momentum: float
-    """EMA coefficient of the target, taken after the step."""
+    momentum: float  # EMA coefficient of the target, used after the step
     sharpen_temperature: float
-    trunk_lr: float | None = None
-    """Of the trunk's last layer where the trunk has a rate of its own, else None."""
+    trunk_lr: float | None = None  # of the trunk's last layer, if the trunk has its own rate
 
 
 class MAEScheduleValues(NamedTuple):

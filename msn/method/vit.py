@@ -1,12 +1,12 @@
-"""The vision transformer: timm's blocks and names, explicit patch drop, views of several sizes.
+"""The vision transformer: timm's blocks, explicit patch drop, views of several sizes.
 
 Legend: B images, N patches, R registers, L = 1 + R + N tokens of one image (class token first, then
 registers), D embedding width, d width of a head, T tokens of all views together.
 
 Views of different sizes are packed into one [T, D] matrix, so that norms, projections and MLPs run
-once per block over everything; only attention is taken per view size. The options make it DINOv2's
-(arXiv 2304.07193) or DINOv3's trunk (arXiv 2508.10104). Parameter names are those of the model that
-timm builds for the family: `vit_..._dinov3` with rotary positions, else `vit_...`.
+once per block; only attention runs per view size. The options give DINOv2's (arXiv 2304.07193) or
+DINOv3's trunk (arXiv 2508.10104). Parameter names are those of timm's model of the family:
+`vit_..._dinov3` with rotary positions, else `vit_...`.
 """
 
 import math
@@ -41,7 +41,7 @@ PLAIN: dict[str, Any] = {
     "rope_rescale": None,
 }
 MLPS, POSITIONS = ("gelu", "swiglu"), ("learned", "sincos", "rope")
-MOST_BLOCKS = 1000  # twenty times the deepest that people train; a mistyped number ends in a line
+MOST_BLOCKS = 1000  # guards against mistyped numbers
 
 
 class VisionTransformer(nn.Module):
@@ -54,20 +54,20 @@ class VisionTransformer(nn.Module):
         depth: number of blocks, >= 1.
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLP over D, > 0; of SwiGLU that of the gated layer.
-        layer_norm_eps: added to variances; other libraries' weights may need another than ours.
-        registers: R tokens beside the class token that belong to no patch, >= 0.
-        layer_scale: what the factors of each branch start from, > 0; None for no factors.
+        layer_norm_eps: added to variances; other libraries' weights may need another value.
+        registers: R further tokens that belong to no patch, >= 0.
+        layer_scale: initial factor of each branch, > 0; None for no factors.
         mlp: "gelu" or "swiglu".
         position: "learned", "sincos" (fixed) or "rope" (rotary, see `Rope`).
-        class_position: whether the class token has a position embedding of its own.
-        qkv_bias: whether queries, keys and values have biases; with "rope" keys never have.
-        rope_base: see `Rope.base`; likewise the three below, which are for training.
+        class_position: whether the class token has a position embedding.
+        qkv_bias: whether queries, keys and values have biases; with "rope" keys never do.
+        rope_base: see `Rope.base`.
         rope_shift: see `Rope.shift`.
         rope_jitter: see `Rope.jitter`.
         rope_rescale: see `Rope.rescale`.
 
     Attributes:
-        model_config: these arguments, of the options those alone that are not a plain ViT's.
+        model_config: these arguments, without options that are a plain ViT's.
         num_prefix_tokens: 1 + R, the tokens before the patches.
         half_stream: whether under autocast `forward` keeps the residual stream too in its type;
             else the stream is as wide as the parameters.
@@ -129,7 +129,7 @@ class VisionTransformer(nn.Module):
 
     @staticmethod
     def _block(model: Mapping[str, Any], norm: Any) -> Block | RotaryBlock:
-        """A block of timm's for the family."""
+        """timm's block of the family."""
         swiglu, width = model.get("mlp") == "swiglu", model["embed_dim"]
         shared: dict[str, Any] = {
             "qkv_bias": model.get("qkv_bias", True),
@@ -142,13 +142,13 @@ class VisionTransformer(nn.Module):
             return RotaryBlock(width, model["num_heads"], mlp_ratio=model["mlp_ratio"], **shared)
         if not swiglu:
             return Block(width, model["num_heads"], model["mlp_ratio"], **shared)
-        # timm counts gate and value, which lie in one matrix, together.
+        # timm counts gate and value, which are one matrix, together.
         both = exact_ratio(2 * int(width * model["mlp_ratio"]), width)
         shared |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
         return Block(width, model["num_heads"], both, **shared)
 
     def reset_parameters(self) -> None:
-        """Draw the reference's initialisation, which differs from timm's in token and patch layer.
+        """Initialise as the reference does; timm differs in class token and patch layer.
 
         Linear weights, class token, registers and learned position embeddings: truncated normal of
         std 0.02; patch convolution: Kaiming normal over fan-in with ReLU gain; LayerNorm 1 and 0;
@@ -175,7 +175,7 @@ class VisionTransformer(nn.Module):
         Args:
             views: one tensor per view size, each [..., 3, h, w] with its own leading axes.
             kept: for each of `views` the 0-based indices of the patches to keep, [M] for all
-                images or [..., M] for each; None keeps all.
+                images or [..., M] per image; None keeps all.
 
         Returns:
             For each of `views` its class tokens, [..., D].
@@ -218,7 +218,7 @@ class VisionTransformer(nn.Module):
         )
         first: Tensor = self.cls_token
         if self.pos_embed is None:
-            # Under autocast too the residual stream is as wide as the parameters.
+            # Under autocast the residual stream stays as wide as the parameters.
             tokens = tokens.to(torch.promote_types(tokens.dtype, first.dtype))
         else:
             positions = self.position_embeddings(grid)
@@ -231,9 +231,9 @@ class VisionTransformer(nn.Module):
     def position_embeddings(self, grid: tuple[int, int]) -> Tensor:
         """Position embeddings for a grid of patches, [1, (1 +) rows * columns, D].
 
-        Other grids than the native one are resized bicubically: *without* antialias as the paper's
-        code does, and Hugging Face with it for ViT and DINOv2; with antialias where the class token
-        has no position, as DINOv2 with registers does. timm always antialiases.
+        Other grids than the native one are resized bicubically: *without* antialias as in the
+        paper's code, and in Hugging Face for ViT and DINOv2; with antialias if the class token has
+        no position, as in DINOv2 with registers. timm always antialiases.
         """
         assert self.pos_embed is not None
         side = self.img_size // self.patch_size
@@ -242,9 +242,9 @@ class VisionTransformer(nn.Module):
         return resize_position_embeddings(self.pos_embed, grid, antialias=not self.class_position)
 
     def draw_positions(self, generator: torch.Generator) -> None:
-        """Move rotary positions for the passes of `forward` until the next draw (`Rope.draw`).
+        """Draw the rotary positions of `forward` until the next draw (`Rope.draw`).
 
-        No effect where that is off. Features are always taken from where patches are.
+        No effect if that is off. Features are always taken with undisturbed positions.
         """
         moved = None if self.rope is None else self.rope.draw(generator)
         self._moved = None if moved is None else moved.to(self.cls_token.device, non_blocking=True)
@@ -255,9 +255,9 @@ class VisionTransformer(nn.Module):
         kept: Sequence[Tensor | None],
         moved: Tensor | None = None,
     ) -> Turns:
-        """How the patches of each view size turn (`Rope.rotations`); None without rotary positions.
+        """Rotations of each view size (`Rope.rotations`); None without rotary positions.
 
-        Arguments as of `forward`, and what `Rope.draw` gave.
+        Arguments as of `forward`, and the result of `Rope.draw`.
         """
         if self.rope is None:
             return None
@@ -283,7 +283,7 @@ class VisionTransformer(nn.Module):
         groups, turns = ((tokens.shape[0], tokens.shape[1]),), self.turns([images], [None])
         packed, outputs = tokens.flatten(0, 1), []
         for index, block in enumerate(self.blocks):
-            # Not `block(...)`: compiled for training, it would compile anew for each batch size.
+            # Not `block(...)`, which compiles anew for each batch size if compiled for training.
             packed = block.forward(packed, groups, turns)
             if index >= self.depth - last:
                 outputs.append(packed.view_as(tokens))
@@ -329,7 +329,7 @@ def _check_sizes(model: Mapping[str, Any]) -> None:
 
 
 def exact_ratio(hidden: int, width: int) -> int | float:
-    """The ratio of which `int(width * ratio)`, as timm computes it, is `hidden` again."""
+    """The ratio for which timm's `int(width * ratio)` is `hidden`."""
     if hidden % width == 0:
         return hidden // width
     ratio = hidden / width

@@ -1,4 +1,4 @@
-"""What the Lightning modules of all methods share: which call happens when."""
+"""The base of the Lightning modules of all methods: one training step and its checkpoint."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -36,10 +36,8 @@ class PretrainingModule(LightningModule, ABC):
         UserError: if a key is unknown or missing, or a value is out of its range.
     """
 
-    name: ClassVar[str]
-    """Of the method: in tables, and in files unless it is MSN's."""
-    reads_pixels: ClassVar[bool] = False
-    """Whether views stay in full precision under autocast."""
+    name: ClassVar[str]  # of the method: in tables, and in files unless it is MSN's
+    reads_pixels: ClassVar[bool] = False  # whether views stay in full precision under autocast
 
     def __init__(
         self,
@@ -69,11 +67,7 @@ class PretrainingModule(LightningModule, ABC):
 
     @abstractmethod
     def plan_schedule(self, *, epochs: int, steps_per_epoch: int) -> None:
-        """Fix the training's length; fails early where the warm-up does not fit.
-
-        Args:
-            epochs: of the training.
-            steps_per_epoch: of the optimiser.
+        """Set the schedule for a training of `epochs` of `steps_per_epoch` optimiser steps.
 
         Raises:
             UserError: if a schedule's number is out of range or the warm-up is too long.
@@ -81,15 +75,12 @@ class PretrainingModule(LightningModule, ABC):
 
     @abstractmethod
     def check_settings(self, views: ViewSettings, *, batch_size: int, accumulated: int) -> None:
-        """Fail early on views or batches that the method cannot take.
+        """Raise a UserError for views or batches that the method cannot take.
 
         Args:
             views: of the data.
-            batch_size: images of a batch, over all processes.
+            batch_size: images per batch, over all processes.
             accumulated: batches per optimiser step.
-
-        Raises:
-            UserError: that says which setting it is.
         """
 
     @property
@@ -99,29 +90,29 @@ class PretrainingModule(LightningModule, ABC):
 
     @abstractmethod
     def training_step(self, batch: Views, batch_idx: int) -> dict[str, Any]:
-        """Loss of one batch of views, and what the monitors look at, on the device."""
+        """Loss of one batch of views, and what the monitors read, on the device."""
 
     @abstractmethod
     def gradient_norms(self) -> list[Tensor]:
-        """Gradient norm of the learner, which it may clip, and of what else is trained."""
+        """Gradient norms of the learner, which it may clip, and of other trained parameters."""
 
     def after_step(self, step: int, skip: Tensor | None) -> None:
-        """What follows the optimiser's step, which was not taken where `skip` is 1."""
+        """Called after the optimiser step, which was skipped where `skip` is 1."""
 
     @abstractmethod
     def step_inputs(self, batch: Views, step: int) -> dict[str, Any]:
-        """All that a step takes besides views and weights; plain data."""
+        """Inputs of a step besides views and weights; plain data."""
 
     @abstractmethod
     def repeat_step(self, views: Views, inputs: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-        """Take a recorded step's forward pass.
+        """Repeat the forward pass of a recorded step.
 
         Args:
             views: of all processes, joined along the images.
             inputs: `step_inputs` of each process.
 
         Returns:
-            The loss, and which images gave something that is not finite, bool [B].
+            The loss, and which images gave non-finite numbers, bool [B].
         """
 
     @abstractmethod
@@ -133,26 +124,16 @@ class PretrainingModule(LightningModule, ABC):
         """Nominal operations of one image in one step, see `msn.training.cost`."""
 
     @abstractmethod
-    def forecast_memory(
-        self,
-        views: ViewSettings,
-        *,
-        batch_size: int,
-        chunk_size: int | None,
-        precision: str,
-        compiled: bool,
-        processes: int,
-        sharded: bool,
-    ) -> Memory:
-        """Memory of a step, see `msn.training.cost.forecast_memory`."""
+    def forecast_memory(self, views: ViewSettings, **how: Any) -> Memory:
+        """Memory of a step; keywords as of `msn.training.cost.forecast_memory`."""
 
     def configure_model(self) -> None:
-        """Cut the network over the processes where the strategy wants that."""
+        """Shard the network over the processes if the strategy does."""
         if self.device_mesh is not None and not isinstance(self.network, FSDPModule):
             shard(self.network, self.device_mesh["data_parallel"])
 
     def make_whole(self) -> None:
-        """Put a network that was cut together again, on every process."""
+        """Gather a sharded network, on every process."""
         if isinstance(self.network, FSDPModule):
             state, dtype = whole_state(self.network), next(self.network.parameters()).dtype
             self.network = self._build_network().to(self.device, dtype)
@@ -166,7 +147,7 @@ class PretrainingModule(LightningModule, ABC):
         )
 
     def on_fit_start(self) -> None:
-        """Compile the blocks where the network now lies."""
+        """Compile the blocks for the device of the network."""
         self.make_fast(self.device)
 
     def make_fast(self, device: torch.device) -> bool:
@@ -174,10 +155,7 @@ class PretrainingModule(LightningModule, ABC):
         return make_fast(self.network, device, wanted=self._compilation)
 
     def on_train_epoch_start(self) -> None:
-        """Put the target of MSN into train mode too: its head normalises by its own batches (A.1).
-
-        Lightning keeps the mode that a module was left in.
-        """
+        """Put MSN's target into train mode too: its head normalises by its own batches (A.1)."""
         self.network.train()
 
     def configure_gradient_clipping(  # noqa: D102
@@ -189,7 +167,7 @@ class PretrainingModule(LightningModule, ABC):
         self.grad_norm, *others = self.gradient_norms()
         if self.finite_check is not None:
             numbers = [self.loss_value, self.grad_norm, *others]
-            # What torch's fused kernels read: they skip the step where it is not 0.
+            # Read by torch's fused kernels, which skip the step if it is not 0.
             vars(optimizer)["found_inf"] = self.finite_check.judge(numbers)
 
     def optimizer_step(
@@ -199,28 +177,27 @@ class PretrainingModule(LightningModule, ABC):
         optimizer: Any,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Set the step's rates, step, then what follows: once per optimiser step, after it."""
+        """Set learning rates and weight decay, step, then `after_step`."""
         assert self.schedule is not None
         step = self.global_step
         optim.set_values(optimizer, self.schedule.at(step))
-        before = None if self.finite_check is None else BufferGuard(self.network)
+        check = self.finite_check
+        before = BufferGuard(self.network)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.network.zero_grad()  # not left to stand beside the next step's activations
-        if self.finite_check is None or before is None:
-            self.after_step(step, None)
-            return
-        self.after_step(step, self.finite_check.skip)
-        before.restore_if(self.finite_check.skip)
+        self.network.zero_grad()  # frees gradients before the next step's activations
+        self.after_step(step, None if check is None else check.skip)
+        if check is not None:
+            before.restore_if(check.skip)
 
     @property
     def finished_epochs(self) -> int:
         """Epochs whose every step is done; Lightning counts one only after its checkpoint."""
-        if self.schedule is None:  # of weights that no trainer has planned anything for
+        if self.schedule is None:  # before `plan_schedule`
             return self.current_epoch
         return self.global_step // self.schedule.steps_per_epoch
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Describe the weights in plain data, so that other programs need not guess."""
+        """Describe the weights in plain data for other programs."""
         checkpoint["msn"] = {
             "format": CHECKPOINT_FORMAT,
             "epoch": self.finished_epochs,
@@ -231,21 +208,17 @@ class PretrainingModule(LightningModule, ABC):
 
     @property
     def description(self) -> dict[str, Any]:
-        """What a file's header says of the weights besides settings."""
+        """The header of a weights file besides settings."""
         return {"kind": self.name}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the licence that the run's first weights came with."""
+        """Keep the licence of the run's first weights."""
         if licence := checkpoint.get("msn", {}).get("licence"):
             self.checkpoint_info["licence"] = licence
 
 
 def check_patch_size(views: ViewSettings, patch_size: int) -> None:
-    """Refuse views that are cut for another patch than the model's.
-
-    Raises:
-        UserError: if they are.
-    """
+    """Raise a UserError if views are made for another patch size than the model's."""
     if views.patch_size != patch_size:
         raise UserError(
             f"data.views.patch_size={views.patch_size}: must be model.patch_size={patch_size}"

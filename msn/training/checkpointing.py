@@ -1,8 +1,7 @@
-"""Checkpoints: written off the training thread, kept or removed by rule, resumed exactly.
+"""Checkpoints: written in a thread, kept or removed by rule, resumed exactly.
 
 A resumed run must have the settings and shapes of its checkpoint. Order, views and masks are
-functions of the seed and not of the global generators; a user's own code may use these, so their
-states are kept as well.
+functions of the seed; the states of the global generators are kept for users' own code.
 """
 
 import logging
@@ -32,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def ends_step(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether the optimiser has stepped at the end of this batch; batches may be accumulated."""
+    """Whether the optimiser steps at the end of this batch; batches may be accumulated."""
     return (batch_idx + 1) % accumulated(trainer) == 0 or trainer.is_last_batch
 
 
@@ -44,12 +43,12 @@ def accumulated(trainer: Trainer) -> int:
 class DurableCheckpointIO(CheckpointIO):
     """Write plain-data checkpoints atomically and read them without running their code.
 
-    Lightning's own writer stages in $TMPDIR, where another file system makes the move a copy, never
-    syncs, and can swallow a failed save.
+    Lightning's own writer stages in $TMPDIR, which may be another file system, never syncs, and can
+    swallow a failed save.
 
     Attributes:
-        on_written: where set, saving returns as soon as the data is copied to the host; a thread
-            writes it and then calls this with the path, and with the error if there was one.
+        on_written: if set, saving returns when the data is copied to the host; a thread writes it
+            and then calls this with the path and the error, if there was one.
     """
 
     def __init__(self) -> None:
@@ -64,7 +63,7 @@ class DurableCheckpointIO(CheckpointIO):
             write_checkpoint(Path(path), checkpoint)
             return
         arguments = (Path(path), copy_to_host(checkpoint), self.on_written)
-        # Not a daemon: a process that ends in order finishes its checkpoint first.
+        # Not a daemon, so that a normal exit finishes the checkpoint first.
         self._thread = threading.Thread(target=_write_and_tell, args=arguments, name="checkpoint")
         self._thread.start()
 
@@ -74,19 +73,15 @@ class DurableCheckpointIO(CheckpointIO):
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
-        """Return when the last checkpoint is durable, or has failed."""
+        """Wait until the last checkpoint is on the disk or has failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def load_checkpoint(  # noqa: D102
-        self,
-        path: str | Path,
-        map_location: Any | None = None,
-        weights_only: bool | None = None,
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        location = map_location or "cpu"
-        return torch.load(path, map_location=location, weights_only=True)
+        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
 
     def remove_checkpoint(self, path: str | Path) -> None:  # noqa: D102
         Path(path).unlink(missing_ok=True)
@@ -100,14 +95,14 @@ def _write_and_tell(
 ) -> None:
     try:
         write_checkpoint(path, checkpoint)
-    except Exception as error:  # any error: it must not be lost with the thread
+    except Exception as error:  # it must not be lost with the thread
         tell(path, error)
     else:
         tell(path, None)
 
 
 def copy_to_host(data: Any) -> Any:
-    """Nested plain data with a copy of every tensor in host memory."""
+    """Copy nested plain data with all tensors in host memory."""
     copied = _copy_to_host(data)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -133,12 +128,11 @@ class CheckpointSettings:
         UserError: a number is out of its range.
     """
 
-    directory: str | Path  # where files go
+    directory: str | Path  # of the files
     every_n_epochs: Annotated[int, Range(1)]  # the last epoch is always saved
-    every_n_steps: Annotated[int | None, Range(1)]  # also in the middle of epochs; None does not
+    every_n_steps: Annotated[int | None, Range(1)]  # also within epochs; None saves at their end
     keep_last: Annotated[int, Range(1)]  # newest files to keep
-    # Epochs whose files are never deleted; None keeps none for good.
-    keep_every_n_epochs: Annotated[int | None, Range(1)]
+    keep_every_n_epochs: Annotated[int | None, Range(1)]  # never deleted; None keeps none for good
     max_failures: Annotated[int, Range(1)]  # failed saves in a row after which the run stops
 
     def __post_init__(self) -> None:
@@ -148,9 +142,9 @@ class CheckpointSettings:
 class PeriodicCheckpoint(Checkpoint):
     """Save at intervals; keep the newest files and optionally every n-th epoch's for good.
 
-    Files are named `epoch-E-step-S.ckpt` after E finished epochs and S steps. A save that fails is
-    reported and the run goes on; older checkpoints stay. Random states of all processes are inside,
-    so that a resumed run goes on exactly.
+    Files are named `epoch-E-step-S.ckpt` after E finished epochs and S steps. A failed save is
+    reported and the run goes on; older checkpoints stay. They hold the random states of all
+    processes, so that a resumed run goes on exactly.
 
     Args:
         settings: those of `CheckpointSettings`, by keyword.
@@ -190,7 +184,7 @@ class PeriodicCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         due = ends_step(trainer, batch_idx) and self._is_due(trainer)
-        # In an epoch's last step the epoch end, which comes at once, is the place to save.
+        # After an epoch's last step `on_train_epoch_end` saves.
         if due and not trainer.is_last_batch:
             self.save(trainer, finished_epochs=trainer.current_epoch)
 
@@ -210,21 +204,21 @@ class PeriodicCheckpoint(Checkpoint):
         self._writer(trainer).wait()
 
     def save(self, trainer: Trainer, *, finished_epochs: int, wait: bool = False) -> Path | None:
-        """Save at a step boundary; to be called by all processes.
+        """Save at a step boundary; a collective.
 
-        A step only waits for the copy to the host. If the file before this one is still being
-        written, nothing is saved.
+        It only waits for the copy to the host. If the previous file is still being written, nothing
+        is saved.
 
         Args:
             trainer: of the run.
-            finished_epochs: epochs that are over.
-            wait: save in any case and return only when the file is durable.
+            finished_epochs: number of finished epochs.
+            wait: save in any case and wait until the file is on the disk.
 
         Returns:
             The file, or None if nothing was saved.
 
         Raises:
-            UserError: if this many saves in a row have failed, or, with `wait`, this one.
+            UserError: if `max_failures` saves in a row have failed, or, with `wait`, this one.
         """
         writer = self._writer(trainer)
         writer.on_written = self._on_written
@@ -241,7 +235,7 @@ class PeriodicCheckpoint(Checkpoint):
         return path
 
     def _agree(self, trainer: Trainer, *, busy: bool, allowed_failures: int) -> bool:
-        """Process 0 writes; what it knows decides for all processes."""
+        """Decide for all processes by what process 0, which writes, knows."""
         decision: tuple[bool, list[str]] = trainer.strategy.broadcast((busy, self._failures))
         busy, failures = decision
         if len(failures) >= allowed_failures:
@@ -260,7 +254,7 @@ class PeriodicCheckpoint(Checkpoint):
         log.error("%s; training goes on, %s", self._failures[-1], there)
 
     def _remove_old(self, written: Path) -> None:
-        """Remove old files; files newer than the one just written are leftovers and not counted."""
+        """Remove old files; files newer than the one just written are left over and not counted."""
         removable = [
             path
             for path in checkpoints(self.directory)
@@ -276,7 +270,7 @@ class PeriodicCheckpoint(Checkpoint):
         epoch, step = epoch_and_step(path)
         if self.settings.keep_every_n_epochs is None or epoch % self.settings.keep_every_n_epochs:
             return False
-        return epoch > 0 and step == epoch * self._steps_per_epoch  # not in the epoch's middle
+        return epoch > 0 and step == epoch * self._steps_per_epoch  # at the end of an epoch
 
     def _writer(self, trainer: Trainer) -> DurableCheckpointIO:
         writer = trainer.strategy.checkpoint_io
@@ -285,15 +279,14 @@ class PeriodicCheckpoint(Checkpoint):
 
 
 def step_of(path: Path) -> int:
-    """Optimiser steps that a checkpoint's name says it has seen."""
+    """Optimiser steps of a checkpoint, from its name."""
     return epoch_and_step(path)[1]
 
 
 def random_state() -> dict[str, Any]:
-    """States of Python, NumPy, torch and this process's CUDA device, plain data."""
-    # NPY002: a user's code may draw from NumPy's global generator, so its state is kept.
+    """States of Python, NumPy, torch and this process's CUDA device, as plain data."""
     version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002  # see above
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002  # users may draw from it
     on_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     return {
         "python": [version, list(words), gauss],
@@ -314,12 +307,7 @@ def gather_random_states() -> list[dict[str, Any]]:
 
 
 def restore_random_state(states: list[dict[str, Any]], rank: int) -> None:
-    """Restore this process's state; with another number of processes nothing is restored.
-
-    Args:
-        states: what `gather_random_states` gave.
-        rank: of this process.
-    """
+    """Restore the state of a rank from `gather_random_states`, if as many processes run now."""
     if len(states) != num_processes():
         return
     state = states[rank]
@@ -333,7 +321,7 @@ def restore_random_state(states: list[dict[str, Any]], rank: int) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
-# Groups of settings whose every value counts; the numbers that decide what a step does.
+# Groups of settings of which every value counts, and single settings.
 _WHOLE = ("model", "method", "data.views")
 _SINGLE = (
     *("seed", "trainer.max_epochs", "trainer.limit_train_batches"),
@@ -345,16 +333,16 @@ _SINGLE = (
 def identity_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that decide a run's numbers, by their full keys.
 
-    Not among them, because they change no number: where files are, workers, processes, chunks;
-    nor the precision and device, which a run may have to change.
+    Left out are paths, workers, processes and chunks, which change no number, and precision and
+    device, which a run may have to change.
 
     Args:
         settings: the resolved configuration of a training run.
     """
     pairs = dict(flat("", settings))
-    # Moments of a network that is cut are stored in another order.
+    # Optimiser moments of a sharded network are stored in another order.
     sharded = pairs.get("trainer.strategy") == "fsdp2"
-    # What files from before it was there do not name counts where it is not off.
+    # Keys that older files lack count only if they are not off.
     off: dict[str, Any] = {f"method.{key}": value for key, value in TRUNK_KEYS.items()}
     off |= {"trainer.accumulate_grad_batches": 1, "data.group": None, "method.bf16_stream": False}
     identity = {
@@ -373,12 +361,12 @@ def check_same_run(
     *,
     force: bool,
 ) -> None:
-    """Refuse to go on with a checkpoint of a run that was set up differently.
+    """Refuse to resume a checkpoint of a run with other settings.
 
     Args:
         checkpoint: of the run so far.
         identity: `identity_of` the run now.
-        shapes: the module's state now, of which the shapes are read.
+        shapes: the module's state dict now, for its shapes.
         force: accept all differences under which the weights fit.
 
     Raises:
@@ -404,7 +392,7 @@ def check_same_run(
 
 
 def _misfit(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> str | None:
-    """The first tensor that is not in both states with the same shape, and its shapes."""
+    """The first tensor that is not in both states with the same shape."""
     for name in [*before, *(name for name in now if name not in before)]:
         shapes = [list(state[name].shape) if name in state else None for state in (before, now)]
         if shapes[0] != shapes[1]:

@@ -1,12 +1,12 @@
-"""What a training step costs: operations, memory, and the matrix rate that they are held against.
+"""The cost of a training step: operations, memory, and this machine's matrix rate.
 
 Legend: B images, N patches, L = 1 + registers + N tokens of one view, T tokens of all anchor views,
 D embedding width, P projection width, V anchor views, K prototypes.
 
-A multiplication with its addition counts as two operations. The count is nominal: kept patches
-through all blocks in full, backward = 2 x forward; softmax, norms, GELU, loss, optimiser and EMA
-count nothing. Work that is saved exactly (the last block takes the class token alone) therefore
-counts as speed, and recomputation under `chunk_size` counts as slowness.
+A multiply-add counts as two operations. The count is nominal: kept patches through all blocks in
+full, backward = 2 x forward; softmax, norms, GELU, loss, optimiser and EMA count nothing. So exact
+savings (the last block computes class tokens only) count as speed, and recomputation under
+`chunk_size` as slowness.
 """
 
 import os
@@ -25,14 +25,11 @@ from msn.method.network import MSN, Network
 
 
 class Flops(NamedTuple):
-    """Floating-point operations of one image in one training step, by kind of view."""
+    """Floating-point operations per image and training step, by kind of view."""
 
-    target: float
-    """The target view, forward."""
-    rand: float
-    """All rand anchors, forward and backward."""
-    focal: float
-    """All focal anchors, forward and backward."""
+    target: float  # the target view, forward
+    rand: float  # all rand anchors, forward and backward
+    focal: float  # all focal anchors, forward and backward
 
     @property
     def total(self) -> float:
@@ -41,12 +38,10 @@ class Flops(NamedTuple):
 
 
 class MAEFlops(NamedTuple):
-    """Of one image in one training step of masked autoencoders, forward and backward."""
+    """Floating-point operations per image and training step of MAE, forward and backward."""
 
-    encoder: float
-    """The trunk, on the patches that are kept."""
-    decoder: float
-    """With its projection to pixels, on all patches."""
+    encoder: float  # the trunk, on the kept patches
+    decoder: float  # with its projection to pixels, on all patches
 
     @property
     def total(self) -> float:
@@ -60,7 +55,7 @@ Operations = Flops | MAEFlops
 def mae_flops_per_image(
     *, model: Mapping[str, Any], decoder: Mapping[str, Any], num_kept: int
 ) -> MAEFlops:
-    """Nominal operations that one image costs in a training step of masked autoencoders.
+    """Nominal operations per image and training step of MAE.
 
     The trunk costs what an anchor view of `num_kept` patches costs without a head. The decoder of
     width E costs, forward: 2 (1 + num_kept) D E (embedding) + depth (24 L E^2 + 4 L^2 E) (blocks)
@@ -92,7 +87,7 @@ def flops_per_image(
     rand_size: int,
     focal_size: int,
 ) -> Flops:
-    """Nominal operations that one image costs in a training step.
+    """Nominal operations per image and training step of MSN.
 
     A view of N kept patches costs, forward:
     2 N 3 patch_size^2 D (patch embedding) + depth (2 L D^2 (4 + 2 mlp_ratio) + 4 L^2 D) (blocks)
@@ -139,22 +134,15 @@ def _head_flops(model: Mapping[str, Any], head: Mapping[str, Any], num_prototype
 
 
 class Memory(NamedTuple):
-    """Bytes on one device; `peak` is less than the sum, for gradients come as activations go."""
+    """Bytes on one device; `peak` is less than the sum: gradients come as activations go."""
 
-    weights: float
-    """Anchor, target and prototypes; of a cut network its part and what is whole at a time."""
-    optimiser: float
-    """Two moments of everything trained."""
-    gradients: float
-    """Of everything trained, at the end of the backward pass; under DDP its buckets, which stay."""
-    views: float
-    """Of the batch; the next one may lie beside it while it is being made."""
-    activations: float
-    """Kept for the backward pass: of the trunk for a chunk (or the batch), of head and loss."""
-    workspace: float
-    """Passing tensors of one block's backward pass."""
-    peak: float
-    """The most at any moment."""
+    weights: float  # of all networks; of a sharded one its part and the blocks whole at a time
+    optimiser: float  # two moments of all trained parameters
+    gradients: float  # after the backward pass; under DDP its buckets, which stay
+    views: float  # of the batch
+    activations: float  # kept for the backward pass: of the trunk per chunk, of head and loss
+    workspace: float  # temporary tensors of one block's backward pass
+    peak: float  # the most at any moment
 
 
 def forecast_memory(
@@ -175,12 +163,12 @@ def forecast_memory(
         network: also on the meta device.
         views: sizes and numbers of the views.
         batch_size: B of this device.
-        chunk_size: images a trunk pass, None for all.
+        chunk_size: images per trunk pass, None for all.
         patch_drop: of rand views.
-        precision: as Lightning names it, resolved: "32-true", "bf16-mixed", ...
-        compiled: whether the blocks are; it makes a difference in mixed precision.
-        processes: that train together, each on its own device.
-        sharded: whether the network is cut over them (`msn.training.strategy`); else it is DDP's.
+        precision: of Lightning, resolved: "32-true", "bf16-mixed", ...
+        compiled: whether the blocks are; this matters in mixed precision.
+        processes: number of processes, each on its own device.
+        sharded: whether the network is sharded over them (FSDP2); else it is DDP's.
     """
     size = _bytes_a_number(precision)
     view_bytes = bytes_of_views(views, batch_size, 2 if precision == "bf16-mixed" else size)
@@ -208,7 +196,7 @@ def forecast_mae_memory(
     processes: int,
     sharded: bool,
 ) -> Memory:
-    """As `forecast_memory`, of masked autoencoders, whose view is the target alone."""
+    """As `forecast_memory`, of MAE, whose only view is the target."""
     size, trunk, decoder = _bytes_a_number(precision), network.trunk, network.decoder
     images = batch_size if chunk_size is None else min(chunk_size, batch_size)
     patches, pixels = (trunk.img_size // trunk.patch_size) ** 2, 3 * trunk.patch_size**2
@@ -280,13 +268,13 @@ def _bytes_a_number(precision: str) -> int:
 
 
 def bytes_of_views(views: ViewSettings, images: int, size: int) -> int:
-    """Of all views of some images, `size` bytes a number."""
+    """Bytes of all views of some images, `size` bytes per number."""
     pixels = (1 + views.rand_views) * views.rand_size**2 + views.focal_views * views.focal_side**2
     return images * 3 * pixels * size
 
 
 def memory_installed() -> float:
-    """Bytes of the host, taken or not."""
+    """Bytes of the host's memory, used or free."""
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
@@ -312,8 +300,7 @@ class _Held(NamedTuple):
     weights: float
     optimiser: float
     gradients: float
-    buckets: float
-    """In which DDP sends gradients and where they lie, there from the first step on."""
+    buckets: float  # of DDP, which hold the gradients from the first step on
 
 
 def _held_bytes(network: Network, size: int, processes: int, sharded: bool) -> _Held:
@@ -347,7 +334,7 @@ def _trunk_bytes(
     """Bytes of the anchor trunk for one image with all its views.
 
     Returns:
-        Kept before the last block, kept by it, and passing in a block's backward pass.
+        Kept before the last block, kept by it, and temporary in a block's backward pass.
     """
     trunk = network.anchor.trunk
     width = trunk.embed_dim
@@ -372,9 +359,9 @@ def _trunk_bytes(
 def _block_bytes(
     numbers: int, model: Mapping[str, Any], precision: str, compiled: bool, stream: int = 4
 ) -> tuple[float, float]:
-    """Bytes of a block for tokens of so many numbers: kept, and passing in its backward pass.
+    """Bytes of a block for tokens of `numbers` elements: kept, and temporary in backward.
 
-    Under autocast the residual stream takes `stream` bytes per number.
+    Under autocast the residual stream takes `stream` bytes per element.
     """
     ratio = float(model["mlp_ratio"])
     # The MLP's layer and its GELU; or gate and value, the gate's SiLU, the product.
@@ -398,14 +385,14 @@ def _block_bytes(
 
 
 def _cast_bytes(module: nn.Module, precision: str) -> float:
-    """Copies of weights in half precision: products of the backward pass read them."""
+    """Bytes of the weights' copies in half precision, kept for the backward pass."""
     if precision != "bf16-mixed":
         return 0.0
     return 2.0 * sum(p.numel() for p in module.parameters())
 
 
 def _head_and_loss_bytes(network: MSN, rows: int) -> float:
-    """Kept bytes of head and loss for V * B rows, in float32."""
+    """Bytes that head and loss keep for V * B rows, in float32."""
     config: Mapping[str, Any] = network.anchor.head.config
     hidden, prototypes = int(config["hidden_dim"]), network.prototypes.shape[0]
     # Two hidden layers before norm, GELU and next layer; cosines, log-probabilities and their use.
@@ -413,19 +400,19 @@ def _head_and_loss_bytes(network: MSN, rows: int) -> float:
 
 
 _SECONDS_A_TRY, _TRIES = 0.25, 3
-# A CPU without bfloat16 may take minutes for the product of a full size.
+# A CPU without bfloat16 may take minutes for a product of full size.
 _LONGEST_PRODUCT, _LEAST_SIDE = 1.0, 256
 
 
 def measure_matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a large matrix product on this device, now.
+    """Floating-point operations per second of a large matrix product on a device.
 
-    Takes about a second, six where products are very slow; their size is smaller then. The best of
-    a few tries counts: other programs only ever slow it down.
+    Takes about a second, up to six on a slow device. The best of a few tries counts, as other
+    programs only slow it down.
 
     Args:
-        device: where the product is taken, with as many threads as torch uses there.
-        dtype: of the factors; under autocast, what autocast computes in.
+        device: of the product, with torch's number of threads.
+        dtype: of the factors.
     """
     side = 8192
     if device.type == "cpu":
@@ -436,7 +423,9 @@ def measure_matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _rate(device: torch.device, dtype: torch.dtype, side: int, least_seconds: float) -> float:
-    own = torch.Generator(device)  # a resumed run measures again and must draw nothing of the run's
+    own = torch.Generator(
+        device
+    )  # a resumed run measures again; the run's generators must not move
     left, right = (
         torch.randn(side, side, device=device, dtype=dtype, generator=own) for _ in range(2)
     )
@@ -454,7 +443,7 @@ def _rate(device: torch.device, dtype: torch.dtype, side: int, least_seconds: fl
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what was asked of it; for timing, never within a step."""
+    """Wait for all work on the device; for timing, never within a step."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

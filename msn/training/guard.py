@@ -1,4 +1,4 @@
-"""Skip steps that are not finite; dump a step that shows why if they persist, and replay it."""
+"""The guard: skip non-finite steps; if they persist, dump one, which `reproduce` repeats."""
 
 import contextlib
 import logging
@@ -30,40 +30,34 @@ _AUTOCAST = {"bf16-mixed": torch.bfloat16}
 
 
 class Reproduction(NamedTuple):
-    """What a step from a dump gives here."""
+    """A step repeated from a dump."""
 
     step: int
     epoch: int
     batch: int
-    recorded: list[tuple[float, float]]
-    """Loss and gradient norm of each process then."""
-    loss: float
-    """Mean over the joined batch."""
-    grad_norm: float
-    """Of what is clipped, or would be; not finite where another gradient is not."""
-    weights: list[str]
-    """Parameters that were not finite before the step."""
-    first: str | None
-    """The first module whose output is not finite, in the order of the forward pass."""
-    images: list[int]
-    """Images of the training set of which the network gives something that is not finite."""
+    recorded: list[tuple[float, float]]  # loss and gradient norm of each process then
+    loss: float  # mean over the joined batch
+    grad_norm: float  # of the learner; not finite if any gradient is not
+    weights: list[str]  # parameters that were not finite before the step
+    first: str | None  # the first module, in forward order, whose output is not finite
+    images: list[int]  # images of the training set that give non-finite outputs
 
     @property
     def finite(self) -> bool:
-        """Whether the step could have been taken."""
+        """Whether loss and gradient norm are finite."""
         return all(torch.tensor([self.loss, self.grad_norm]).isfinite())
 
 
 def reproduce(path: Path, *, device: torch.device, chunk_size: int | None) -> Reproduction:
-    """Take the step of a dump again, with the batches of all processes joined.
+    """Repeat the step of a dump, with the batches of all processes joined.
 
     Args:
-        path: the file of any process; those of the others lie beside it.
+        path: the file of any process; those of the others are beside it.
         device: where to compute; the same kind as then reproduces exactly.
         chunk_size: images per trunk pass, for a joined batch that is too large; None takes all.
 
     Raises:
-        UserError: if a file is missing, damaged or no dump.
+        UserError: if a file is missing, damaged or not a dump.
     """
     parts = _read(path)
     first = parts[0]
@@ -121,7 +115,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _watch(network: nn.Module) -> Iterator[list[str]]:
-    """Names of modules, in order, as they give something that is not finite."""
+    """Collect, in forward order, the names of modules whose output is not finite."""
     bad: list[str] = []
 
     def look(name: str, output: Any) -> None:
@@ -149,26 +143,25 @@ def _autocast(precision: str, device: torch.device) -> contextlib.AbstractContex
 log = logging.getLogger(__name__)
 
 DUMP_FORMAT = 1
-_LAG_ON_CUDA = 2  # steps that the host may be ahead of the device when it reads what happened
-_NAMED = 8  # images that the log names; the dump has all of them
+_LAG_ON_CUDA = 2  # steps that the device may lag behind the host's reading
+_NAMED = 8  # images that the log names; the dump has all
 
 
 class _Seen(NamedTuple):
-    """A step, where its batch is in the data, and its figures on their way to the host."""
+    """A step, its batch, and its figures on their way to the host."""
 
     step: int
     epoch: int
-    batch: int
-    """The last one, if several were accumulated."""
+    batch: int  # the last one, if several were accumulated
     figures: Tensor  # in_row, loss and gradient norm of this process, bad [processes]
     copied: torch.cuda.Event | None
 
 
 class Guard(Callback):
-    """Skip every step that has a number that is not finite; stop after several in a row.
+    """Skip every step whose loss or gradient is not finite; stop after several in a row.
 
-    The decision falls on the device (`FiniteCheck`); the host reads it a few steps later and so
-    never waits. All processes read the same and stop at the same step.
+    The device decides (`FiniteCheck`); the host reads the decision a few steps later and so never
+    waits. All processes read the same and stop at the same step.
 
     Args:
         directory: of the run; dumps go to `dumps/step-S/rank-R.pt` below it.
@@ -227,7 +220,7 @@ class Guard(Callback):
                 )
 
     def _dump(self, trainer: Trainer, module: PretrainingModule, seen: _Seen) -> Path:
-        """All that a step needs: weights are still those before it, and its batch is made again."""
+        """Write all that a step needs: the weights, unchanged since, and its batch, made again."""
         _, loss, norm, *bad = seen.figures.tolist()
         views = _views(trainer, module, seen)
         content: dict[str, Any] = {
@@ -242,7 +235,7 @@ class Guard(Callback):
             "grad_norm": norm,
             "bad": bad,
             "precision": str(trainer.precision),
-            # As when the step was taken; the counter has moved on, on CUDA by more than one.
+            # Of this step; the trainer's counter has moved on.
             **module.step_inputs(views, seen.step - 1),
             "settings": module.settings,
             "views": {name: getattr(views, name).cpu() for name in _VIEWS},
@@ -271,7 +264,7 @@ def _see(trainer: Trainer, module: PretrainingModule, batch_idx: int) -> _Seen:
 
 
 def _key(trainer: Trainer, seen: _Seen) -> BatchKey:
-    """This process's images of a step; those of accumulated batches stand together."""
+    """This process's images of a step, with all accumulated batches."""
     data, several = data_of(trainer), accumulated(trainer)
     sampler = data.sampler(rank=trainer.global_rank, world_size=trainer.world_size)
     first = seen.batch // several * several
@@ -280,7 +273,7 @@ def _key(trainer: Trainer, seen: _Seen) -> BatchKey:
 
 
 def _images(trainer: Trainer, seen: _Seen) -> list[int]:
-    """This process's images of a step, by their numbers in the training set."""
+    """This process's images of a step, as numbers in the training set."""
     return _key(trainer, seen).indices.tolist()
 
 

@@ -1,8 +1,8 @@
-"""Is it learning? Rules with stated thresholds, and the verdict that they give after each epoch.
+"""The verdict after each epoch: is the run learning? Rules with stated thresholds.
 
-The rules are pure functions on rows of `msn.training.monitors`; docs/monitoring.md says where each
-threshold comes from. The callback keeps verdicts in the run directory and may end the run. Legend:
-K prototypes.
+The rules are pure functions of rows of `msn.training.monitors`; docs/monitoring.md gives the source
+of each threshold. The callback writes verdicts to the run directory and may end the run. Legend: K
+prototypes.
 """
 
 import csv
@@ -25,73 +25,62 @@ from msn.training.trainer import callbacks_of
 
 Row = Mapping[str, float]
 
-# No verdict on collapse, uniformity or likeness before that many steps and epochs, nor before a
-# tenth of the warm-up: every run starts with few effective directions.
+# Only divergence is judged before so many steps and epochs and before a tenth of the warm-up, as
+# every run starts with few effective directions.
 PATIENCE_STEPS, PATIENCE_EPOCHS, PATIENCE_WARMUP = 60, 2, 0.1
-# After that, a cross-entropy of log K or more is worse than predictions that know nothing.
+# Cross-entropy as a share of log K, which is that of predictions that know nothing.
 DIVERGED = 1.0
 # Effective number of prototypes that targets use, as a share of what the prior would use: collapsed
 # at once; collapsed if the anchors' mean prediction has lost its entropy (share of log K) as well;
 # collapsed if it stays. Runs without Sinkhorn may start with few prototypes and recover.
 COLLAPSED_AT_ONCE, COLLAPSED, COLLAPSED_ENTROPY = 0.03, 0.1, 0.5
 COLLAPSED_IF_STAYS_EPOCHS, COLLAPSED_IF_STAYS_SHARE = 10, 0.2  # of the training
-# Spread of unit-length features, 1 where they cover all directions: these point all one way.
+# Spread of unit-length features: 1 if they cover all directions, 0 if all point one way.
 COLLAPSED_SPREAD = 0.02
 # Mean entropy of targets as a share of log K.
 UNIFORM_ENTROPY = 0.95
-# Agreement of every kind of anchor view with its target: at any time, or in the first epoch that is
-# judged, when a network that started from scratch knows little yet. With fewer prototypes in use
-# than that share, agreement says little about views.
+# Agreement of every kind of anchor view with its target: at any time, or in the first judged epoch
+# of a network that started from scratch. With a smaller share of prototypes in use than
+# TOO_ALIKE_PERPLEXITY, agreement says little about views.
 TOO_ALIKE, TOO_ALIKE_AT_FIRST, TOO_ALIKE_PERPLEXITY = 0.97, 0.5, 0.5
 # Cross-entropy above the targets' own entropy, as a share of log K.
 AT_FLOOR = 0.02
-# Masked autoencoders: error on masked patches over that of each patch's mean, which is 1 for
-# predictions that know the mean alone.
+# MAE: error on masked patches over that of predicting each patch's mean.
 MAE_DIVERGED, MEANS_ONLY = 1.2, 0.97
-# Of a run that started from weights, against the probe before its first step: 10-NN less, by so
-# much or by two standard errors of the difference, or so small a share of the effective rank.
+# For a run that started from weights, against the probe before its first step: loss of 10-NN
+# accuracy (at least two standard errors of the difference), or share of the effective rank.
 FORGOTTEN_KNN, FORGOTTEN_RANK = 0.02, 0.7
 # Share of the time that steps wait for data.
 DATA_BOUND = 0.5
 
 
 class Facts(NamedTuple):
-    """What the rules know of the run."""
+    """Settings of an MSN run that the rules read."""
 
-    num_prototypes: int
-    """K."""
-    prior_perplexity: float
-    """exp(entropy) of the prior over prototypes: K for MSN's uniform one."""
-    width: int
-    """Of the features."""
+    num_prototypes: int  # K
+    prior_perplexity: float  # exp(entropy) of the prior over prototypes: K if it is uniform
+    width: int  # of the features
     warmup_epochs: float
     use_sinkhorn: bool
     me_max_weight: float
-    lr: float
-    """Peak."""
-    epochs: int
-    """Of the whole training."""
-    from_scratch: bool
-    """Whether training started from random weights."""
+    lr: float  # peak
+    epochs: int  # of the whole training
+    from_scratch: bool  # whether training started from random weights
 
 
 class MAEFacts(NamedTuple):
-    """What the rules know of a run of masked autoencoders."""
+    """Settings of an MAE run that the rules read."""
 
-    width: int
-    """Of the features."""
+    width: int  # of the features
     warmup_epochs: float
-    lr: float
-    """Peak."""
+    lr: float  # peak
 
 
 class Verdict(NamedTuple):
-    """What a row of monitors means."""
+    """The judgement of an epoch."""
 
-    kind: str
-    """One of `KINDS`."""
-    line: str
-    """For a person: what is seen, and what to do about it."""
+    kind: str  # one of `KINDS`
+    line: str  # for a person: the finding, and what to do about it
 
     @property
     def is_failure(self) -> bool:
@@ -127,13 +116,8 @@ def judge(
         first_agreement: `agreement` of the first epoch that was judged; None if it is this one.
     """
     row = mean_row(rows)
-    if not _is_finite(rows):
-        verdict = Verdict(
-            "diverged", f"diverged: loss or gradient is not a finite number; {_slower(facts)}"
-        )
-    elif is_patient(facts, epoch, step):
-        verdict = Verdict("warming up", "warming up: too early to tell")
-    else:
+    verdict = _early(rows, facts, epoch, step)
+    if verdict is None:
         first = agreement(row, facts) if first_agreement is None else first_agreement
         verdict = (
             _collapsed(row, facts, epoch)
@@ -141,23 +125,19 @@ def judge(
             or _uniform(row, facts)
             or _too_alike(row, facts, first)
             or _at_floor(row, facts)
-            or _learning(row, facts)
+            or Verdict("learning", f"learning: {_figures(row, facts)}")
         )
     return verdict._replace(line=verdict.line + _data_bound(row))
 
 
 def judge_mae(rows: Sequence[Row], facts: MAEFacts, *, epoch: int, step: int) -> Verdict:
-    """Judge an epoch of masked autoencoders; arguments as of `judge`."""
+    """Judge an epoch of MAE; arguments as of `judge`."""
     row = mean_row(rows)
     loss, of_means = row["train/loss"], row["reconstruction/error_of_means"]
     told = f"error on masked patches {loss:.3f} where means alone give {of_means:.3f}"
     rank = f"effective rank {row['features/rankme']:.1f} of {facts.width}"
-    if not _is_finite(rows):
-        verdict = Verdict(
-            "diverged", f"diverged: loss or gradient is not a finite number; {_slower(facts)}"
-        )
-    elif is_patient(facts, epoch, step):
-        verdict = Verdict("warming up", "warming up: too early to tell")
+    if early := _early(rows, facts, epoch, step):
+        verdict = early
     elif loss >= MAE_DIVERGED * of_means:
         verdict = Verdict("diverged", f"diverged: {told}; {_slower(facts)}")
     elif loss >= MEANS_ONLY * of_means:
@@ -171,13 +151,24 @@ def judge_mae(rows: Sequence[Row], facts: MAEFacts, *, epoch: int, step: int) ->
     return verdict._replace(line=verdict.line + _data_bound(row))
 
 
+def _early(rows: Sequence[Row], facts: Facts | MAEFacts, epoch: int, step: int) -> Verdict | None:
+    """The verdict on numbers that are not finite, or on the first steps."""
+    names = ("train/loss", "train/grad_norm")
+    if not all(math.isfinite(row[name]) for row in rows for name in names if name in row):
+        line = f"diverged: loss or gradient is not a finite number; {_slower(facts)}"
+        return Verdict("diverged", line)
+    if is_patient(facts, epoch, step):
+        return Verdict("warming up", "warming up: too early to tell")
+    return None
+
+
 def forgetting(start: Row, now: Row, *, held_out: int) -> Verdict | None:
-    """Whether features have lost what the run started from.
+    """The verdict if features are worse than before training.
 
     Args:
         start: the probe before the first step.
         now: the probe of this epoch.
-        held_out: images that the probe classifies.
+        held_out: number of images that the probe classifies.
     """
     lost = []
     if "probe/knn_top1" in start:
@@ -198,7 +189,7 @@ def forgetting(start: Row, now: Row, *, held_out: int) -> Verdict | None:
 
 
 def is_patient(facts: Facts | MAEFacts, epoch: int, step: int) -> bool:
-    """Whether it is too early for any verdict but that the run diverged."""
+    """Whether it is too early for any verdict except divergence."""
     epochs = max(PATIENCE_EPOCHS, PATIENCE_WARMUP * facts.warmup_epochs)
     return epoch < epochs or step < PATIENCE_STEPS
 
@@ -211,18 +202,13 @@ def mean_row(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def agreement(row: Row, facts: Facts) -> float:
-    """Share of anchors with their target's strongest prototype, of the kind that agrees less.
+    """Share of anchors with their target's strongest prototype, for the kind that agrees less.
 
-    0 where few prototypes are in use, so that agreement says nothing about the views.
+    0 if few prototypes are in use, as agreement then says nothing about the views.
     """
     if row["collapse/prototype_perplexity"] < TOO_ALIKE_PERPLEXITY * facts.prior_perplexity:
         return 0.0
     return min(row[f"collapse/agreement_{kind}"] for kind in _anchor_kinds(row))
-
-
-def _is_finite(rows: Sequence[Row]) -> bool:
-    names = ("train/loss", "train/grad_norm")
-    return all(math.isfinite(row[name]) for row in rows for name in names if name in row)
 
 
 def _slower(facts: Facts | MAEFacts) -> str:
@@ -309,10 +295,6 @@ def _at_floor(row: Row, facts: Facts) -> Verdict | None:
     )
 
 
-def _learning(row: Row, facts: Facts) -> Verdict:
-    return Verdict("learning", f"learning: {_figures(row, facts)}")
-
-
 def _figures(row: Row, facts: Facts) -> str:
     agreeing = " / ".join(
         f"{row[f'collapse/agreement_{kind}']:.0%} ({kind})" for kind in _anchor_kinds(row)
@@ -345,11 +327,11 @@ STOP_AFTER = 2
 
 
 class Judge(Callback):
-    """Turn the monitors of each epoch into a line; `msn.training.progress` prints it.
+    """Judge each epoch by its monitors; `msn.training.progress` prints the verdict.
 
     Args:
-        directory: of the run; verdicts.csv is kept there.
-        on_collapse: `warn`, or `stop`: two epochs in a row that end as a failure end the run.
+        directory: of the run, for verdicts.csv.
+        on_collapse: `warn`, or `stop`: two failed epochs in a row end the run.
 
     Attributes:
         latest: the last verdict.
@@ -369,7 +351,7 @@ class Judge(Callback):
         self._rows: list[dict[str, str]] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget verdicts on epochs that a resumed run takes again."""
+        """Drop verdicts on epochs that a resumed run repeats."""
         assert isinstance(pl_module, PretrainingModule)
         self._facts = facts_of(pl_module, epochs=trainer.max_epochs or 0)
         if trainer.is_global_zero:
@@ -390,7 +372,7 @@ class Judge(Callback):
             self._rows.append(dict(zip(_COLUMNS, values, strict=True)))
             self._write()
         self._failures = self._failures + 1 if self.latest.is_failure else 0
-        # All processes have the same rows, so that all of them stop.
+        # All processes have the same rows, so all of them stop.
         if self._stops and self._failures >= STOP_AFTER:
             raise UserError(
                 f"stopped after epoch {epoch} (on_collapse=stop): {self.latest.line}; "
@@ -412,37 +394,35 @@ class Judge(Callback):
         return judge(rows, facts, epoch=epoch, step=step, first_agreement=first)
 
     def _write(self) -> None:
-        """Write all verdicts; on a full disk training goes on, the next epoch tries again."""
+        """Write all verdicts; on a full disk training goes on, and the next epoch tries again."""
         try:
             _write_verdicts(self._path, self._rows)
         except OSError as error:
-            log.error(
-                "%s cannot be written: %s; training goes on", self._path, error.strerror or error
-            )
+            why = error.strerror or error
+            log.error("%s cannot be written: %s; training goes on", self._path, why)
 
     def state_dict(self) -> dict[str, Any]:
-        """Failures in a row so far, and how views agreed when they were first judged."""
+        """Failures in a row, and the agreement of views when first judged."""
         return {"failures": self._failures, "first_agreement": self._first_agreement}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up where the checkpoint was written."""
+        """Restore `state_dict`."""
         self._failures = int(state_dict["failures"])
         self._first_agreement = state_dict["first_agreement"]
 
 
 def facts_of(module: PretrainingModule, *, epochs: int) -> Facts | MAEFacts:
-    """What the rules must know of a run."""
+    """Collect the settings that the rules read."""
     method, width = module.settings["method"], int(module.settings["model"]["embed_dim"])
     warmup_epochs, lr = float(method["warmup_epochs"]), float(method["lr"])
     if not isinstance(module, MSNModule):
         return MAEFacts(width=width, warmup_epochs=warmup_epochs, lr=lr)
-    prior = module.loss.log_prior
-    num_prototypes = int(method["num_prototypes"])
+    prior, perplexity = module.loss.log_prior, float(method["num_prototypes"])
+    if prior is not None:
+        perplexity = float((-(prior.exp() * prior).sum()).exp())
     return Facts(
-        num_prototypes=num_prototypes,
-        prior_perplexity=num_prototypes
-        if prior is None
-        else float((-(prior.exp() * prior).sum()).exp()),
+        num_prototypes=int(method["num_prototypes"]),
+        prior_perplexity=perplexity,
         width=width,
         warmup_epochs=warmup_epochs,
         use_sinkhorn=bool(method["use_sinkhorn"]),
@@ -454,20 +434,20 @@ def facts_of(module: PretrainingModule, *, epochs: int) -> Facts | MAEFacts:
 
 
 def read_verdicts(path: Path) -> list[dict[str, str]]:
-    """Rows of a verdicts.csv: step, epoch, verdict, line; none where there is no file."""
+    """Rows of a verdicts.csv: step, epoch, verdict, line; none if there is no file."""
     return read_rows(path, text=("verdict", "line"))
 
 
 def add_to_verdict(directory: Path, line: str, *, kind: str | None) -> dict[str, str] | None:
-    """Say in the last verdict of a run what its table denies, if that verdict praises.
+    """Correct the last verdict of a run by its low-shot table, if that verdict is praise.
 
     Args:
         directory: of the run.
-        line: is added to that of the verdict.
-        kind: the verdict from now on; None leaves it.
+        line: added to that of the verdict.
+        kind: the new verdict; None keeps it.
 
     Returns:
-        The verdict as it stands now; None where it stays.
+        The changed verdict, or None.
 
     Raises:
         OSError: if it cannot be written.

@@ -30,17 +30,16 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _FIRST_PORT = 15_000
-# What a launcher tells each process; without a launcher it is left over from another job.
+# Variables that launchers set; without a launcher they are left over from another job.
 _OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 _MEETING = ("MASTER_ADDR", "MASTER_PORT")
-SAY_AFTER, GIVE_UP_AFTER = 30.0, 600.0
-"""Seconds of waiting for other processes until it is said, and until the process ends."""
+SAY_AFTER, GIVE_UP_AFTER = 30.0, 600.0  # seconds of waiting until a message, and until the end
 _RANK_AND_WORLD = (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"))
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Launch(NamedTuple):
-    """Processes that torchrun or srun has started, this one among them."""
+    """Processes started by torchrun or srun, including this one."""
 
     by: str
     processes: int
@@ -48,12 +47,12 @@ class Launch(NamedTuple):
 
     @property
     def nodes(self) -> int:
-        """Machines."""
+        """Number of machines."""
         return self.processes // self.processes_per_node
 
 
 def read_launch(environment: Mapping[str, str]) -> Launch | None:
-    """What torchrun or srun says in the environment; None where neither has started this process.
+    """The launch described by the environment; None if neither started this process.
 
     Raises:
         UserError: if nodes have different numbers of processes.
@@ -77,16 +76,16 @@ def read_launch(environment: Mapping[str, str]) -> Launch | None:
 
 
 def ignore_left_overs(environment: MutableMapping[str, str]) -> None:
-    """Forget what a launcher has told another process, and say it.
+    """Remove variables that a launcher set for another process, with a warning.
 
     Args:
         environment: of this process, which no trainer has started.
     """
     if read_launch(environment) is not None:
         return
-    vars(rank_zero_only)["rank"] = 0  # Lightning has read the variables when it was imported
+    vars(rank_zero_only)["rank"] = 0  # Lightning read the variables on import
     found = [name for name in _OF_LAUNCHERS if name in environment]
-    for name in (*found, *_MEETING):  # the trainer finds a port that is free
+    for name in (*found, *_MEETING):  # the trainer finds a free port
         environment.pop(name, None)
     if found:
         log.warning(
@@ -103,19 +102,19 @@ def ignore_left_overs(environment: MutableMapping[str, str]) -> None:
 
 
 def end_started_processes(trainer: Trainer) -> None:
-    """Let no process that the trainer has started outlive this one's error."""
+    """End the processes that the trainer has started, after an error in this one."""
     launcher = trainer.strategy.launcher
     if isinstance(launcher, _SubprocessScriptLauncher):
         launcher.kill(signal.SIGTERM)
         for process in launcher.procs:
             try:
                 process.wait(timeout=10)
-            except subprocess.TimeoutExpired:  # it waits for this one in a collective
+            except subprocess.TimeoutExpired:  # waiting in a collective
                 process.kill()
 
 
 def cluster_environment(environment: Mapping[str, str]) -> ClusterEnvironment:
-    """Where Lightning reads ranks from; its own guess follows a job's variables without srun."""
+    """Lightning's source of ranks; its own guess follows SLURM's variables even without srun."""
     launch = read_launch(environment)
     if launch is None:
         return LightningEnvironment()
@@ -124,11 +123,11 @@ def cluster_environment(environment: Mapping[str, str]) -> ClusterEnvironment:
 
 @contextlib.contextmanager
 def meeting(leave: Callable[[int], None]) -> Iterator[None]:
-    """Within, processes wait for one another: said after a while, ended in one line at last.
+    """Context in which processes wait for each other, with a message and a time limit.
 
     Args:
-        leave: says that a signal of this number came meanwhile, and ends the process. Another
-            thread calls it: while torch waits, no handler of Python runs.
+        leave: reports a signal that came meanwhile and ends the process. Called in another thread:
+            no Python handler runs while torch waits.
 
     Raises:
         UserError: if they cannot meet at their address.
@@ -145,7 +144,7 @@ def meeting(leave: Callable[[int], None]) -> Iterator[None]:
         with _signals_to(mouth, came):
             yield
     except BaseException as error:
-        if came:  # which has torn torch from its wait
+        if came:  # a signal ended torch's wait
             watcher.join()
         if not isinstance(error, dist.DistError):
             raise
@@ -159,7 +158,7 @@ def meeting(leave: Callable[[int], None]) -> Iterator[None]:
 
 
 def _watch(ears: socket.socket, who: str, leave: Callable[[int], None]) -> None:
-    """Hear of signals, one byte each, until the other end is closed, but not for ever."""
+    """Read signals, one byte each, until the other end is closed or time is up."""
     said = False
     ears.settimeout(SAY_AFTER)
     with ears:
@@ -184,7 +183,7 @@ def _watch(ears: socket.socket, who: str, leave: Callable[[int], None]) -> None:
 
 @contextlib.contextmanager
 def _signals_to(mouth: socket.socket, came: list[int]) -> Iterator[None]:
-    """Within, Python's own code writes the numbers of signals to a socket; ignored ones stay so."""
+    """Context in which Python writes numbers of signals to a socket, except ignored ones."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -203,7 +202,7 @@ def _signals_to(mouth: socket.socket, came: list[int]) -> Iterator[None]:
 
 
 def join_launched_processes(environment: MutableMapping[str, str]) -> None:
-    """Tell torch what srun says: its rendezvous reads the words of torchrun.
+    """Set torchrun's variables, which torch's rendezvous reads, from srun's.
 
     Raises:
         UserError: see `read_launch`.
@@ -213,7 +212,7 @@ def join_launched_processes(environment: MutableMapping[str, str]) -> None:
         return
     nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_NODELIST", "127.0.0.1"))
     environment.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(nodes))
-    # Jobs that share a node seldom share the last digits of their number.
+    # Jobs on the same node rarely have the same last digits.
     job = int(environment.get("SLURM_JOB_ID", "0"))
     environment.setdefault("MASTER_PORT", str(_FIRST_PORT + job % 10_000))
     environment["RANK"] = environment["SLURM_PROCID"]
@@ -224,15 +223,15 @@ def join_launched_processes(environment: MutableMapping[str, str]) -> None:
 def fit_devices(
     launch: Launch | None, devices: int | str | list[int], num_nodes: int
 ) -> tuple[int | str | list[int], int]:
-    """Number of devices per node and of nodes that fit how the run was started.
+    """Numbers of devices per node and of nodes that match the launch.
 
     Args:
         launch: see `read_launch`.
-        devices: as set; "auto" takes one per started process.
-        num_nodes: as set; 1 takes what was started.
+        devices: as set; "auto" takes one per process.
+        num_nodes: as set; 1 takes that of the launch.
 
     Raises:
-        UserError: if several nodes are wanted but nothing has started processes on them.
+        UserError: if several nodes are set but there is no launcher.
     """
     if launch is None:
         if num_nodes > 1:
@@ -244,7 +243,7 @@ def fit_devices(
 
 
 def starts_processes(trainer: Trainer) -> bool:
-    """Whether the trainer will start further processes itself, by running the command again."""
+    """Whether the trainer itself will start further processes by running the command again."""
     strategy = trainer.strategy
     if trainer.world_size == 1 or not isinstance(strategy, ParallelStrategy):
         return False
@@ -258,16 +257,16 @@ def agree(
     decide: Callable[[], T],
     leave: Callable[[int], None],
 ) -> T:
-    """Let the first of the started processes decide, and give all of them the answer.
+    """Let process 0 decide, and return the answer in all processes.
 
     Args:
-        trainer: of the run; its process group is set up for this, if it has one.
-        module: which it will train.
-        decide: called in the first process alone.
+        trainer: of the run; its process group is set up here.
+        module: of the run.
+        decide: called in process 0 only.
         leave: see `meeting`.
 
     Raises:
-        UserError: in all processes, where `decide` raised it or an OSError.
+        UserError: in all processes, if `decide` raised it or an OSError.
     """
     if trainer.world_size == 1 or starts_processes(trainer):
         return decide()

@@ -1,7 +1,7 @@
-"""metrics.csv, every run's record; beside it optionally Weights & Biases and TensorBoard.
+"""Loggers: metrics.csv of every run, and optionally Weights & Biases and TensorBoard.
 
-Nothing is sent unless `logger=wandb` asks for it. WANDB_MODE (offline, disabled) and the other
-variables of wandb are honoured.
+Nothing is sent anywhere without `logger=wandb`. WANDB_MODE (offline, disabled) and wandb's other
+variables are honoured.
 """
 
 import contextlib
@@ -26,22 +26,22 @@ from msn.training.judge import VERDICTS_FILE, read_verdicts
 
 
 class MetricsCSV(Logger):
-    """One row per logged step; a resumed run drops rows from its checkpoint's step on and goes on.
+    """One row per logged step; a resumed run drops the rows that it repeats.
 
-    Lightning's CSVLogger deletes the file of the run that it resumes. Where the disk is full or
-    read-only, training goes on, and the rows are written as soon as the disk takes them.
+    Lightning's CSVLogger deletes the file of a resumed run. If the disk is full or read-only,
+    training goes on, and the rows are written as soon as possible.
 
     Args:
-        path: the file; columns that appear later are added to its header.
+        path: the file; new columns are added to its header.
     """
 
     def __init__(self, *, path: str | Path) -> None:
         super().__init__()
         self._path = Path(path)
         self._columns: list[str] = []
-        # Rows that are not in the file yet; the last row stays, for what is logged in its step.
+        # Rows that are not in the file yet, and the last row, which its step may extend.
         self._rows: list[dict[str, float | None]] = []
-        self._start: int | None = None  # where the first of them begins in the file, bytes
+        self._start: int | None = None  # byte in the file where the first of them begins
         self._fails = False
 
     @property
@@ -58,7 +58,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append a row; what is logged in the last row's step joins it."""
+        """Append a row, or extend the last row if its step is the same."""
         if self._rows and self._rows[-1]["step"] == step:
             self._rows[-1].update(metrics)
         else:
@@ -77,7 +77,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def resume_at(self, step: int) -> None:
-        """Forget rows of steps after `step`, which the run is about to take again."""
+        """Drop rows of steps after `step`, which the run will repeat."""
         if self._path.is_file():
             rows = [row for row in read_rows(self._path) if int(row["step"]) <= step]
             self._rewrite(list(rows[0]) if rows else ["step"], rows)
@@ -122,7 +122,7 @@ def _header(path: Path) -> list[str]:
 log = logging.getLogger(__name__)
 
 ID_FILE = "wandb-id.txt"
-# What `artifacts` uploads at the end of a run.
+# Files that `artifacts` uploads at the end of a run.
 ARTIFACTS: dict[str, tuple[str, ...]] = {
     "none": (),
     "results": ("config.yaml", "metrics.csv", "verdicts.csv", "lowshot.json", "report.html"),
@@ -132,14 +132,14 @@ _ROW = ("backbone", "classifier", "labels", "splits", "top1_mean", "top1_std", "
 
 
 class Table(NamedTuple):
-    """Rows under column titles."""
+    """A table of a run directory."""
 
     columns: list[str]
     rows: list[list[Any]]
 
 
 def tables(directory: Path) -> dict[str, Table]:
-    """The verdicts and the low-shot table of a run directory, as far as they are there."""
+    """The verdicts and the low-shot table of a run directory, if they exist."""
     found = {}
     verdicts, lowshot = directory / VERDICTS_FILE, directory / "lowshot.json"
     if kept := read_verdicts(verdicts):
@@ -154,7 +154,7 @@ def _lowshot_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _as_utf8(data: Any) -> Any:
-    """Plain data with `?` for the bytes of names that are not UTF-8, which no logger takes."""
+    """Plain data with `?` for bytes of names that are not UTF-8, which no logger takes."""
     return json.loads(json.dumps(data, ensure_ascii=False).encode(errors="replace"))
 
 
@@ -167,16 +167,15 @@ def _check_utf8(logger: str, save_dir: str) -> None:
 
 
 class WandbRun(WandbLogger):
-    """A run of Weights & Biases that is the same one after a resume.
+    """A run of Weights & Biases that goes on after a resume.
 
-    Its id is kept in the run directory, and a resumed run goes on under it; offline, pieces of one
-    id are joined by `wandb sync`.
+    Its id is kept in the run directory; offline, `wandb sync` joins parts of one id.
 
     Args:
-        save_dir: the run directory; wandb keeps its files below it.
+        save_dir: the run directory, where wandb keeps its files.
         project: of wandb.
         name: of the run; None takes the last two parts of the run directory.
-        artifacts: one of `ARTIFACTS` or several joined by a comma.
+        artifacts: one or several of `ARTIFACTS`, separated by commas.
         job_type: of wandb; None for a training.
 
     Raises:
@@ -207,10 +206,10 @@ class WandbRun(WandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The run of wandb, begun or resumed when it is first needed.
+        """The run of wandb, begun or resumed on first use.
 
         Raises:
-            UserError: if wandb knows no login or does not answer.
+            UserError: if wandb has no login or does not answer.
         """
         if self._experiment is None:
             file = self._directory / ID_FILE
@@ -220,7 +219,7 @@ class WandbRun(WandbLogger):
             is_new = not folder.exists()
             try:
                 run = super().experiment
-            except Exception as error:  # of login, network or settings: wandb has many classes
+            except Exception as error:  # login, network or settings: wandb raises many classes
                 if is_new:
                     shutil.rmtree(folder, ignore_errors=True)
                 if isinstance(error, UnicodeEncodeError):  # of sys.argv
@@ -239,11 +238,7 @@ class WandbRun(WandbLogger):
 
     @rank_zero_only
     def log_results(self) -> None:
-        """Log what the run directory holds, and end the run.
-
-        That is its tables, the top-1 of each row of the low-shot table as a summary value, the
-        curve and the wanted artifacts.
-        """
+        """Log tables, top-1 of each low-shot row as summary, curve and artifacts; end the run."""
         import wandb
 
         run, lowshot = self.experiment, self._directory / "lowshot.json"
@@ -265,25 +260,25 @@ class WandbRun(WandbLogger):
 
     @rank_zero_only
     def close_after_error(self, kind: type[BaseException] | None, *error: object) -> None:
-        """Close a run that failed, at the end of a context."""
+        """Close a run that failed; for `ExitStack.push`."""
         if kind is not None:
             self.close(failed=True)
 
     @rank_zero_only
     def close(self, *, failed: bool) -> None:
-        """End the run of wandb; the next run of a sweep begins a new one."""
+        """End the run of wandb."""
         if self._experiment is not None:
             self._experiment.finish(exit_code=int(failed))
 
 
 class TensorBoardRun(TensorBoardLogger):
-    """TensorBoard's files in RUN/tensorboard; a resumed run hides what it takes again.
+    """TensorBoard's files in RUN/tensorboard; a resumed run hides the steps that it repeats.
 
-    Where they cannot be written, it is said and training goes on without them.
+    If they cannot be written, an error is logged and training goes on.
 
     Args:
         save_dir: the run directory.
-        resume_step: step of the checkpoint that the run goes on from; None for a new run.
+        resume_step: step of the resumed checkpoint; None for a new run.
 
     Raises:
         UserError: if `save_dir` is not UTF-8.
@@ -300,7 +295,7 @@ class TensorBoardRun(TensorBoardLogger):
     def log_hyperparams(
         self, params: Any, metrics: dict[str, Any] | None = None, step: int | None = None
     ) -> None:
-        """Show the settings as text; as "hparams" they would need a score of each run."""
+        """Show the settings as text; TensorBoard's "hparams" would need a score per run."""
         text = json.dumps(params, indent=2)
         with self._may_fail():
             self.experiment.add_text("config", "\n".join(f"    {row}" for row in text.splitlines()))
@@ -313,13 +308,13 @@ class TensorBoardRun(TensorBoardLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write out the rest and close the files."""
+        """Flush and close the files."""
         with self._may_fail():
             super().finalize(status)
 
     @rank_zero_only
     def save(self) -> None:
-        """Write out what is buffered, without Lightning's hparams.yaml beside config.yaml."""
+        """Flush, without Lightning's hparams.yaml."""
         with self._may_fail():
             self.experiment.flush()
 
@@ -337,14 +332,10 @@ class TensorBoardRun(TensorBoardLogger):
     def _may_fail(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:  # its writer repeats the first one for ever
+        except (OSError, ValueError) as error:  # its writer repeats the first error
             if not isinstance(error, OSError) and not isinstance(error.__cause__, OSError):
                 raise
             if not self._is_lost:
-                where = self._directory / "tensorboard"
-                log.error(
-                    "%s cannot be written: %s; training goes on without",
-                    where,
-                    error.__cause__ or error,
-                )
+                where, why = self._directory / "tensorboard", error.__cause__ or error
+                log.error("%s cannot be written: %s; training goes on without", where, why)
             self._is_lost = True

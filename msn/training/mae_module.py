@@ -1,4 +1,4 @@
-"""The thin Lightning module of masked autoencoders; the method is in `msn.method.mae`."""
+"""The Lightning module of MAE; the method is in `msn.method.mae`."""
 
 from typing import Any
 
@@ -19,10 +19,10 @@ KIND = "mae"  # what `method.kind` says
 
 
 class MAEModule(PretrainingModule):
-    """Pretraining by masked autoencoders.
+    """Pretraining by MAE.
 
-    `method` holds the keywords of `MAESchedule` and `optim.build_optimizer`, and kind, mask_ratio,
-    norm_pix_loss and decoder; `seed` decides, with epoch and image, which patches are masked.
+    `method` holds the keywords of `MAESchedule` and `optim.check_adamw`, and kind, mask_ratio,
+    norm_pix_loss and decoder; seed, epoch and image decide which patches are masked.
     """
 
     name = KIND
@@ -62,13 +62,13 @@ class MAEModule(PretrainingModule):
             )
 
     def training_step(self, batch: Views, batch_idx: int) -> dict[str, Any]:
-        """Loss of one batch; the errors go to the monitors as they are, on the device."""
+        """See the base; the monitors read the errors."""
         errors = self.network.learn(batch.target, self.draw_noise(batch), self.chunk_size)
         self.loss_value = errors.loss.detach()
         return {"loss": errors.loss, "errors": errors}
 
     def draw_noise(self, batch: Views) -> Tensor:
-        """Whose greatest numbers say which patches are masked, [B, N]; of each image by itself."""
+        """Noise of the batch, [B, N]; the patches with the greatest noise are masked."""
         assert batch.origin is not None
         trunk, device = self.network.trunk, batch.target.device
         noise = torch.from_numpy(
@@ -79,12 +79,12 @@ class MAEModule(PretrainingModule):
                 count=(trunk.img_size // trunk.patch_size) ** 2,
             )
         )
-        # From pinned memory, for else the host waits for all that the device still has to do.
+        # From pinned memory; otherwise the host waits for the work queued on the device.
         noise = noise.pin_memory() if device.type == "cuda" else noise
         return noise.to(device, non_blocking=True)
 
     def gradient_norms(self) -> list[Tensor]:
-        """That of all parameters, which is measured and not clipped."""
+        """That of all parameters, measured and not clipped."""
         return [optim.clip_encoder(self.network, None)]
 
     def step_inputs(self, batch: Views, step: int) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class MAEModule(PretrainingModule):
         return {"noise": self.draw_noise(batch).cpu()}
 
     def repeat_step(self, views: Views, inputs: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-        """See the base; spoilt are images with a patch whose error is not finite."""
+        """See the base; reports images with a patch whose error is not finite."""
         noise = torch.cat([part["noise"] for part in inputs]).to(views.target.device)
         errors = self.network.learn(views.target, noise, self.chunk_size)
         return errors.loss, ~errors.patches.isfinite().all(-1)
@@ -115,19 +115,17 @@ class MAEModule(PretrainingModule):
 def _method_settings(
     *, kind: str, mask_ratio: float, norm_pix_loss: bool, decoder: dict[str, Any]
 ) -> None:
-    """What no other part of the method takes."""
+    """Schema of the keys that no other part of the method takes."""
 
 
 def _refuse_unknown_method(method: dict[str, Any]) -> None:
     try:
         refuse_unknown("method", method, *_METHOD_PARTS, derived=_DERIVED)
     except UserError as error:
-        raise UserError(
-            f"{error}; method=mae has presets of its own: experiment=mae_digits and others, or "
-            "experiment=null"
-        ) from None
+        presets = "experiment=mae_digits and others, or experiment=null"
+        raise UserError(f"{error}; method=mae has presets of its own: {presets}") from None
 
 
-# Keywords of the parts that are computed, not set.
+# Keywords of these parts that are computed, not set.
 _DERIVED = ("epochs", "steps_per_epoch", "fused", "layer_decay", "trunk_apart")
 _METHOD_PARTS = (_method_settings, MAESchedule, optim.build_optimizer)

@@ -1,4 +1,4 @@
-"""The thin Lightning module of MSN, and which one a method takes; methods are in `msn.method`."""
+"""The Lightning module of MSN, and `build_module` for any method; the method is in `msn.method`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -31,41 +31,27 @@ def build_module(
     chunk_size: int | None,
     compile: bool | str,
 ) -> PretrainingModule:
-    """The module of a method: that of masked autoencoders if `method.kind` is mae, else MSN's.
+    """The module of a method: MAE's if `method.kind` is mae, else MSN's.
 
-    The arguments are those of `PretrainingModule`.
-
-    Raises:
-        UserError: if a key is unknown or missing, or a value is out of its range.
+    Arguments and errors are those of `PretrainingModule`.
     """
     module = MAEModule if method.get("kind") == KIND else MSNModule
     return module(model=model, method=method, seed=seed, chunk_size=chunk_size, compile=compile)
 
 
 class MSNModule(PretrainingModule):
-    """MSN pretraining.
+    """Pretraining by MSN.
 
-    `method` holds the keywords of `MSNLoss`, `Schedule`, `PatchDrop` and `optim.build_optimizer`,
-    and num_prototypes, head, prior_exponent, clip_grad_norm; `seed` decides, with the step, which
-    patches are dropped.
+    `method` holds the keywords of `MSNLoss`, `Schedule`, `PatchDrop`, `optim.check_adamw` and
+    `method_settings`; seed and step decide which patches are dropped.
     """
 
     name = "msn"
     network: MSN
     schedule: Schedule | None
 
-    def __init__(
-        self,
-        *,
-        model: Mapping[str, Any],
-        method: Mapping[str, Any],
-        seed: int,
-        chunk_size: int | None,
-        compile: bool | str,
-    ) -> None:
-        super().__init__(
-            model=model, method=method, seed=seed, chunk_size=chunk_size, compile=compile
-        )
+    def __init__(self, *, method: Mapping[str, Any], **settings: Any) -> None:
+        super().__init__(method=method, **settings)
         own = take("method", method, method_settings)
         self.loss = MSNLoss(prior=method_settings(**own), **take("method", method, MSNLoss))
         self.patch_drop = PatchDrop(**take("method", method, PatchDrop))
@@ -101,7 +87,7 @@ class MSNModule(PretrainingModule):
         return any(method.get(key, off) != off for key, off in optim.TRUNK_KEYS.items())
 
     def check_settings(self, views: ViewSettings, *, batch_size: int, accumulated: int) -> None:
-        """See the base; BatchNorm cannot normalise over one image, no batch can be accumulated."""
+        """See the base."""
         if accumulated != 1:
             raise UserError(
                 "trainer.accumulate_grad_batches must be 1: BatchNorm, me-max and Sinkhorn would "
@@ -120,7 +106,7 @@ class MSNModule(PretrainingModule):
             )
 
     def training_step(self, batch: Views, batch_idx: int) -> dict[str, Any]:
-        """Loss of one batch of views; its terms go to the monitors as they are, on the device."""
+        """See the base; the monitors read the loss terms and the projections."""
         assert self.schedule is not None
         kept = self.draw_kept_patches(batch.rand)
         out = self.network(batch.target, batch.rand, batch.focal, kept, self.chunk_size)
@@ -132,12 +118,11 @@ class MSNModule(PretrainingModule):
         return {"loss": terms.loss, "terms": terms, "projections": out}
 
     def draw_kept_patches(self, rand: Tensor, step: int | None = None) -> Tensor | None:
-        """Patches that rand views [R, B, 3, S, S] keep in a step; None is this one.
+        """Patches that rand views [R, B, 3, S, S] keep in a step, by default the current one.
 
-        Moves the anchor's rotary positions too, where that is on; the target's never move.
+        Also draws the anchor's rotary positions, if that is on; the target's never move.
         """
-        rand_views, images = rand.shape[:2]
-        rank = process_index()
+        (rand_views, images), rank = rand.shape[:2], process_index()
         key = draw_key(self.settings["seed"], self.global_step if step is None else step)
         self.network.anchor.trunk.draw_positions(torch.Generator().manual_seed(~key & _SEEDS))
         kept = self.patch_drop.draw(
@@ -158,12 +143,12 @@ class MSNModule(PretrainingModule):
         ]
 
     def after_step(self, step: int, skip: Tensor | None) -> None:
-        """Move the target, unless the step was not taken."""
+        """Update the target, unless the step was skipped."""
         assert self.schedule is not None
         self.network.update_target(self.schedule.at(step).momentum, skip)
 
     def step_inputs(self, batch: Views, step: int) -> dict[str, Any]:
-        """Patches that are kept, and how far targets are sharpened."""
+        """The kept patches, and the sharpening temperature."""
         assert self.schedule is not None
         kept = self.draw_kept_patches(batch.rand, step=step)
         return {
@@ -172,9 +157,9 @@ class MSNModule(PretrainingModule):
         }
 
     def repeat_step(self, views: Views, inputs: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-        """See the base; spoilt are images with a projection that is not finite."""
+        """See the base; reports images with a projection that is not finite."""
         kept = inputs[0]["kept"]
-        if kept is not None and kept.ndim > 1:  # a separate choice for each image
+        if kept is not None and kept.ndim > 1:  # one choice per image
             kept = torch.cat([part["kept"] for part in inputs], dim=1)
         if kept is not None:
             kept = kept.to(views.target.device)
@@ -223,7 +208,7 @@ def method_settings(
     clip_grad_norm: float | None,
     bf16_stream: bool = False,
 ) -> Tensor | None:
-    """Check what no other part of the method takes, and give the prior over prototypes.
+    """Check the keys that no other part of the method takes, and build the prior.
 
     Returns:
         Probabilities [K], or None for the uniform prior of MSN.
@@ -236,6 +221,6 @@ def method_settings(
     return power_law_prior(num_prototypes, prior_exponent) if prior_exponent else None
 
 
-# Keywords of the parts that are computed, not set.
+# Keywords of these parts that are computed, not set.
 _DERIVED = ("prior", "epochs", "steps_per_epoch", "fused", "trunk_apart")
 _METHOD_PARTS = (MSNLoss, Schedule, PatchDrop, optim.build_optimizer, method_settings)

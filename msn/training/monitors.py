@@ -1,4 +1,4 @@
-"""What a run tells while it trains: loss terms, use of prototypes, features, schedules, speed."""
+"""The metrics of a run: loss terms, use of prototypes, features, schedules, speed."""
 
 from functools import cache
 from typing import Any
@@ -19,24 +19,19 @@ from msn.training.module import MSNModule
 from msn.training.statistics import Bucket, StepClock, StepMeans, Window, entropy
 from msn.training.trainer import data_of
 
-# What a precision multiplies matrices in.
-_DTYPES = {
-    "32-true": torch.float32,
-    "64-true": torch.float64,
-    "bf16-mixed": torch.bfloat16,
-}
+# Type of matrix products by precision.
+_DTYPES = {"32-true": torch.float32, "64-true": torch.float64, "bf16-mixed": torch.bfloat16}
 
 
 class Monitors(Callback):
     """Log every `log_every_n_steps` steps and at the end of an epoch, over all processes.
 
-    In between figures are added up on the device; nothing is reduced or brought to the host. Names:
-    `train/*`, `collapse/*` (use of prototypes), `reconstruction/*`, `features/*`, `schedule/*`,
-    `speed/*`; the table in docs/monitoring.md says what each is.
+    In between, figures are summed on the device; nothing is reduced or copied to the host. The
+    table in docs/monitoring.md lists all names.
 
     Attributes:
-        latest: what was logged last.
-        rows: what was logged in this epoch, oldest first.
+        latest: the last logged row.
+        rows: the logged rows of this epoch, oldest first.
     """
 
     def __init__(self) -> None:
@@ -52,7 +47,7 @@ class Monitors(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         assert isinstance(pl_module, PretrainingModule)
         if isinstance(pl_module, MSNModule):
-            # The target trunk's class tokens pass here anyway: features without a further pass.
+            # The class tokens of the target's trunk: features without a further pass.
             head = pl_module.network.target.head
             self._hook = head.register_forward_pre_hook(self._keep_features)
         self._flops = pl_module.operations(data_of(trainer).views).total
@@ -95,7 +90,7 @@ class Monitors(Callback):
             "epoch": trainer.current_epoch,
             **_to_host(self._means.take() | self._window.figures(rank=trainer.is_last_batch)),
             **_scheduled(pl_module, trainer.global_step - 1),
-            **self._speed(),  # after values have reached the host, so that the work is timed
+            **self._speed(),  # after the copy to the host, so that the work is timed
         }
         self.rows.append(self.latest)
         for logger in trainer.loggers:
@@ -137,23 +132,17 @@ class Monitors(Callback):
         self._features = inputs[0].detach().flatten(0, -2)
 
     def state_dict(self) -> dict[str, Any]:
-        """Sums and window, plain: a run resumed within an interval logs what it would have."""
-        window = self._window
-        state: dict[str, Any] = {
-            "seconds": self._seconds,
-            "means": (self._means.names, self._means.sums, self._means.steps),
-            "window": None,
-        }
+        """Sums and window as plain data, so that a resume within an interval logs the same."""
+        window, plain = self._window, None
         if window is not None:
-            buckets = (window.older, window.newer)
-            plain = (None if bucket is None else tuple(bucket) for bucket in buckets)
-            state["window"] = (window.num_prototypes, window.width, *plain)
-        return state
+            buckets = (None if b is None else tuple(b) for b in (window.older, window.newer))
+            plain = (window.num_prototypes, window.width, *buckets)
+        means = (self._means.names, self._means.sums, self._means.steps)
+        return {"seconds": self._seconds, "means": means, "window": plain}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what was added up before the checkpoint."""
-        self._seconds = state_dict["seconds"]
-        means = self._means
+        """Restore `state_dict`."""
+        self._seconds, means = state_dict["seconds"], self._means
         means.names, means.sums, means.steps = state_dict["means"]
         if state_dict["window"] is not None:
             num_prototypes, width, older, newer = state_dict["window"]
@@ -163,7 +152,7 @@ class Monitors(Callback):
 
 
 def _to_host(figures: dict[str, Tensor]) -> dict[str, float]:
-    """All figures in one copy."""
+    """All figures on the host, in one copy."""
     values = torch.stack([value.float() for value in figures.values()])
     return dict(zip(figures, values.tolist(), strict=True))
 
@@ -205,7 +194,7 @@ def step_scalars(
 
 
 def prototype_use(terms: LossTerms, strongest: Tensor) -> Tensor:
-    """Images whose strongest prototype it is, targets and mean predictions, summed: [3, K]."""
+    """Per prototype: images it is strongest in, targets and mean predictions, summed: [3, K]."""
     images, num_prototypes = terms.targets.shape
     ones = torch.ones(images, device=strongest.device)
     counts = torch.zeros(num_prototypes, device=strongest.device).index_add_(0, strongest, ones)
@@ -214,7 +203,7 @@ def prototype_use(terms: LossTerms, strongest: Tensor) -> Tensor:
 
 
 def mae_scalars(errors: Errors) -> dict[str, Tensor]:
-    """Scalars of a step of masked autoencoders on this process, over masked patches."""
+    """Scalars of an MAE step on this process, over masked patches."""
 
     def mean(values: Tensor) -> Tensor:
         return (values * errors.mask).sum() / errors.mask.sum()
@@ -228,7 +217,7 @@ def mae_scalars(errors: Errors) -> dict[str, Tensor]:
 
 
 def strongest_prototypes(projections: Tensor, prototypes: Tensor) -> Tensor:
-    """Number of the prototype of the largest cosine, [..., P] and [K, P] -> [...]."""
-    # The scale of a projection does not change which prototype is nearest.
+    """Index of the prototype with the largest cosine, [..., P] and [K, P] -> [...]."""
+    # The scale of a projection does not matter.
     with torch.autocast(device_type=projections.device.type, enabled=False):
         return (projections.float() @ F.normalize(prototypes.float(), dim=1).T).argmax(dim=-1)

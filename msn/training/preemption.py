@@ -1,4 +1,4 @@
-"""Signals of a cluster or a keyboard: all processes agree, save a checkpoint and exit."""
+"""Preemption: on a signal all processes agree, save a checkpoint and exit."""
 
 import logging
 import os
@@ -21,11 +21,10 @@ from msn.training.trainer import callbacks_of, override
 
 log = logging.getLogger(__name__)
 
-EXIT_CODE = 75
-"""Exit code of an interrupted run that is saved; the same command resumes it."""
+EXIT_CODE = 75  # of an interrupted run that is saved; the same command resumes it
 
 # The larger value wins if processes get different signals. SIGUSR1, and submitit's SIGUSR2, also
-# ask for a requeue; after SIGTERM the cluster itself decides.
+# ask for a requeue.
 _SIGNALS = {
     **{signal.SIGTERM: 1, signal.SIGINT: 1, signal.SIGHUP: 1},
     **{signal.SIGUSR1: 2, signal.SIGUSR2: 2},
@@ -35,12 +34,12 @@ _SAME_SIGNAL_SECONDS = 0.5
 
 
 class Preempted(BaseException):
-    """The run was asked to stop. Not an `Exception`, so no `except Exception` catches it.
+    """The run was asked to stop. Not an `Exception`, so that `except Exception` does not catch it.
 
     Attributes:
-        checkpoint: what was saved; None before the first step and after the last one.
+        checkpoint: that was saved; None before the first step and after the last one.
         requeue: whether the signal asks for a requeue.
-        trained: the run directory, where all steps had been taken.
+        trained: the run directory, if all steps were done.
     """
 
     trained: Path | None = None
@@ -55,9 +54,8 @@ class Preemption(Callback):
 
     Signals are SIGTERM, SIGINT (Ctrl-C), SIGHUP, SIGUSR1 and SIGUSR2, unless they were ignored
     (nohup). During the fit the handler only sets a flag; before and after it there is nothing to
-    save, and it raises `Preempted`. Flags are exchanged in the background of the next step, over a
-    group of the CPU, so that neither a host waits for a device nor a step for a message. A second
-    signal ends the process at once; the last checkpoint stays whole.
+    save, and it raises `Preempted`. Flags are exchanged over gloo during the next step, so that
+    nothing waits. A second signal ends the process at once; the last checkpoint stays whole.
 
     Args:
         requeue: under SLURM, SIGUSR1 and SIGUSR2 also requeue the job.
@@ -77,21 +75,21 @@ class Preemption(Callback):
         self._exchange: tuple[Any, torch.Tensor] | None = None
 
     def install(self) -> None:
-        """Listen from now on, so that a signal that comes while data are read is not lost."""
+        """Install the handlers, before the fit, so that no signal is lost meanwhile."""
         self._process = os.getpid()
         for number in _SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._on_signal)
 
     def uninstall(self) -> None:
-        """Restore the handlers from before."""
+        """Restore the previous handlers."""
         for number, before in self._before.items():
             signal.signal(number, before)
         self._before.clear()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
-        # Lightning's handlers write checkpoints and call collectives inside the handler, and its
-        # loop broadcasts process 0's flag, and waits for the device, in each step.
+        # Lightning's handlers save and call collectives inside the handler, and its loop broadcasts
+        # a flag, and so waits for the device, in each step.
         override(trainer._signal_connector, "register_signal_handlers", lambda: None)
         override(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", lambda: None)
         self._is_own = not self._before
@@ -105,15 +103,11 @@ class Preemption(Callback):
             self.uninstall()
 
     def asked_by(self, number: int) -> Preempted:
-        """How to stop after a signal of this number where nothing has begun yet."""
+        """The exception for a signal that comes before the run has begun."""
         return Preempted(None, requeue=self._requeues(_SIGNALS[signal.Signals(number)]))
 
     def check(self) -> None:
-        """Stop if a signal came after the last step.
-
-        Raises:
-            Preempted: if so.
-        """
+        """Raise `Preempted` if a signal came after the last step."""
         if self.received:
             raise Preempted(None, requeue=self._requeues(self.received))
 
@@ -128,7 +122,7 @@ class Preemption(Callback):
             return
         asked = self._agreed()
         if asked and trainer.is_last_batch:
-            self.received = asked  # the epoch end, which comes at once, is the place to save
+            self.received = asked  # `on_train_epoch_end` saves
         elif asked:
             self._save_and_stop(trainer, asked, finished_epochs=trainer.current_epoch)
 
@@ -139,7 +133,7 @@ class Preemption(Callback):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
-            return  # a data worker, which inherits the handler and ends when it is told to
+            return  # a data worker, which inherits the handler
         now = time.monotonic()
         if self.received and now - self._at > _SAME_SIGNAL_SECONDS:
             os._exit(128 + number)
@@ -149,11 +143,11 @@ class Preemption(Callback):
         self.received = max(self.received, _SIGNALS[signal.Signals(number)])
         if is_first and not self._is_fitting:
             self.check()
-        if is_first and process_index() == 0:  # print could be what was interrupted
+        if is_first and process_index() == 0:  # not print, which may be interrupted itself
             os.write(2, b"\ninterrupted: saving after this step; once more ends at once\n")
 
     def _agreed(self, *, last: bool = False) -> int:
-        """What all processes know to be asked for; on several, as of the step before."""
+        """The request that all processes know; with several, as of the previous step."""
         if self._group is None:
             return self.received
         agreed = self._finish_exchange()
@@ -180,11 +174,7 @@ class Preemption(Callback):
 
 
 def requeue_slurm_job() -> str | None:
-    """Ask SLURM to run this job again; the job's script must name its run.
-
-    Returns:
-        What happened, for the log; None outside SLURM.
-    """
+    """Ask SLURM to run this job again; returns a line for the log, None outside SLURM."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return None

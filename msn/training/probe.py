@@ -1,4 +1,4 @@
-"""Probe of the backbone's features while they are trained; nothing is learnt from it."""
+"""The probe: 10-NN accuracy and geometry of the backbone's features during training."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
@@ -22,7 +22,7 @@ from msn.training.trainer import data_of
 from msn.weights.backbone import image_transform
 
 NEIGHBOURS = 10
-PAIRS = 128  # training images of which two views are compared
+PAIRS = 128  # training images with two views that are compared
 _BATCH = 256
 _NORMALISATION = (IMAGENET_MEAN, IMAGENET_STD)
 
@@ -35,30 +35,30 @@ class ProbeSettings:
         UserError: a number is out of its range.
     """
 
-    every_n_epochs: Annotated[int | None, Range(1)]  # and the last epoch; None never probes
-    references: Annotated[int, Range(1)]  # labelled training images that vote, at most
-    held_out: Annotated[int, Range(1)]  # held-out images that are classified, at most
+    every_n_epochs: Annotated[int | None, Range(1)]  # and after the last one; None never probes
+    references: Annotated[int, Range(1)]  # most labelled training images that vote
+    held_out: Annotated[int, Range(1)]  # most held-out images that are classified
 
     def __post_init__(self) -> None:
         check_ranges("callbacks.probe", self)
 
 
 class Probe(Callback):
-    """Each n epochs: 10-NN on held-out labels where there are labels; else measures without labels.
+    """Every n epochs: 10-NN on held-out labels if there are labels, else metrics without labels.
 
-    Names: `probe/knn_top1` (a fraction); or `probe/rankme`, `probe/alignment` (mean squared
-    distance of two views of an image, 0 to 4) and `probe/uniformity` (log of the mean Gaussian
-    potential, -8 to 0; both of arXiv 2005.10242, on unit-length features). The images are the same
-    each time and stay on the device. A run that starts from weights is also measured before its
-    first step.
+    Names: `probe/rankme`; with labels `probe/knn_top1` (a fraction), else `probe/alignment` (mean
+    squared distance of two views of an image, 0 to 4) and `probe/uniformity` (log of the mean
+    Gaussian potential, -8 to 0; both of arXiv 2005.10242, on unit-length features). The images are
+    the same each time and stay on the device. A run that starts from weights is also measured
+    before its first step.
 
     Args:
         settings: those of `ProbeSettings`, by keyword.
 
     Attributes:
-        latest: what was logged last.
-        latest_epoch: in which epoch, 0-based; -1 before the first one.
-        start: what was measured before the first step, of a run that started from weights.
+        latest: the last logged metrics.
+        latest_epoch: their epoch, 0-based; -1 before the first one.
+        start: the metrics before the first step, if the run started from weights.
     """
 
     Settings = ProbeSettings
@@ -71,7 +71,7 @@ class Probe(Callback):
         self._images: _Labelled | _Pairs | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure what a run starts from, if that is more than chance."""
+        """Measure the weights that a run starts from, unless they are random."""
         assert isinstance(pl_module, PretrainingModule)
         begun = trainer.global_step > 0 or pl_module.checkpoint_info.get("init") is None
         if begun or self.settings.every_n_epochs is None:
@@ -97,18 +97,18 @@ class Probe(Callback):
         return len(self._images.held_out.labels) if isinstance(self._images, _Labelled) else 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What the run started from."""
+        """The metrics before the first step."""
         return {"start": self.start}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what the run started from."""
+        """Restore `state_dict`."""
         self.start = state_dict["start"]
 
     def _measure(self, trainer: Trainer, module: PretrainingModule, *, epoch: int) -> None:
         if self._images is None:
             self._images = self._choose(data_of(trainer), module)
         trunk = module.network.backbone
-        # All processes probe alike: a sharded trunk needs every one of them.
+        # All processes probe: a sharded trunk needs each of them.
         with (
             torch.no_grad(),
             trainer.precision_plugin.forward_context(),
@@ -133,10 +133,8 @@ class Probe(Callback):
 
 
 class _Images(NamedTuple):
-    pixels: Tensor
-    """Bytes, [n, 3, S, S]."""
-    labels: Tensor
-    """[n]."""
+    pixels: Tensor  # uint8, [n, 3, S, S]
+    labels: Tensor  # [n]
 
 
 class _Labelled(NamedTuple):
@@ -161,10 +159,8 @@ class _Labelled(NamedTuple):
 
 
 class _Pairs(NamedTuple):
-    first: Tensor
-    """A view of each image, normalised, [n, 3, S, S]."""
-    second: Tensor
-    """Another one of the same images."""
+    first: Tensor  # a view of each image, normalised, [n, 3, S, S]
+    second: Tensor  # another view of the same images
 
     def figures(self, trunk: VisionTransformer) -> dict[str, float]:
         first, second = (_features(trunk, views) for views in self)
@@ -176,7 +172,7 @@ class _Pairs(NamedTuple):
 
 
 def _draw(images: LabelledImages, most: int, size: int, device: torch.device) -> _Images:
-    """Some images, evenly drawn from the list, which is in order of classes or of no order."""
+    """At most so many images, evenly spaced in the list, which may be sorted by class."""
     chosen = np.linspace(0, len(images) - 1, min(most, len(images))).round().astype(np.int64)
     as_pixels = image_transform(size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     rows = [(as_pixels(images[int(i)]) * 255).round().to(torch.uint8) for i in chosen]
@@ -184,7 +180,7 @@ def _draw(images: LabelledImages, most: int, size: int, device: torch.device) ->
 
 
 def _draw_pairs(data: MSNDataModule, device: torch.device) -> _Pairs:
-    """Target view of some training images, and an anchor view (whole) or one of another epoch."""
+    """Target view of some training images, and an anchor view or a target view of another epoch."""
     images = TrainingSet(
         data.pools.train, data.views, seed=data.seed, reduce=not data.use_reference
     )

@@ -1,4 +1,4 @@
-"""Progress for a person: a bar in a terminal or notebook, a line per epoch in a log file."""
+"""Progress display: a bar in a terminal or notebook, a line per epoch in a log file."""
 
 import sys
 from typing import Any
@@ -38,7 +38,7 @@ class Bar(RichProgressBar):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         super().on_train_epoch_end(trainer, pl_module)
-        if trainer.is_global_zero:  # rich lets what is printed pass above its bar
+        if trainer.is_global_zero:  # rich prints it above its bar
             print(f"{_epoch(trainer)}  {_verdict(trainer)}")
 
 
@@ -57,7 +57,7 @@ class NotebookBar(TQDMProgressBar):
 
 
 def build_progress() -> Callback:
-    """The progress display that fits where the output goes."""
+    """The progress display for a notebook, a terminal or a log file."""
     if in_notebook():
         return NotebookBar()
     return Bar(leave=False) if sys.stdout.isatty() else Lines()

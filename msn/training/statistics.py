@@ -1,4 +1,4 @@
-"""Sums over steps and images that stay on the device until a row of monitors is logged."""
+"""Sums over steps and images, kept on the device until the monitors log a row; and a step clock."""
 
 import math
 import time
@@ -10,25 +10,24 @@ from torch import Tensor
 
 from msn.method.distributed import all_reduce_sum
 
-# A window holds at least so many images per prototype and per feature, at most twice that.
+# Images per prototype and per feature that a window holds at least; at most twice as many.
 IMAGES_PER_PROTOTYPE, IMAGES_PER_DIMENSION = 8, 4
 
 
 class StepMeans:
     """Means of scalars over the steps since the last row, over all processes.
 
-    A step's value that is not finite is left out: the guard has skipped that step. A mean is NaN
-    where no step had a finite value.
+    Non-finite values are left out: the guard has skipped these steps. A mean without any finite
+    value is NaN.
     """
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self.sums: Tensor | None = None
-        """Sums of finite values and their numbers, [2, names]."""
+        self.sums: Tensor | None = None  # sums of finite values and their counts, [2, names]
         self.steps = 0
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Add the scalars of a step; every step brings the same names."""
+        """Add the scalars of a step; the names are the same in every step."""
         row = torch.stack([value.detach().float() for value in values.values()])
         both = torch.stack([row.nan_to_num(0, 0, 0), row.isfinite().float()])
         self.names = list(values)
@@ -36,7 +35,7 @@ class StepMeans:
         self.steps += 1
 
     def take(self) -> dict[str, Tensor]:
-        """The means, still on the device; starts anew."""
+        """Return the means, still on the device, and reset."""
         assert self.sums is not None
         total, count = all_reduce_sum(self.sums).unbind()
         self.sums, self.steps = None, 0
@@ -46,8 +45,8 @@ class StepMeans:
 class Window:
     """Use of prototypes and geometry of features over the last images of all processes.
 
-    Two buckets: when the newer one holds enough images the older one is dropped, so that a window
-    never is a handful of images, whatever the interval of rows, and memory stays constant.
+    When the newer of two buckets holds enough images, the older one is dropped. So a window is
+    never too small, whatever the interval of rows, and memory is constant.
 
     Args:
         num_prototypes: K, 0 for a method without prototypes.
@@ -66,7 +65,7 @@ class Window:
         Args:
             use: of the prototypes, see `Bucket`.
             features: class tokens, any scale, [B, D].
-            processes: number of them, each with as many images.
+            processes: number of processes, each with B images.
         """
         if self.newer is not None and self.newer.images * processes >= self.enough:
             self.older, self.newer = self.newer, None
@@ -78,7 +77,7 @@ class Window:
         """Use of prototypes and geometry of features, on the device; see docs/monitoring.md.
 
         Args:
-            rank: the effective rank too, whose eigenvalues take about as long as a step.
+            rank: also the effective rank, which takes about as long as a step.
         """
         assert self.newer is not None
         total = self.newer if self.older is None else self.newer.plus(self.older)
@@ -107,17 +106,15 @@ class Window:
 class Bucket(NamedTuple):
     """Sums over images."""
 
-    use: Tensor
-    """Images whose strongest prototype it is, targets, mean predictions: [3, K]."""
-    moments: Tensor
-    """Sum and second moments of unit-length features, [1 + D, D]."""
+    use: Tensor  # per prototype: images it is strongest in, targets, mean predictions; [3, K]
+    moments: Tensor  # sum and second moments of unit-length features, [1 + D, D]
     images: int
 
     def add(self, use: Tensor, features: Tensor) -> "Bucket":
         """This bucket and the images of a step."""
         unit = F.normalize(features.detach().to(self.moments.dtype), dim=1)
         moments = torch.cat([unit.sum(dim=0, keepdim=True), unit.T @ unit])
-        # A step that is not finite is skipped (msn.training.guard) and must not spoil the window.
+        # Steps that are not finite are skipped (msn.training.guard) and must not spoil the window.
         return self.plus(
             Bucket(use.nan_to_num(0, 0, 0), moments.nan_to_num(0, 0, 0), len(features))
         )
@@ -133,12 +130,9 @@ class Bucket(NamedTuple):
 
 
 class StepClock:
-    """Where the time goes: training steps, or waiting for data and making views.
+    """Time of an interval, and the share of it between steps: waiting for data, making views.
 
-    On CUDA the device's own time line is read (events), because the host runs ahead of it.
-
-    Args:
-        device: that trains.
+    On CUDA it reads the device's events, because the host runs ahead.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -152,12 +146,12 @@ class StepClock:
         self._waits: list[Any] = []
 
     def step_begins(self) -> None:
-        """The step's views are there."""
+        """Call when the step's views are ready."""
         now = self._now()
         self._waits.append((self._ended, now) if self._on_cuda else now - self._ended)
 
     def step_ends(self) -> None:
-        """The step is taken."""
+        """Call after the step."""
         self._ended = self._now()
 
     def read(self) -> tuple[float, float]:
@@ -178,7 +172,7 @@ class StepClock:
 
 
 def _empty_bucket(num_prototypes: int, width: int, device: torch.device) -> Bucket:
-    # Second moments of collapsed features need the digits; MPS has no float64.
+    # Collapsed features need float64, which MPS does not have.
     precise = torch.float32 if device.type == "mps" else torch.float64
     return Bucket(
         torch.zeros(3, num_prototypes, device=device),
@@ -195,9 +189,9 @@ def entropy(probs: Tensor) -> Tensor:
 def _effective_rank(gram: Tensor) -> Tensor:
     """RankMe from second moments X^T X, whose eigenvalues are the squared singular values of X.
 
-    Features that are not finite, of a training that has diverged, have the rank nan.
+    It is NaN for features that are not finite.
     """
-    host = gram.cpu() if gram.device.type == "mps" else gram  # MPS has no eigenvalues
+    host = gram.cpu() if gram.device.type == "mps" else gram  # MPS cannot compute eigenvalues
     values = torch.linalg.eigvalsh(host.nan_to_num(0, 0, 0)).clamp_min(0).sqrt().to(gram.device)
     rank = entropy(values / values.sum().clamp_min(1e-12)).exp()
     return rank.where(gram.isfinite().all(), math.nan)

@@ -1,4 +1,4 @@
-"""What makes a step fast without changing it, and networks cut over the processes (FSDP2)."""
+"""Compilation, memory reuse and sharding (FSDP2) of networks; none changes a step's numbers."""
 
 import ctypes
 import inspect
@@ -37,12 +37,12 @@ def compilation(setting: bool | str) -> bool | None:
 
 
 def make_fast(network: Network, device: torch.device, *, wanted: bool | None) -> bool:
-    """Prepare a network that lies on its device for training.
+    """Prepare a network that is on its device for training.
 
     Args:
         network: changed in place; parameters and their names stay.
-        device: where it will train.
-        wanted: compile the blocks; None does on CUDA alone (on a CPU it measured no faster).
+        device: of the training.
+        wanted: compile the blocks; None does so on CUDA only (on a CPU it measured no faster).
 
     Returns:
         Whether the blocks are compiled.
@@ -60,16 +60,16 @@ def make_fast(network: Network, device: torch.device, *, wanted: bool | None) ->
 def compile_blocks(network: Network, *, backend: str = "inductor") -> None:
     """Compile every block in place; parameter names stay as they are.
 
-    All blocks share the same few graphs: of MSN one with gradients for the anchor, one without for
-    the target, and the same two where class tokens alone are wanted; of MAE one for the trunk and
-    one for the decoder; under `chunk_size` as many again if the last chunk is smaller. Shapes are
-    fixed, for a step's views always have the same ones.
+    All blocks share a few graphs: of MSN one with gradients for the anchor, one without for the
+    target, and two more for the last blocks, which compute class tokens only; of MAE one each for
+    trunk and decoder; under `chunk_size` as many again if the last chunk is smaller. Shapes are
+    fixed, as all steps have the same ones.
 
     Args:
         network: before or after it was moved to its device.
         backend: of `torch.compile`.
     """
-    # DDP's buckets would cut each block's graph in two; blocks are small and need no such overlap.
+    # DDP's buckets would split each block's graph; blocks are small and need no such overlap.
     torch._dynamo.config.optimize_ddp = False
     for block in chain(*network.stacks):
         block.compile(backend=backend, dynamic=False)
@@ -78,9 +78,9 @@ def compile_blocks(network: Network, *, backend: str = "inductor") -> None:
 def keep_freed_memory() -> None:
     """Keep freed pieces of up to 32 MB for the next step (glibc only; for the whole process).
 
-    A step on the CPU takes and frees the same memory again and again, a data worker (which inherits
-    the setting) the same photographs. Mapping and clearing it anew each time is slow. Larger pieces
-    go back, so that no worker holds the largest image it ever met.
+    Steps on the CPU, and data workers (which inherit the setting), allocate the same sizes again
+    and again; mapping and clearing them anew is slow. Larger pieces are returned, so that no worker
+    holds the largest image it ever met.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -93,15 +93,15 @@ def keep_freed_memory() -> None:
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
-# Gradients lie in the buckets in which they are sent, not in a copy. Running statistics come from
-# gathered numbers, so they are the same on every process and need not be sent.
+# Gradients are views of DDP's buckets, not copies. Running statistics are computed from all
+# processes, so they need not be broadcast.
 _KNOWN = inspect.signature(DistributedDataParallel).parameters
 _BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _KNOWN else "broadcast_buffers"
 DDP_OPTIONS = {"gradient_as_bucket_view": True, _BUFFERS: False}
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Lightning's FSDP2 over all processes, with checkpoints that are one file of whole tensors."""
+    """Lightning's FSDP2 over all processes, with checkpoints of whole tensors in one file."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -109,15 +109,15 @@ class ShardedStrategy(ModelParallelStrategy):
         )
 
     def setup_environment(self) -> None:
-        """Let every process hold a part; known only now."""
+        """Shard over all processes, whose number is known only now."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
 
 def shard(network: Network, mesh: DeviceMesh) -> None:
-    """Cut a network in place: every block by itself, the rest together.
+    """Shard a network in place: every block by itself, the rest together.
 
-    Optimiser and EMA work on the parts, element by element, and so give the same numbers.
+    Optimiser and EMA work element by element, so they give the same numbers on the parts.
 
     Args:
         network: on any device.
@@ -126,11 +126,11 @@ def shard(network: Network, mesh: DeviceMesh) -> None:
     for block in chain(*network.stacks):
         fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)
-    if isinstance(network, MAE):  # whose training enters elsewhere than by `forward`
+    if isinstance(network, MAE):  # trains by `learn`, not by `forward`
         register_fsdp_forward_method(network, "learn")
 
 
 def whole_state(network: Network) -> dict[str, Tensor]:
-    """The network's state with whole tensors on the host; a collective if it is cut."""
+    """The network's state with whole tensors on the host; a collective if it is sharded."""
     state: dict[str, Any] = network.state_dict()
     return {name: whole(value).cpu() for name, value in state.items()}

@@ -1,4 +1,4 @@
-"""Lightning's Trainer, with the settings that MSN needs and no others."""
+"""Lightning's Trainer with the settings of pretraining."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -20,11 +20,11 @@ from msn.training.strategy import DDP_OPTIONS, ShardedStrategy
 
 T = TypeVar("T")
 
-# Not 16-mixed: its scaled gradients would be clipped as they are, and the target move after steps
-# that it skips. Not bf16-true: the target's small moves would round away.
+# Not 16-mixed: gradients would be clipped while scaled, and the target would move after skipped
+# steps. Not bf16-true: the target's small updates would round away.
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "64-true")
 
-# What is no setting: each of these is done elsewhere, or would do harm.
+# Not settings: each of these is done elsewhere, or would do harm.
 _FIXED: dict[str, Any] = {
     "use_distributed_sampler": False,  # the data module owns the order of images
     "enable_model_summary": False,
@@ -98,25 +98,23 @@ def _trainer(*, callbacks: list[Callback], **arguments: Any) -> Trainer:
         trainer = Trainer(
             callbacks=callbacks,
             plugins=[DurableCheckpointIO(), cluster_environment(os.environ)],
-            # Else Lightning adds a writer of its own; ours may also come once the run has a
-            # directory.
+            # Otherwise Lightning adds its own.
             enable_checkpointing=any(isinstance(part, Checkpoint) for part in callbacks),
-            # Likewise: `msn.training.progress` chooses one that fits the output, or lines.
             enable_progress_bar=any(isinstance(part, ProgressBar) for part in callbacks),
             **arguments,
             **_FIXED,
         )
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"trainer: {error}") from None
-    if isinstance(trainer.strategy, DDPStrategy):  # also where Lightning has chosen it
+    if isinstance(trainer.strategy, DDPStrategy):  # set or chosen by Lightning
         vars(trainer.strategy)["_ddp_kwargs"] |= DDP_OPTIONS
-    # Boxes of crops must not be rounded to the network's type; views are made in that type.
+    # Crop boxes must not be rounded to the network's type; views are made in that type.
     override(trainer.precision_plugin, "convert_input", lambda data: data)
     return trainer
 
 
 def override(owner: object, method: str, by: Callable[..., Any]) -> None:
-    """Put a function in the place of one object's method, which must be there."""
+    """Replace a method of one object; the method must exist."""
     assert callable(getattr(owner, method))
     setattr(owner, method, by)
 
@@ -140,9 +138,9 @@ def _check_at_least_one(**numbers: int | None) -> None:
 
 
 def resolve_precision(precision: str, accelerator: str) -> str:
-    """What `trainer.precision` means: "auto" is bf16-mixed on CUDA and 32-true elsewhere.
+    """Resolve "auto": bf16-mixed on CUDA, 32-true elsewhere.
 
-    CUDA devices below compute capability 8.0 (T4, RTX 20) have no units for bf16: 32-true there.
+    CUDA devices below compute capability 8.0 (T4, RTX 20) have no bf16 units and take 32-true.
 
     Raises:
         UserError: if it is not one of `PRECISIONS`.
