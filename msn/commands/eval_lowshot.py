@@ -127,11 +127,7 @@ class _Job(NamedTuple):
         return train, held_out
 
     def evaluate(
-        self,
-        protocol: Protocol,
-        pools: tuple[LabelledImages, LabelledImages],
-        *,
-        shared: bool,
+        self, protocol: Protocol, pools: tuple[LabelledImages, LabelledImages], *, shared: bool
     ) -> list[Result]:
         """Rows of all backbones."""
         in_memory = isinstance(pools[0].images.source, ArraySource)

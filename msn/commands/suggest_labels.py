@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from msn.commands.entry import to_plain
 from msn.commands.eval_lowshot import cache_directory, choose_device, without_views
+from msn.commands.show_views import write_picture
 from msn.data.datamodule import resolve_workers
 from msn.data.dataset import LabelledImages, Subset
 from msn.data.hf import SAVED
@@ -229,7 +229,7 @@ def _write(out: Path, pool: Subset, choice: Choice) -> None:
         [image for image in images if image is not None], [str(i + 1) for i in range(len(shown))]
     )
     with placed_at(out) as directory:
-        write_bytes(directory / SHEET_FILE, _png(sheet))
+        write_picture(directory / SHEET_FILE, sheet)
         paths = [_path(pool, i, number, directory) for number, i in enumerate(positions, 1)]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -255,14 +255,8 @@ def _path(pool: Subset, i: int, number: int, directory: Path) -> str:
     assert image is not None  # `_Chooser.choose` takes readable ones
     copy = Path(COPIES, f"{number:04d}.png")
     (directory / COPIES).mkdir(exist_ok=True)
-    write_bytes(directory / copy, _png(image))
+    write_picture(directory / copy, image)
     return str(copy)
-
-
-def _png(image: Image.Image) -> bytes:
-    data = io.BytesIO()
-    image.save(data, format="png")
-    return data.getvalue()
 
 
 def _print_comparison(

@@ -198,10 +198,7 @@ class Sweep(_Heads):
         tokens = max(self.blocks) * width
         return [
             Choice(
-                lr,
-                {"blocks": n, "patch_mean": mean},
-                tokens - n * width,
-                None if mean else tokens,
+                lr, {"blocks": n, "patch_mean": mean}, tokens - n * width, None if mean else tokens
             )
             for n in self.blocks
             for mean in (False, True)

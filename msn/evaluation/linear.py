@@ -190,11 +190,7 @@ class Linear(Protocol):
                 assert train_set is not None
                 batches = frozen_batches(train_set, self.sgd, runtime)
             weight, bias = train_probe(
-                batches,
-                self.sgd,
-                count=count,
-                classes=len(test.classes),
-                runtime=runtime,
+                batches, self.sgd, count=count, classes=len(test.classes), runtime=runtime
             )
             results.append(self._probe_result(subject, weight, bias, plan, test_set))
         seen = len(over_processes(replaced, runtime)) if train_set is None else train_set.replaced

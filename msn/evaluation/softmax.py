@@ -129,12 +129,7 @@ class Softmax(NamedTuple):
         return values, gradient.flatten(1), curvature
 
     def search(
-        self,
-        points: Tensor,
-        scores: Tensor,
-        directions: Tensor,
-        changes: Tensor,
-        slopes: Tensor,
+        self, points: Tensor, scores: Tensor, directions: Tensor, changes: Tensor, slopes: Tensor
     ) -> Tensor:
         """Step length at which the slope is nearly zero, by Newton's method in a bracket, [P].
 

@@ -21,21 +21,8 @@ from rich.text import Text
 from msn.evaluation.drawing import draw_confusion, draw_curve
 from msn.evaluation.features import LabelledSet
 from msn.evaluation.outcomes import is_unbalanced
-from msn.evaluation.predictions import (
-    PREDICTIONS,
-    confusion_table,
-    main_result,
-    write_predictions,
-)
-from msn.evaluation.sets import (
-    CLASSIFIERS,
-    Head,
-    Result,
-    Row,
-    formula_free,
-    printable,
-    table_key,
-)
+from msn.evaluation.predictions import PREDICTIONS, confusion_table, main_result, write_predictions
+from msn.evaluation.sets import CLASSIFIERS, Head, Result, Row, formula_free, printable, table_key
 from msn.files import write_bytes
 from msn.progress import in_notebook
 from msn.weights.card import column_name, floors_note
@@ -141,10 +128,7 @@ def note(rows: Sequence[Row]) -> str:
     for row in rows:
         if short := row.get("short_classes"):
             names = ", ".join(f"{printable(n)} {c}" for n, c in list(short["images"].items())[:5])
-            taken = {
-                "take_all": "all are used",
-                "leave_out": "none is used; they count as wrong",
-            }
+            taken = {"take_all": "all are used", "leave_out": "none is used; they count as wrong"}
             parts.append(f"{row['labels']} per class: {names} images, {taken[short['rule']]}")
     if any(row["classifier"] == "spreading" for row in rows):
         parts.append("spreading: label spreading over all training images, labelled or not")

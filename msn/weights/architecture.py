@@ -15,14 +15,7 @@ from torch import Tensor
 from msn.errors import UserError
 from msn.method.vit import LAYER_NORM_EPS, PLAIN, VisionTransformer, exact_ratio
 from msn.weights.released import has_fixed_positions
-from msn.weights.weights import (
-    Family,
-    check_tensors,
-    differences,
-    family_of,
-    strip_prefix,
-    summary,
-)
+from msn.weights.weights import Family, check_tensors, differences, family_of, strip_prefix, summary
 
 # Ends messages about backbones that our trunk does not compute.
 NOT_OURS = "it can be measured, but not trained from or exported"

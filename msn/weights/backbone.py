@@ -20,13 +20,7 @@ from msn.images.kinds import BadImageError, read_file
 from msn.method.vit import VisionTransformer
 from msn.weights.families import NATIVE
 from msn.weights.tensors import save_tensors
-from msn.weights.weights import (
-    FORMAT,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Weights,
-    short_side,
-)
+from msn.weights.weights import FORMAT, IMAGENET_MEAN, IMAGENET_STD, Weights, short_side
 
 
 class Backbone(VisionTransformer):

@@ -27,11 +27,7 @@ from msn.weights.weights import (
 )
 
 # model_type -> what `Weights.source` calls it.
-MODEL_TYPES = {
-    "vit_msn": "huggingface",
-    "vit_mae": "huggingface mae",
-    "vit": "huggingface vit",
-}
+MODEL_TYPES = {"vit_msn": "huggingface", "vit_mae": "huggingface mae", "vit": "huggingface vit"}
 _CLASSES = {"vit_msn": "ViTMSN", "vit_mae": "ViTMAE", "vit": "ViT"}
 # Where the paper's published files are on the Hub.
 _PUBLISHED = "facebook/vit-msn-"

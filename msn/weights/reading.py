@@ -126,18 +126,15 @@ def read_weights(
         assumed += (EXACT_GELU,)
     if parts.anchor_trunk is not None:
         check_trunk(parts.anchor_trunk, model, where)
-    for tensors in (parts.anchor_trunk, parts.head, parts.anchor_head, parts.decoder):
+    prototypes = {} if parts.prototypes is None else {"prototypes": parts.prototypes}
+    for tensors in (parts.anchor_trunk, parts.head, parts.anchor_head, parts.decoder, prototypes):
         check_tensors(tensors or {}, where)
-    if parts.prototypes is not None:
-        check_tensors({"prototypes": parts.prototypes}, where)
     return Weights(
         trunk=widen(parts.trunk),
         model=model,
         source=parts.source,
         head=_widen(parts.head),
-        prototypes=parts.prototypes
-        if parts.prototypes is None
-        else widen({"": parts.prototypes})[""],
+        prototypes=widen(prototypes).get("prototypes"),
         anchor_trunk=_widen(parts.anchor_trunk),
         anchor_head=_widen(parts.anchor_head),
         decoder=_widen(parts.decoder),
