@@ -4,16 +4,21 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms import Compose
 
 from msn.data.sampler import counter_hash, permutation
 from msn.data.workers import make_loader
+from msn.errors import UserError
 from msn.evaluation.features import LabelledSet, Runtime, is_replaced
 
 log = logging.getLogger(__name__)
@@ -52,6 +57,51 @@ class AugmentedImages(Dataset[tuple[Tensor, int, bool]]):
             image = self.images[i]
             view = self.transform(image)
         return view, int(self.images.labels[i]), is_replaced(image)
+
+
+def timm_views(
+    image_size: int, *, scale: Sequence[float], auto_augment: str | None, **more: Any
+) -> Callable[[Image.Image], Tensor]:
+    """timm's training transform, bicubic, without colour jitter; `more` are its own arguments."""
+    least, greatest = scale
+    transform: Compose = create_transform(
+        image_size,
+        is_training=True,
+        scale=(least, greatest),
+        color_jitter=0.0,
+        auto_augment=auto_augment,
+        interpolation="bicubic",
+        re_mode="pixel",
+        **more,
+    )
+    for step in transform.transforms:
+        for operation in getattr(step, "ops", []):
+            if operation.name.startswith("Posterize"):
+                # timm asks for 0 bits at the strongest level, which Pillow >= 13 refuses.
+                operation.level_fn = partial(_at_least_one_bit, operation.level_fn)
+    return transform
+
+
+def check_policy(name: str) -> None:
+    """Let timm parse a policy now rather than when the first image is looked at.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        transform: Compose = create_transform(32, is_training=True, auto_augment=name)
+        transform(Image.new("RGB", (32, 32)))
+    except Exception as error:  # timm asserts, converts and looks up whatever the text says
+        raise UserError(
+            f"protocol.recipe.auto_augment={name}: must be a policy of timm such as "
+            "rand-m9-mstd0.5-inc1, augmix-m3 or original, or null"
+        ) from error
+
+
+def _at_least_one_bit(
+    bits: Callable[[float, dict[str, Any]], tuple[int]], level: float, settings: dict[str, Any]
+) -> tuple[int]:
+    return (max(1, bits(level, settings)[0]),)
 
 
 def epoch_batches(count: int, batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:

@@ -3,25 +3,25 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import Mixup, create_transform
+from timm.data import Mixup
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.transforms import Compose
 
 from msn.data.workers import make_loader
 from msn.errors import UserError
 from msn.evaluation.augment import (
+    check_policy,
     in_pieces,
     over_processes,
     seeded,
+    timm_views,
     training_pieces,
     warn_of_idle,
 )
@@ -33,6 +33,7 @@ from msn.evaluation.features import (
     TransformedImages,
     float32_products,
 )
+from msn.evaluation.heads import add_low_rank, average_patches, classifier_of
 from msn.evaluation.lowshot import (
     LabelPlan,
     Protocol,
@@ -49,12 +50,10 @@ from msn.evaluation.sets import (
     drawn_shots,
     make_row,
 )
-from msn.method.vit import VisionTransformer
 from msn.progress import Progress
 from msn.schema import Range, check_ranges, make
 from msn.weights import ForeignBackbone
-from msn.weights.timm import TimmModel, timm_twin
-from msn.weights.weights import MAJORITY, resized_positions
+from msn.weights.weights import MAJORITY
 
 _Positive = Annotated[float, Range(0, above_low=True)]
 _Fraction = Annotated[float, Range(0, 1)]
@@ -94,6 +93,9 @@ class Recipe:
     # What the head reads: the class token after the final norm, or, as MAE's, the mean of patches
     # after a new LayerNorm (`fc_norm`), without the final norm.
     pool: str = "token"
+    # Train the head and factors of this rank beside each linear layer of the blocks; None trains
+    # all weights.
+    lora_rank: int | None = None
 
     def __post_init__(self) -> None:
         check_ranges("protocol.recipe", self)
@@ -106,8 +108,12 @@ class Recipe:
             )
         if self.pool not in ("token", "mean"):
             raise UserError(f"protocol.recipe.pool must be token or mean, got {self.pool}")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise UserError(
+                f"protocol.recipe.lora_rank={self.lora_rank}: must be >= 1, or null for all weights"
+            )
         if self.auto_augment is not None:
-            _check_policy(self.auto_augment)
+            check_policy(self.auto_augment)
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
         """Warm-up, then cosine, at the middle of a step (from 0)."""
@@ -119,26 +125,15 @@ class Recipe:
 
     def transform(self, subject: FrozenBackbone) -> Callable[[Image.Image], Tensor]:
         """timm's training transform."""
-        least, greatest = self.crop_scale
-        transform: Compose = create_transform(
+        return timm_views(
             subject.image_size,
-            is_training=True,
-            scale=(least, greatest),
+            scale=self.crop_scale,
             hflip=self.flip,
-            color_jitter=0.0,
             auto_augment=self.auto_augment,
-            interpolation="bicubic",
             re_prob=self.random_erasing,
-            re_mode="pixel",
             mean=subject.mean,
             std=subject.std,
         )
-        for step in transform.transforms:
-            for operation in getattr(step, "ops", []):
-                if operation.name.startswith("Posterize"):
-                    # timm asks for 0 bits at the strongest level, which Pillow >= 13 refuses.
-                    operation.level_fn = partial(_at_least_one_bit, operation.level_fn)
-        return transform
 
     def mixture(self, num_classes: int) -> Mixup | None:
         """timm's mixup and cutmix, which smooth labels as well; None where both are off."""
@@ -152,26 +147,7 @@ class Recipe:
         )
 
 
-def _check_policy(name: str) -> None:
-    """Let timm parse a policy now rather than when the first image is looked at."""
-    try:
-        transform: Compose = create_transform(32, is_training=True, auto_augment=name)
-        transform(Image.new("RGB", (32, 32)))
-    except Exception as error:  # timm asserts, converts and looks up whatever the text says
-        raise UserError(
-            f"protocol.recipe.auto_augment={name}: must be a policy of timm such as "
-            "rand-m9-mstd0.5-inc1, augmix-m3 or original, or null"
-        ) from error
-
-
-def _at_least_one_bit(
-    bits: Callable[[float, dict[str, Any]], tuple[int]], level: float, settings: dict[str, Any]
-) -> tuple[int]:
-    return (max(1, bits(level, settings)[0]),)
-
-
 _TRAINING = 8  # keeps draws of dropped paths and mixtures apart from others of the same seed
-_HEAD_STD = 2e-5
 
 
 class FineTune(Protocol):
@@ -208,6 +184,7 @@ class FineTune(Protocol):
         if shots is not None and shots < 1:
             raise UserError(f"protocol.shots must be >= 1, got {shots}")
         self.methods = ("msn",) if self.recipe.pool == "token" else ("mae",)
+        self.is_the_papers = self.recipe.lora_rank is None
         self.shots, self.fraction, self.splits, self.seed = shots, fraction, splits, seed
 
     def label_sets(self, train: LabelledSet) -> list[LabelSet]:
@@ -261,6 +238,7 @@ class FineTune(Protocol):
             splits=[labelled.split for labelled in plan.sets],
             labelled_images=len(plan.sets[0].positions),
             epochs=self.recipe.epochs,
+            **({} if (rank := self.recipe.lora_rank) is None else {"variant": f"LoRA {rank}"}),
         )
         result = Result(row, None, outcome)
         return with_unreadable([result], labelled=len(replaced), held_out=int(missing.sum()))
@@ -313,6 +291,8 @@ class FineTuning:
         self.model = classifier_of(subject, classes, drop_path=recipe.drop_path, seed=seed)
         if recipe.pool == "mean":
             average_patches(self.model, subject)
+        if recipe.lora_rank is not None:
+            add_low_rank(self.model, recipe.lora_rank, seed=seed)
         self.model.to(self.device)
         self.mixture = recipe.mixture(classes)
         self.steps_per_epoch = len(images) // self.batch_size
@@ -406,37 +386,3 @@ class FineTuning:
             loss.backward()
             total += loss.detach()
         return total.item()
-
-
-def classifier_of(
-    subject: FrozenBackbone, num_classes: int, *, drop_path: float, seed: int
-) -> TimmModel:
-    """timm's vision transformer with the weights of a backbone and a new, nearly zero head.
-
-    Position embeddings are resized as in pretraining where the image size is another.
-    """
-    assert isinstance(subject.trunk, VisionTransformer)  # see `check_backbone`
-    trunk = subject.trunk
-    model = {**trunk.model_config, "img_size": subject.image_size}
-    state = {name: tensor.clone() for name, tensor in trunk.state_dict().items()}
-    if subject.image_size != trunk.img_size:
-        state, _ = resized_positions(state, model, subject.image_size)
-    twin = timm_twin(state, model, num_classes=num_classes, drop_path_rate=drop_path)
-    head = torch.randn(num_classes, trunk.embed_dim, generator=torch.Generator().manual_seed(seed))
-    twin.get_submodule("head").load_state_dict(
-        {"weight": _HEAD_STD * head, "bias": torch.zeros(num_classes)}
-    )
-    return twin.train()
-
-
-def average_patches(model: TimmModel, subject: FrozenBackbone) -> None:
-    """Make a classifier read the mean of patches through a new norm, as MAE's fine-tuning does.
-
-    A file that was fine-tuned so already gives that norm (`pool` of what is known about it).
-    """
-    norm = model.get_submodule("norm")
-    assert isinstance(norm, nn.LayerNorm)
-    new = nn.LayerNorm(norm.normalized_shape, eps=norm.eps)
-    if subject.about.get("pool") == "mean":
-        new.load_state_dict(norm.state_dict())
-    model.norm, model.fc_norm, model.global_pool = nn.Identity(), new, "avg"

@@ -1,7 +1,8 @@
 """Heads trained by gradient descent on frozen features, with several settings side by side.
 
 The setting is chosen on a fifth of the labelled images, which the heads have not seen. The chosen
-head is then trained on all of them. Test images take no part.
+head is then trained on all of them. Test images take no part. At the end of the file: the
+classifier that fine-tuning starts from.
 """
 
 import math
@@ -13,6 +14,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from msn.data.sampler import permutation
 from msn.errors import UserError
@@ -24,10 +26,12 @@ from msn.evaluation.sets import FeatureSet, LabelSet, Result, Trial, all_labels,
 from msn.method.vit import VisionTransformer
 from msn.progress import Progress
 from msn.schema import Range, check_ranges, make
-from msn.weights.weights import MAJORITY, PIXELS, RANDOM
+from msn.weights.timm import TimmModel, timm_twin
+from msn.weights.weights import MAJORITY, PIXELS, RANDOM, resized_positions
 
 _FOLDS = 5  # one of them chooses the setting
 _ORDER = 10  # keeps these draws apart from others
+_HEAD_STD = 2e-5  # of the head before fine-tuning
 _MAX_NUMBERS = 2**30  # of all patch tokens together: 4 GiB
 
 
@@ -302,3 +306,64 @@ class _AttentiveHead(nn.Module):
         found, _ = self.attention(query, tokens, tokens, need_weights=False)
         scores: Tensor = self.linear(found[:, 0])
         return scores
+
+
+def classifier_of(
+    subject: FrozenBackbone, num_classes: int, *, drop_path: float, seed: int
+) -> TimmModel:
+    """timm's vision transformer with the weights of a backbone and a new, nearly zero head.
+
+    Position embeddings are resized as in pretraining where the image size is another.
+    """
+    assert isinstance(subject.trunk, VisionTransformer)  # see `check_backbone`
+    trunk = subject.trunk
+    model = {**trunk.model_config, "img_size": subject.image_size}
+    state = {name: tensor.clone() for name, tensor in trunk.state_dict().items()}
+    if subject.image_size != trunk.img_size:
+        state, _ = resized_positions(state, model, subject.image_size)
+    twin = timm_twin(state, model, num_classes=num_classes, drop_path_rate=drop_path)
+    head = torch.randn(num_classes, trunk.embed_dim, generator=torch.Generator().manual_seed(seed))
+    twin.get_submodule("head").load_state_dict(
+        {"weight": _HEAD_STD * head, "bias": torch.zeros(num_classes)}
+    )
+    return twin.train()
+
+
+def average_patches(model: TimmModel, subject: FrozenBackbone) -> None:
+    """Make a classifier read the mean of patches through a new norm, as MAE's fine-tuning does.
+
+    A file that was fine-tuned so already gives that norm (`pool` of what is known about it).
+    """
+    norm = model.get_submodule("norm")
+    assert isinstance(norm, nn.LayerNorm)
+    new = nn.LayerNorm(norm.normalized_shape, eps=norm.eps)
+    if subject.about.get("pool") == "mean":
+        new.load_state_dict(norm.state_dict())
+    model.norm, model.fc_norm, model.global_pool = nn.Identity(), new, "avg"
+
+
+class _LowRank(nn.Module):
+    """A weight plus B A, of which B starts at zero (LoRA, arXiv 2106.09685)."""
+
+    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        out, into = weight.shape
+        self.a = nn.Parameter(torch.randn(rank, into, generator=generator) / math.sqrt(into))
+        self.b = nn.Parameter(torch.zeros(out, rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.b @ self.a
+
+
+def add_low_rank(model: TimmModel, rank: int, *, seed: int) -> None:
+    """Freeze a classifier but its head, and give each linear layer of its blocks trained factors.
+
+    What the model computes stays the same until the first step.
+    """
+    kept = ("head.", "fc_norm.")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(kept))
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model.get_submodule("blocks").modules():
+        if isinstance(layer, nn.Linear):
+            register_parametrization(layer, "weight", _LowRank(layer.weight, rank, generator))

@@ -96,3 +96,27 @@ def test_maes_recipe_reads_the_mean_of_patches_through_a_norm_of_its_own():
     assert "norm.weight" not in names
     composed = compose("eval_lowshot", ["protocol=finetune_mae"]).protocol.recipe
     assert (composed.random_erasing, composed.pool, composed.layer_decay) == (0.25, "mean", 0.65)
+
+
+def test_lora_starts_as_the_frozen_trunk_and_trains_factors_and_head_alone():
+    recipe = finetune(lora_rank=2, epochs=2).recipe
+    subject, images = toy_backbone(), torch.randn(3, 3, 16, 16)
+    tuning = FineTuning(
+        subject, ToyImages(4), recipe, features=finetune().features, seed=0,
+        runtime=Runtime((CPU,), 0, shared=False),
+    )  # fmt: skip
+    model = tuning.model.eval()
+    found = model.forward_head(model.forward_features(images), pre_logits=True)
+    expected = subject.trunk.forward_features(images, norm=True)[:, 0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tuning.run()
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    factors = {name for name in before if name.endswith((".weight.0.a", ".weight.0.b"))}
+    assert len(factors) == 2 * 4 * 2  # a and b, layers of a block, blocks
+    assert changed == factors | {"head.weight", "head.bias"}
+    (result,) = evaluate(
+        finetune(lora_rank=2), [subject], ToyImages(4), ToyImages(3, seed=1),
+        num_workers=0, device=CPU,
+    )  # fmt: skip
+    assert result.row["variant"] == "LoRA 2"

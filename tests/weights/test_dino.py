@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from msn.errors import UserError
 from msn.evaluation.backbones import FrozenBackbone
-from msn.evaluation.finetune import classifier_of
+from msn.evaluation.heads import classifier_of
 from msn.method.network import MSN
 from msn.method.positions import resize_position_embeddings
 from msn.weights import build_trunk, initialise, load_backbone, read_weights
