@@ -54,7 +54,8 @@ class Progress:
     def advance(self, steps: int = 1, title: str | None = None) -> None:
         """Count some more steps, under another title where one is given."""
         if self._notebook is not None:
-            self._notebook.set_description(title or self._notebook.desc, refresh=False)
+            if title:
+                self._notebook.set_description(title, refresh=False)
             self._notebook.update(steps)
         self._bar.update(self._task, advance=steps, description=title)
 

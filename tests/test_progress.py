@@ -1,5 +1,6 @@
 import io
 import sys
+import time
 
 from msn.api import _quiet
 from msn.progress import Progress
@@ -37,10 +38,13 @@ def test_a_notebook_shows_a_line_that_moves_also_of_a_quiet_command(monkeypatch,
     monkeypatch.setitem(sys.modules, "ipykernel", object())
     with _quiet(), Progress("probing", 7) as progress:
         print("for a terminal")
-        progress.advance(3)
+        progress.advance(1)
+        time.sleep(0.11)  # tqdm draws no more often
+        progress.advance(2)
         progress.advance(4, title="probed")
     seen = capsys.readouterr()
     assert "probing:   0%" in seen.out
+    assert "probing:  43%" in seen.out
     assert "for a terminal" not in seen.out
     assert "\n" not in seen.out
     assert seen.err == ""

@@ -3,9 +3,11 @@
 import io
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from msn.commands import make_shards
 from msn.commands.suggest_labels import images_of
@@ -236,3 +238,57 @@ def test_a_column_of_groups_keeps_its_images_on_one_side(tmp_path):
     settings = {**SETTINGS, "source": "hf", "root": str(tmp_path / "both"), "group": "patient"}
     whole = whole_source(PoolSettings(**settings))
     assert [whole.group_names[i] for i in whole.groups] == [*patients, "p0", "p0", "p0"]
+
+
+MILLION = """
+import sys, time
+start = time.process_time()
+from pathlib import Path
+from msn.data.pools import PoolSettings, build_pools
+settings = dict(source="hf", root=sys.argv[1], val_root=None, hold_out=0.2, split_seed=0,
+                use_labels=True, download=False, image_size=None)
+pools = build_pools(PoolSettings(**settings))
+imports = time.process_time() - start
+start, began = time.process_time(), time.perf_counter()
+pools = build_pools(PoolSettings(**settings))
+opened, wall = time.process_time() - start, time.perf_counter() - began
+from torch.utils.data import DataLoader, Dataset
+from msn.images.decode import full_size
+class Images(Dataset):
+    def __len__(self):
+        return len(pools.train.source)
+    def __getitem__(self, i):
+        return int(pools.train.source.decode(i * 7919 % len(self), full_size).pixels.sum())
+batches = iter(DataLoader(Images(), batch_size=1000, num_workers=2))
+for _ in range(40):
+    next(batches)
+own = []
+for worker in batches._workers:
+    lines = Path(f"/proc/{worker.pid}/smaps_rollup").read_text().splitlines()
+    own.append(sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty")))
+print(len(pools.train.source), imports, opened, wall, max(own) / 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+@pytest.mark.slow
+def test_a_million_rows_open_quickly_and_workers_share_them(tmp_path):
+    images = []
+    for i in range(1000):
+        data = io.BytesIO()
+        Image.new("RGB", (8, 8), (i % 256, i // 256, 0)).save(data, "PNG")
+        images.append({"bytes": data.getvalue(), "path": None})
+    part = datasets.Dataset.from_dict(
+        {"image": images, "label": [i % 3 for i in range(1000)]}, features=rows(1).features
+    )
+    datasets.concatenate_datasets([part] * 1000).save_to_disk(tmp_path / "million")
+    code = [sys.executable, "-c", MILLION, str(tmp_path / "million")]
+    out = subprocess.check_output(code, text=True, cwd=Path(__file__).parents[2])
+    count, imports, opened, wall, megabytes = map(float, out.split())
+    print(
+        f"opened in {opened:.1f} s of processor time ({wall:.1f} s), {imports:.1f} s with imports; "
+        f"{megabytes:.0f} MB per worker"
+    )
+    assert count == 1_000_000
+    assert opened < 5
+    assert megabytes < 200
