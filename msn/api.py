@@ -128,13 +128,13 @@ def pretrain(
 
     Args:
         data: a folder, a list file, or a name of `configs/data`; None is the experiment's own.
-        out: run directory; an unfinished run there goes on. None makes `runs/EXPERIMENT/NUMBER`.
+        out: run directory; an unfinished run there continues. None makes `runs/EXPERIMENT/NUMBER`.
         experiment: a preset of `configs/experiment`; None is `digits`, a small network at 32 px.
         keys: any key of the command.
 
     Raises:
         UserError: a key, a value, a path or a file is wrong.
-        SystemExit: a signal has interrupted the run; it is saved, and the same call goes on.
+        SystemExit: a signal has interrupted the run; it is saved, and the same call continues it.
     """
     if keys.get("plan"):
         raise UserError("plan trains nothing, so there is no run: python train.py plan=true")

@@ -62,7 +62,7 @@ def _visible(out: Path) -> list[Path]:
 def _emptied_on_failure(out: Path) -> Iterator[None]:
     """Remove the shards of a command that a full disk or Ctrl-C ends, so that it can be repeated.
 
-    `_refuse_used` has seen that nothing of another's stands there.
+    `_refuse_used` has checked that nothing else is there.
     """
     made = not out.exists()
     try:

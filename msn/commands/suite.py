@@ -125,7 +125,7 @@ def measure_suite(suite: Suite, directory: Path | None, *, shared: bool) -> None
 
 
 def _kept(place: Path, settings: Mapping[str, Any], weights: Mapping[str, str]) -> list[Row] | None:
-    """Rows that stand there of the same settings and weights."""
+    """Rows of a finished data set, if settings and weights are the same; else None."""
     try:
         content = json.loads((place / TABLE_FILE).read_bytes())
         rows, config = content["rows"], content["config"]

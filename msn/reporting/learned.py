@@ -66,7 +66,7 @@ def look(
         device: that computes.
 
     Raises:
-        UserError: if there are no weights, or the images are not where they were.
+        UserError: if there are no weights, or the images are no longer where they were.
     """
     weights = _newest_weights(directory, settings)
     trunk = build_trunk(weights).float().to(device)
