@@ -178,13 +178,20 @@ def better_of(
     count = min(len(labelled), _MOST_IMAGES)
     positions = torch.linspace(0, len(labelled) - 1, count, dtype=torch.float64).round().long()
     chosen = ChosenImages(labelled, positions)
+    groups = (
+        chosen.groups if chosen.groups is not None and len(chosen.groups.unique()) > 1 else None
+    )
     hits = []
     for subject in subjects:
         rows = subject.features(chosen, features, runtime, "labelled training images")
         images = labelled_features(chosen, rows)
         hits.append(
             leave_one_out(
-                images.features, images.labels, k=_NEIGHBOURS, num_classes=len(images.classes)
+                images.features,
+                images.labels,
+                k=_NEIGHBOURS,
+                num_classes=len(images.classes),
+                groups=groups,
             )
         )
     before, after = hits

@@ -133,17 +133,24 @@ def uniformity(features: Tensor) -> Tensor:
     return F.pdist(F.normalize(features, dim=1)).square().mul(-2).exp().mean().log()
 
 
-def leave_one_out(features: Tensor, labels: Tensor, *, k: int, num_classes: int) -> Tensor:
+def leave_one_out(
+    features: Tensor, labels: Tensor, *, k: int, num_classes: int, groups: Tensor | None = None
+) -> Tensor:
     """Which rows their k nearest others classify rightly by majority under cosine, [n] of bool.
 
     Args:
         features: [n, D], n > k.
         labels: their classes, [n].
-        k: neighbours, >= 1.
+        k: neighbours, >= 1; fewer where a group leaves fewer others.
         num_classes: C.
+        groups: numbers of at least two groups, [n]; a row's own group does not vote. None: each
+            row is its own.
     """
-    cosines, indices = nearest(features, features, k + 1)
-    others = indices != torch.arange(len(features), device=indices.device)[:, None]
+    own = torch.arange(len(features)) if groups is None else groups
+    largest = int(torch.unique(own, return_counts=True)[1].max())
+    own, k = own.to(features.device), min(k, len(features) - largest)
+    cosines, indices = nearest(features, features, k + largest)
+    others = own[indices] != own[:, None]
     # A row is its own nearest, unless others equal it; the first k of the others vote.
     order = others.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :k]
     voters = labels[indices.gather(1, order)]

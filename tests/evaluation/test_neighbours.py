@@ -132,17 +132,22 @@ def test_alignment_and_uniformity_against_loops(rows):
     assert float(neighbours.uniformity(first[:1].expand(5, -1))) == pytest.approx(0)
 
 
-def test_leaving_one_out_is_what_a_loop_over_the_others_finds(rows):
+@pytest.mark.parametrize("grouped", [False, True])
+def test_leaving_one_out_is_what_a_loop_over_the_others_finds(rows, grouped):
     features, _, labels = rows
     features = torch.cat([features, features[:5]])  # some rows have an equal
     labels = torch.cat([labels, labels[:5].flip(0)])
+    own = torch.arange(len(features))
+    own = own % 4 if grouped else own
     right = []
     for i in range(len(features)):
-        others = torch.tensor([j for j in range(len(features)) if j != i])
+        others = torch.nonzero(own != own[i])[:, 0]
         cosines, found = nearest(features[others], features[i : i + 1], 7)
         votes = majority_votes(cosines, labels[others][found], 4)
         right.append(bool(votes.argmax() == labels[i]))
-    hits = neighbours.leave_one_out(features, labels, k=7, num_classes=4)
+    hits = neighbours.leave_one_out(
+        features, labels, k=7, num_classes=4, groups=own if grouped else None
+    )
     assert hits.tolist() == right
 
 
