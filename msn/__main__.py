@@ -19,7 +19,7 @@ COMMANDS = {
     "embed": "features of a folder of images, with their names",
     "suggest_labels": "which images to label first",
     "predict": "from some labels to the class and probability of all other images",
-    "rank": "which checkpoint is best, without labels",
+    "rank": "measure checkpoints without labels (this does not replace a few labels)",
     "make_shards": "pack a folder of images into tar shards",
     "show_views": "draw what the networks would see of your images",
     "show_reconstruction": "draw what a masked autoencoder makes of your images",

@@ -65,7 +65,7 @@ def fit_labelled(labelled: FeatureSet, settings: Logistic, *, fallback: float) -
     Args:
         labelled: their features, labels and groups.
         settings: of the regression. Without a fixed `lambd` the grid is searched.
-        fallback: `lambd` where neither is possible, because no class has two images.
+        fallback: `lambd` if the grid cannot be searched (`folds_of` gives no folds).
     """
     rows, labels, classes = settings.prepare(labelled.features), labelled.labels, labelled.classes
     folds = folds_of(labels, settings.folds, of=0, groups=labelled.groups)
@@ -312,7 +312,10 @@ def _say_quality(fitted: Fitted, train: FeatureSet, names: Sequence[str]) -> Non
     told = ", ".join(f"{name} {int(n)}" for name, n in zip(train.classes, counts, strict=True))
     print(f"fitted on {len(names)} labelled images ({told}), lambda * n = {fitted.lambd:g}")
     if fitted.outcome is None:
-        print("how good it is cannot be said: no class has two labelled images to cross-validate")
+        print(
+            "how good it is cannot be said: cross-validation needs a class with two labelled images"
+            + (", and more than one group" if train.groups is not None else "")
+        )
         return
     found, largest = measured(fitted.outcome), float(counts.max()) / len(names)
     low, high = found["interval"]

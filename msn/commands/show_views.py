@@ -21,7 +21,7 @@ from msn.data.sampler import BatchKey, EpochSampler
 from msn.data.views import ViewSettings, draw_noise, view_settings
 from msn.errors import UserError
 from msn.files import write_bytes
-from msn.method.mae import num_kept_patches
+from msn.method.mae import num_unmasked_patches
 from msn.method.masking import PatchDrop, draw_key
 from msn.reporting.pictures import views_sheet
 from msn.schema import make, take, whole_number
@@ -52,7 +52,7 @@ def run(config: DictConfig) -> None:
     _refuse_beyond_reason(images, views)
     is_mae = "mask_ratio" in settings["method"]
     if is_mae:
-        num_kept_patches(
+        num_unmasked_patches(
             (views.rand_size // views.patch_size) ** 2, settings["method"]["mask_ratio"]
         )
     else:
@@ -97,7 +97,7 @@ def _kept_by_mae(mask_ratio: float, views: ViewSettings, batch: ImageBatch, seed
     indices = batch.indices.numpy()
     noise = draw_noise(seed=seed, epoch=batch.epoch, indices=indices, count=count)
     kept = torch.from_numpy(noise).argsort(dim=1, stable=True)
-    return kept[None, :, : num_kept_patches(count, mask_ratio)]
+    return kept[None, :, : num_unmasked_patches(count, mask_ratio)]
 
 
 def write_picture(out: Path, picture: Image.Image) -> None:

@@ -1,1 +1,1 @@
-"""From files to views: sources of images, their order, decoding, and twelve views of each."""
+"""From files to views: sources of images, their order, decoding, and the views of each."""

@@ -171,7 +171,7 @@ class MSNDataModule(LightningDataModule):
                 *(self._sampler.left_out, len(self.pools.train), self.global_batch_size),
             )
         epoch, batch = self._position
-        self._sampler.load_state_dict({"epoch": epoch, "batch": batch})
+        self._sampler.go_to(epoch, batch)
         return self.loader(self._sampler)
 
     def loader(self, sampler: EpochSampler) -> DataLoader:

@@ -9,7 +9,7 @@ coordinates.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -135,12 +135,8 @@ class EpochSampler(Sampler[BatchKey]):
         mine = batches[:, self.rank * share : (self.rank + 1) * share]
         return [BatchKey(epoch, number, indices) for number, indices in enumerate(mine)]
 
-    def state_dict(self) -> dict[str, Any]:
-        """The position: epoch and number of the next batch."""
-        return {"epoch": self.epoch, "batch": self.start}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a stored position; the end of an epoch is the start of the next."""
-        self.epoch, self.start = int(state["epoch"]), int(state["batch"])
+    def go_to(self, epoch: int, batch: int) -> None:
+        """Go to a batch, as a resumed run does; the end of an epoch is the start of the next."""
+        self.epoch, self.start = epoch, batch
         if self.start >= len(self):
             self.epoch, self.start = self.epoch + 1, 0

@@ -163,7 +163,7 @@ class FeatureSettings:
 
     # `native` (that of the backbone's family, see `msn.weights.families`), `class_token` (before
     # the final norm, as in the paper), `class_token_norm` (after it), `patch_mean` (mean of the
-    # patches after it), `patch_mean_norm` (the norm of their mean, as in fine-tuned MAE), `last_N`
+    # patches after it), `patch_mean_norm` (their mean, then the norm, as fine-tuned MAE), `last_N`
     # (class tokens of the last N blocks), `last_N_mean` (these and `patch_mean`), `tokens` (the
     # class token beside every patch token) or `pooled` (as timm or transformers pool for a
     # classifier; not for our own trunk).

@@ -325,7 +325,7 @@ def _summary(fits: _Fits, lambds: list[float]) -> dict[str, Any]:
     }
 
 
-_FOLDS = 5  # separates these draws from others of the same seed
+_FOLD_DRAWS = 5  # separates these draws from others of the same seed
 
 
 class Fold(NamedTuple):
@@ -366,7 +366,7 @@ def folds_of(
     fold = torch.empty(len(labels), dtype=torch.long)
     dealt = 0  # each class continues where the last one ended, so that folds have one size
     for label, positions in enumerate(members):
-        order = torch.from_numpy(permutation(len(positions), 0, _FOLDS, label))
+        order = torch.from_numpy(permutation(len(positions), 0, _FOLD_DRAWS, label))
         fold[positions[order]] = (torch.arange(len(positions)) + dealt) % num_folds
         dealt += len(positions)
     return _folds(fold, num_folds, of)

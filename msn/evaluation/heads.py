@@ -30,7 +30,7 @@ from msn.weights.timm import TimmModel, timm_twin
 from msn.weights.weights import MAJORITY, PIXELS, RANDOM, resized_positions
 
 _FOLDS = 5  # one of them chooses the setting
-_ORDER = 10  # keeps these draws apart from others
+_ORDER_DRAWS = 10  # keeps these draws apart from others
 _HEAD_STD = 2e-5  # of the head before fine-tuning
 _MAX_NUMBERS = 2**30  # of all patch tokens together: 4 GiB
 
@@ -146,7 +146,7 @@ class _Heads(FeatureProtocol):
         )
         with Progress(f"{trial.backbone}: {len(heads)} heads", settings.epochs, True) as progress:
             for epoch in range(settings.epochs):
-                order = permutation(len(positions), settings.seed, _ORDER, epoch)
+                order = permutation(len(positions), settings.seed, _ORDER_DRAWS, epoch)
                 for some in torch.from_numpy(order).split(size)[: len(positions) // size]:
                     rows = train.features[positions[some]].to(device)
                     labels = train.labels[positions[some]].to(device)

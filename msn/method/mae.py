@@ -73,7 +73,7 @@ class MAE(Network):
                 f"{self.trunk.embed_dim}"
             )
         side = self.trunk.img_size // self.trunk.patch_size
-        self.num_kept = num_kept_patches(side**2, mask_ratio)
+        self.num_kept = num_unmasked_patches(side**2, mask_ratio)
         self.norm_pix_loss = norm_pix_loss
         self.decoder = Decoder(self.trunk, **decoder)
         _set_positions(places, side)
@@ -261,7 +261,7 @@ def _init_linear(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def num_kept_patches(patches: int, mask_ratio: float) -> int:
+def num_unmasked_patches(patches: int, mask_ratio: float) -> int:
     """Patches that the trunk sees of N: N (1 - mask_ratio), rounded down.
 
     Raises:

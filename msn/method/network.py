@@ -223,8 +223,8 @@ class MSN(Network):
 
         Args:
             momentum: in [0, 1].
-            skip: 1 where the optimiser step was skipped, so that the target stays; else 0. Read on
-                the CPU; elsewhere it stays on the device.
+            skip: 1 if the optimiser step was skipped, so that the target stays; else 0. The host
+                reads it only if it is on the CPU.
         """
         target: list[Tensor] = list(self.target.parameters())
         anchor: list[Tensor] = list(self.anchor.parameters())

@@ -94,8 +94,8 @@ class Schedule(_WarmupCosine):
     # Cosines and ramps run over this many times the training; the released code's 1.25 ends
     # training at 80 % of them, 1.0 lets them finish.
     schedule_stretch: Annotated[float, Range(1)]
-    # The trunk is frozen for so long, may be fractional; then its learning rate rises over as many
-    # steps as the warm-up takes.
+    # Epochs, also fractional, for which the trunk is frozen; then its learning rate rises over as
+    # many steps as the warm-up takes.
     freeze_epochs: _NotNegative = 0.0
     # Learning rate of the trunk's last layer over that of head and prototypes.
     trunk_lr_scale: _PositiveFraction = 1.0

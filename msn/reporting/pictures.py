@@ -20,7 +20,7 @@ from msn.data.pools import PoolSettings, build_pools
 from msn.data.sampler import BatchKey
 from msn.data.views import IMAGENET_MEAN, IMAGENET_STD, Views, view_settings
 from msn.evaluation.drawing import COLOURS
-from msn.method.masking import PatchDrop
+from msn.method.masking import PatchDrop, draw_key
 from msn.reporting.curves import BELOW_TITLE, Chart
 from msn.reporting.learned import Learned
 from msn.schema import make, take
@@ -111,7 +111,7 @@ def feature_map(learned: Learned) -> Chart:
 
 
 def _views(learned: Learned) -> Gallery:
-    """What target and anchors saw of a few images in the first step."""
+    """Views of the first epoch of a few images, with patches dropped as in the first step."""
     settings = learned.settings
     views = view_settings(settings["data"]["views"])
     pools = build_pools(make("data", settings["data"], PoolSettings))
@@ -124,7 +124,7 @@ def _views(learned: Learned) -> Gallery:
         rand_views=views.rand_views,
         images=range(VIEWED),
         global_batch_size=VIEWED,
-        key=settings["seed"],
+        key=draw_key(settings["seed"], 0),
     )
     originals = [Image.fromarray(batch.image(i).numpy()) for i in range(VIEWED)]
     sheet = views_sheet(

@@ -1,4 +1,4 @@
-"""The guard: skip non-finite steps; if they persist, dump one, which `reproduce` repeats."""
+"""The guard: skip non-finite steps; if they persist, dump one, which `msn replay` repeats."""
 
 import contextlib
 import logging

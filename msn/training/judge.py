@@ -1,8 +1,8 @@
 """The verdict after each epoch: is the run learning? Rules with stated thresholds.
 
-The rules are pure functions of rows of `msn.training.monitors`; docs/monitoring.md gives the source
-of each threshold. The callback writes verdicts to the run directory and may end the run. Legend: K
-prototypes.
+The rules are pure functions of rows of `msn.training.monitors`; docs/monitoring.md says where the
+thresholds come from. The callback writes verdicts to the run directory and may end the run.
+Legend: K prototypes.
 """
 
 import csv

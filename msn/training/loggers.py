@@ -1,4 +1,4 @@
-"""Loggers: metrics.csv of every run, and optionally Weights & Biases and TensorBoard.
+"""Loggers: metrics.csv of every run, and optionally Weights & Biases, TensorBoard and MLflow.
 
 Nothing is sent anywhere without `logger=wandb`. WANDB_MODE (offline, disabled) and wandb's other
 variables are honoured.
