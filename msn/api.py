@@ -199,7 +199,7 @@ def embed(
 
     Args:
         checkpoint: a run, checkpoint or export.
-        data: a folder or a list file.
+        data: a folder, a list file, or a name of `configs/data`, such as hf.
         out: a `.parquet`, `.npz`, `.csv` or `.safetensors` file to keep; None keeps none.
         keys: any key of the command.
 
@@ -248,9 +248,8 @@ def show_reconstruction(
 
     Args:
         checkpoint: a run with `method=mae`, or anything with a decoder that `load_mae` takes.
-        data: a folder or a list file.
+        data: a folder, a list file, or a name of `configs/data`, such as hf.
         out: picture to write: .png, .jpg or .webp.
-        keys: any key of the command.
 
     Raises:
         UserError: a key, a value, a path or a file is wrong, or the file holds no decoder.
@@ -272,7 +271,7 @@ def suggest_labels(
 
     Args:
         checkpoint: a run, checkpoint or export.
-        data: a folder or a list file.
+        data: a folder, a list file, or a name of `configs/data`, such as hf.
         out: a new directory for `suggested.csv` and a contact sheet.
         budget: number of images, >= 1.
         keys: any key of the command.
@@ -300,7 +299,7 @@ def predict(
 
     Args:
         checkpoint: a run, checkpoint or export.
-        data: a folder or a list file.
+        data: a folder, a list file, or a name of `configs/data`, such as hf.
         labels: a list with the columns path and label, or `{path: label}`, of some of the images;
             None takes those of the data.
         out: a `.csv` file to keep; None keeps none.
@@ -394,7 +393,8 @@ def _data(data: str | os.PathLike[str] | None) -> dict[str, Any]:
         return {"data": str(data)}
     if not path.exists():
         raise UserError(f"data={data}: no such file or folder, and no name in configs/data")
-    return {"data": "list" if path.is_file() else "folder", "data.root": path}
+    rows = path.suffix.lower() in (".parquet", ".arrow")
+    return {"data": "hf" if rows else "list" if path.is_file() else "folder", "data.root": path}
 
 
 def _lines(path: Path) -> list[dict[str, str]]:
