@@ -46,6 +46,11 @@ def cosine(step: int, start: float, final: float, total_steps: int) -> float:
     return final + (start - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def warmup_length(warmup_epochs: float | None, epochs: int) -> float:
+    """Epochs of the warm-up of a training of `epochs`."""
+    return epochs / 20 if warmup_epochs is None else warmup_epochs
+
+
 @dataclass(frozen=True, kw_only=True)
 class _WarmupCosine:
     """The learning rate of both methods: a linear warm-up, then half a cosine."""
@@ -53,14 +58,15 @@ class _WarmupCosine:
     start_lr: _NotNegative  # before the warm-up
     lr: _Positive  # peak; absolute, never scaled with the batch
     final_lr: _NotNegative  # at the end of the cosine
-    warmup_epochs: _NotNegative  # may be fractional; never stretched
+    # May be fractional, is never stretched; None: a twentieth of the training.
+    warmup_epochs: Annotated[float | None, Range(0)]
     weight_decay: _NotNegative  # at the start
     epochs: int  # of the training, >= 1
     steps_per_epoch: int  # of the optimiser, >= 1
 
     def __post_init__(self) -> None:
         check_ranges("method", self)
-        if self.warmup_steps >= self.epochs * self.steps_per_epoch and self.warmup_epochs > 0:
+        if self.warmup_steps >= self.epochs * self.steps_per_epoch and self.warmup_steps:
             raise UserError(
                 f"a warm-up of {self.warmup_epochs} epochs does not fit a training of "
                 f"{self.epochs} epochs: lower method.warmup_epochs or raise trainer.max_epochs"
@@ -69,7 +75,7 @@ class _WarmupCosine:
     @property
     def warmup_steps(self) -> int:
         """Steps of the warm-up."""
-        return int(self.warmup_epochs * self.steps_per_epoch)
+        return int(warmup_length(self.warmup_epochs, self.epochs) * self.steps_per_epoch)
 
     def _lr_at(self, step: int, total_steps: int) -> float:
         warmup = self.warmup_steps
@@ -105,10 +111,11 @@ class Schedule(_WarmupCosine):
         super().__post_init__()
         training = self.epochs * self.steps_per_epoch
         if self.frozen_steps + self.warmup_steps >= training and self.freeze_epochs:
+            warmup = warmup_length(self.warmup_epochs, self.epochs)
             raise UserError(
-                f"a frozen trunk for {self.freeze_epochs} epochs and its warm-up of "
-                f"{self.warmup_epochs} do not fit a training of {self.epochs} epochs: lower "
-                "method.freeze_epochs or method.warmup_epochs, or raise trainer.max_epochs"
+                f"a frozen trunk for {self.freeze_epochs} epochs and its warm-up of {warmup} do "
+                f"not fit a training of {self.epochs} epochs: lower method.freeze_epochs or "
+                "method.warmup_epochs, or raise trainer.max_epochs"
             )
 
     @property

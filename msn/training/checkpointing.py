@@ -24,6 +24,7 @@ from msn.errors import UserError
 from msn.files import remove_stale, write_checkpoint
 from msn.method.distributed import num_processes
 from msn.method.optim import TRUNK_KEYS
+from msn.method.schedules import warmup_length
 from msn.schema import Range, check_ranges, flat
 from msn.weights.reading import checkpoints, epoch_and_step, newest_checkpoint
 
@@ -351,6 +352,9 @@ def identity_of(settings: Mapping[str, Any]) -> dict[str, Any]:
         if (key in _SINGLE or any(key.startswith(f"{group}.") for group in _WHOLE))
         and not (key in off and value == off[key])
     }
+    if "method.warmup_epochs" in identity:  # older runs have the number
+        warmup = identity["method.warmup_epochs"]
+        identity["method.warmup_epochs"] = warmup_length(warmup, pairs["trainer.max_epochs"])
     return {**identity, "trainer.strategy": "fsdp2" if sharded else "auto"}
 
 

@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from msn.errors import UserError
 from msn.files import read_rows, write_atomically
+from msn.method.schedules import warmup_length
 from msn.training.base import PretrainingModule
 from msn.training.module import MSNModule
 from msn.training.monitors import Monitors
@@ -414,7 +415,7 @@ class Judge(Callback):
 def facts_of(module: PretrainingModule, *, epochs: int) -> Facts | MAEFacts:
     """Collect the settings that the rules read."""
     method, width = module.settings["method"], int(module.settings["model"]["embed_dim"])
-    warmup_epochs, lr = float(method["warmup_epochs"]), float(method["lr"])
+    warmup_epochs, lr = warmup_length(method["warmup_epochs"], epochs), float(method["lr"])
     if not isinstance(module, MSNModule):
         return MAEFacts(width=width, warmup_epochs=warmup_epochs, lr=lr)
     prior, perplexity = module.loss.log_prior, float(method["num_prototypes"])

@@ -115,3 +115,9 @@ def test_a_trunk_that_follows_is_frozen_then_rises_and_stays_below_the_head():
 def test_a_trunk_that_could_not_follow_is_refused(changes, line):
     with pytest.raises(UserError, match=line):
         paper(trunk_apart=True, **changes)
+
+
+def test_a_warm_up_without_a_length_is_a_twentieth_of_the_training():
+    given, none = (paper(epochs=20, warmup_epochs=warmup) for warmup in (1, None))
+    assert [given.at(step) for step in range(4000)] == [none.at(step) for step in range(4000)]
+    assert paper(epochs=5, steps_per_epoch=4, warmup_epochs=None).warmup_steps == 1

@@ -218,6 +218,7 @@ def test_what_changes_numbers_is_refused_and_named(checkpoint, identity, change,
 def test_what_changes_no_numbers_is_not(checkpoint, identity):
     free = ["data.num_workers=3", "trainer.devices=2", "chunk_size=8", "data.prefetch_batches=4"]
     check_same_run(checkpoint, identity(*free), WEIGHTS, force=False)
+    assert identity("method.warmup_epochs=null") == identity("method.warmup_epochs=3.75")
 
 
 @pytest.mark.parametrize("weights", [{"w": torch.ones(2, 4)}, {}, {**WEIGHTS, "v": torch.ones(1)}])
