@@ -40,7 +40,7 @@ def test_the_tutorial_runs(tmp_path, monkeypatch):
     notebook = nbformat.read(ROOT / "docs" / "tutorial.ipynb", as_version=4)
     assert (ROOT / "docs" / "tutorial.ipynb").stat().st_size < 500_000
     for cell in notebook.cells:  # the whole training takes minutes
-        cell.source = cell.source.replace('"trainer.max_epochs": 12', '"trainer.max_epochs": 2')
+        cell.source = cell.source.replace('"trainer.max_epochs": 25', '"trainer.max_epochs": 2')
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=300, resources=resources).execute()
     shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
